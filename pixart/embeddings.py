@@ -1,0 +1,97 @@
+"""What enters the transformer: patches, positions, timestep, caption, and the picture's size."""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FREQUENCY_SIZE = 256  # sinusoid channels of timesteps and sizes, in every PixArt
+
+
+def sinusoid(values: Tensor, size: int = FREQUENCY_SIZE, max_period: float = 10000.0) -> Tensor:
+    """values: (N,) -> (N, size) in fp32: cosines, then sines (DiT's `timestep_embedding`)."""
+    half = size // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values.float()[:, None] * torch.exp(-math.log(max_period) * exponents)[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def position_table(
+    rows: int, columns: int, hidden_size: int, position_range: float, device: torch.device | str | None = None
+) -> Tensor:
+    """Fixed 2-D positions, (rows*columns, hidden_size) in fp32.
+
+    Coordinate i of n is i * range / n. The first half of the channels encodes the column (x), the
+    second the row (y); each half is sines, then cosines (MAE's `get_2d_sincos_pos_embed`, as PixArt
+    calls it). fp32 whatever the model's dtype: in bf16 the table is wrong by up to 0.2.
+    """
+    y = torch.arange(rows, dtype=torch.float32, device=device) * (position_range / rows)
+    x = torch.arange(columns, dtype=torch.float32, device=device) * (position_range / columns)
+    quarter = hidden_size // 4
+    exponents = torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter
+    frequencies = (10000.0**-exponents).to(device=device, dtype=torch.float32)
+
+    def encode(coordinate: Tensor) -> Tensor:  # (n,) -> (n, hidden_size / 2)
+        angles = coordinate[:, None] * frequencies[None]
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    by_row = encode(y)[:, None].expand(rows, columns, -1)
+    by_column = encode(x)[None, :].expand(rows, columns, -1)
+    return torch.cat([by_column, by_row], dim=-1).reshape(rows * columns, hidden_size)
+
+
+class PatchEmbedder(nn.Module):
+    """Latent patches to tokens: a convolution with kernel = stride = patch size."""
+
+    def __init__(self, patch_size, in_channels, hidden_size, operations, **factory) -> None:
+        super().__init__()
+        self.proj = operations.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size, **factory)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H/p * W/p, D)."""
+        return self.proj(latent).flatten(2).transpose(1, 2)
+
+
+class SinusoidEmbedder(nn.Module):
+    """Sinusoid of a scalar, then Linear, SiLU, Linear: for the timestep, and per scalar of the size."""
+
+    def __init__(self, hidden_size, operations, **factory) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            operations.Linear(FREQUENCY_SIZE, hidden_size, bias=True, **factory),
+            nn.SiLU(),
+            operations.Linear(hidden_size, hidden_size, bias=True, **factory),
+        )
+
+    def forward(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) -> (B, D), or (B, S) -> (B, S*D)."""
+        embedded = self.mlp(sinusoid(values.reshape(-1)).to(dtype))
+        return embedded.reshape(values.shape[0], -1)
+
+
+class CaptionProjection(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, caption_channels, hidden_size, operations, **factory) -> None:
+        super().__init__()
+        self.fc1 = operations.Linear(caption_channels, hidden_size, bias=True, **factory)
+        self.fc2 = operations.Linear(hidden_size, hidden_size, bias=True, **factory)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(states), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """T5 states to the transformer's width; holds the embedding that replaces dropped captions."""
+
+    def __init__(self, caption_channels, hidden_size, max_tokens, null_caption, operations, **factory) -> None:
+        super().__init__()
+        self.y_proj = CaptionProjection(caption_channels, hidden_size, operations, **factory)
+        null = torch.zeros(max_tokens, caption_channels, **factory) if null_caption else None
+        self.register_buffer("y_embedding", null)  # None keeps the key out of state dicts that lack it
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, M, caption_channels) -> (B, M, D)."""
+        return self.y_proj(states)

@@ -1,0 +1,25 @@
+"""Errors that users meet; each message says what was found, what was expected and what to do."""
+
+
+class PixArtError(ValueError):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(PixArtError):
+    """A variant or recipe under `configs/` is unknown or has unknown fields."""
+
+
+class CheckpointError(PixArtError):
+    """A weight file is missing, damaged, foreign, or contradicts the asked-for variant."""
+
+
+class InputError(PixArtError):
+    """A value given to a model, pipeline or node is outside what it accepts."""
+
+
+class TextEncoderError(PixArtError):
+    """A text encoder or tokenizer can't be loaded, or doesn't fit the model."""
+
+
+class UnsupportedError(PixArtError):
+    """The request is understood, but can't be done by this version or on this machine."""

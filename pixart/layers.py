@@ -1,0 +1,85 @@
+"""The transformer block, its modulation, and the final layer."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import AttentionFunction, CrossAttention, SelfAttention
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """Everything one block sees; a block wrapper may pass on a changed copy (`dataclasses.replace`)."""
+
+    hidden: Tensor  # (B, N, D)
+    context: Tensor  # (B, M, D), projected caption tokens
+    context_mask: Tensor | None  # bool (B, M), True is a real token
+    modulation: Tensor  # (B, 6, D), the same for every block
+    grid: tuple[int, int]  # token rows and columns
+    attention_options: Any = None
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x: (B, N, D); shift, scale: (B, 1, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def cast_table(table: Tensor, like: Tensor) -> Tensor:
+    """A raw parameter at the dtype and device of use; hosts may keep it elsewhere."""
+    return table.to(dtype=like.dtype, device=like.device)
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, hidden_size, mlp_hidden, operations, **factory) -> None:
+        super().__init__()
+        self.fc1 = operations.Linear(hidden_size, mlp_hidden, bias=True, **factory)
+        self.fc2 = operations.Linear(mlp_hidden, hidden_size, bias=True, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class PixArtBlock(nn.Module):
+    """adaLN-single block (PixArt-α, section 2.3): gated self-attention, cross-attention, gated MLP."""
+
+    def __init__(
+        self, hidden_size, num_heads, mlp_hidden, attention: AttentionFunction, operations, ratio=1, **factory
+    ) -> None:
+        super().__init__()
+        self.norm1 = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
+        self.attn = SelfAttention(hidden_size, num_heads, attention, operations, ratio=ratio, **factory)
+        self.cross_attn = CrossAttention(hidden_size, num_heads, attention, operations, **factory)
+        self.norm2 = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
+        self.mlp = Mlp(hidden_size, mlp_hidden, operations, **factory)
+        self.scale_shift_table = nn.Parameter(torch.empty(6, hidden_size, **factory))
+
+    def forward(self, inputs: BlockInputs) -> Tensor:
+        """Returns the next hidden tokens, (B, N, D)."""
+        hidden, options = inputs.hidden, inputs.attention_options
+        table = cast_table(self.scale_shift_table, inputs.modulation)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (table + inputs.modulation).chunk(6, dim=1)
+        attended = self.attn(modulate(self.norm1(hidden), shift_attn, scale_attn), inputs.grid, options)
+        hidden = torch.addcmul(hidden, gate_attn, attended)
+        hidden = hidden + self.cross_attn(hidden, inputs.context, inputs.context_mask, options)
+        return torch.addcmul(hidden, gate_mlp, self.mlp(modulate(self.norm2(hidden), shift_mlp, scale_mlp)))
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm, modulation by the un-projected timestep embedding, Linear to patches."""
+
+    def __init__(self, hidden_size, patch_size, out_channels, operations, **factory) -> None:
+        super().__init__()
+        self.norm_final = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
+        self.linear = operations.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True, **factory)
+        self.scale_shift_table = nn.Parameter(torch.empty(2, hidden_size, **factory))
+
+    def forward(self, hidden: Tensor, timestep: Tensor) -> Tensor:
+        """hidden: (B, N, D); timestep: (B, D) -> (B, N, p*p*out_channels)."""
+        shift, scale = (cast_table(self.scale_shift_table, timestep) + timestep[:, None]).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(hidden), shift, scale))

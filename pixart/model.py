@@ -1,0 +1,165 @@
+"""The PixArt transformer: one model for α, Σ, δ and small ones. `forward` reads top to bottom."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import AttentionFunction, torch_attention
+from .config import TransformerConfig
+from .embeddings import CaptionEmbedder, PatchEmbedder, SinusoidEmbedder, position_table
+from .errors import InputError
+from .layers import BlockInputs, FinalLayer, PixArtBlock
+
+BlockWrapper = Callable[[BlockInputs, Callable[[BlockInputs], Tensor]], Tensor]
+PIXELS_PER_LATENT = 8
+
+
+class PixArtTransformer(nn.Module):
+    """Predicts noise (and variance) of a latent. Parameter names are those of the original code.
+
+    `operations` makes the layers (torch.nn, or a host's factory with the same names), `attention`
+    is the one attention function of every block.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        operations: Any = nn,
+        attention: AttentionFunction = torch_attention,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        factory = {"dtype": dtype, "device": device}
+        ratios = dict(config.compressed_blocks)
+        self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, size, operations, **factory)
+        self.t_embedder = SinusoidEmbedder(size, operations, **factory)
+        self.t_block = nn.Sequential(nn.SiLU(), operations.Linear(size, 6 * size, bias=True, **factory))
+        self.y_embedder = CaptionEmbedder(
+            config.caption_channels, size, config.max_tokens, config.null_caption, operations, **factory
+        )
+        if config.micro_condition:
+            self.csize_embedder = SinusoidEmbedder(size // 3, operations, **factory)
+            self.ar_embedder = SinusoidEmbedder(size // 3, operations, **factory)
+        self.blocks = nn.ModuleList(
+            PixArtBlock(
+                size, config.num_heads, config.mlp_hidden, attention, operations, ratio=ratios.get(i, 1), **factory
+            )
+            for i in range(config.depth)
+        )
+        self.final_layer = FinalLayer(size, config.patch_size, config.out_channels, operations, **factory)
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None = None,
+        size: Tensor | None = None,
+        *,
+        block_wrappers: Mapping[int, BlockWrapper] | None = None,
+        block_residuals: Mapping[int, Tensor] | None = None,
+        attention_options: Any = None,
+    ) -> Tensor:
+        """Predicts from a noisy latent.
+
+        latent: (B, in_channels, H, W); timestep: (B,), 0..999; context: (B, M, caption_channels), T5
+        states; context_mask: (B, M), nonzero is a real token; size: (B, 2), height and width in
+        pixels, for models with micro-conditioning (default: the latent's own).
+        block_wrappers: called as wrapper(inputs, block) in place of that block.
+        block_residuals: (B, N, D) each, added to that block's output.
+        attention_options: handed to the attention function as it is.
+        Returns (B, out_channels, H, W). Raises InputError where a shape doesn't fit.
+        """
+        self._check(latent, timestep, context, context_mask, size, block_wrappers, block_residuals)
+        height, width = latent.shape[-2:]
+        patches = pad_to_patches(latent, self.config.patch_size)
+        grid = (patches.shape[-2] // self.config.patch_size, patches.shape[-1] // self.config.patch_size)
+        dtype = latent.dtype
+
+        hidden = self.x_embedder(patches)  # (B, N, D)
+        positions = position_table(*grid, self.config.hidden_size, self.config.position_range, hidden.device)
+        hidden = (hidden + positions).to(dtype)
+        embedded_time = self._embed_time(timestep, size, (height, width), dtype)  # (B, D)
+        inputs = BlockInputs(
+            hidden=hidden,
+            context=self.y_embedder(context.to(dtype)),
+            context_mask=None if context_mask is None else context_mask.bool(),
+            modulation=self.t_block(embedded_time).unflatten(-1, (6, -1)),
+            grid=grid,
+            attention_options=attention_options,
+        )
+        hidden = self._run_blocks(inputs, block_wrappers or {}, block_residuals or {})
+        tokens = self.final_layer(hidden, embedded_time)
+        return self._unpatchify(tokens, grid)[..., :height, :width]
+
+    def _embed_time(self, timestep: Tensor, size: Tensor | None, latent_size: tuple[int, int], dtype) -> Tensor:
+        embedded = self.t_embedder(timestep, dtype)
+        if not self.config.micro_condition:
+            return embedded
+        if size is None:
+            pixels = [side * PIXELS_PER_LATENT for side in latent_size]
+            size = torch.tensor([pixels], device=timestep.device).expand(timestep.shape[0], 2)
+        size = size.float()
+        ratio = size[:, :1] / size[:, 1:]
+        return embedded + torch.cat([self.csize_embedder(size, dtype), self.ar_embedder(ratio, dtype)], dim=-1)
+
+    def _run_blocks(
+        self, inputs: BlockInputs, wrappers: Mapping[int, BlockWrapper], residuals: Mapping[int, Tensor]
+    ) -> Tensor:
+        hidden = inputs.hidden
+        for index, block in enumerate(self.blocks):
+            inputs = BlockInputs(**{**inputs.__dict__, "hidden": hidden})
+            wrapper = wrappers.get(index)
+            hidden = block(inputs) if wrapper is None else wrapper(inputs, block)
+            if index in residuals:
+                hidden = hidden + residuals[index]
+        return hidden
+
+    def _unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        patch = self.config.patch_size
+        return rearrange(
+            tokens, "b (r c) (p q k) -> b k (r p) (c q)", r=grid[0], c=grid[1], p=patch, q=patch
+        )
+
+    def _check(self, latent, timestep, context, context_mask, size, wrappers, residuals) -> None:
+        """Everything a caller can get wrong about shapes, before any work is done."""
+        config, batch = self.config, latent.shape[0]
+        if latent.ndim != 4 or latent.shape[1] != config.in_channels or 0 in latent.shape:
+            raise InputError(
+                f"latent has shape {tuple(latent.shape)}; expected (batch, {config.in_channels}, height/8, width/8)."
+            )
+        if timestep.shape != (batch,):
+            raise InputError(f"timestep has shape {tuple(timestep.shape)}; expected ({batch},), one per latent.")
+        if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != config.caption_channels:
+            raise InputError(
+                f"context has shape {tuple(context.shape)}; expected ({batch}, tokens, {config.caption_channels}). "
+                "The text encoder's width must be the one this model was trained with."
+            )
+        if context_mask is not None and context_mask.shape != context.shape[:2]:
+            raise InputError(
+                f"context_mask has shape {tuple(context_mask.shape)}; expected {tuple(context.shape[:2])}."
+            )
+        if size is not None and not config.micro_condition:
+            raise InputError("size was given, but this model has no size conditioning (only α-1024 has); leave it out.")
+        if size is not None and size.shape != (batch, 2):
+            raise InputError(f"size has shape {tuple(size.shape)}; expected ({batch}, 2): height and width in pixels.")
+        for name, hooks in (("block_wrappers", wrappers), ("block_residuals", residuals)):
+            outside = sorted(i for i in hooks or () if not 0 <= i < config.depth)
+            if outside:
+                raise InputError(f"{name} names block(s) {outside}; this model has blocks 0..{config.depth - 1}.")
+
+
+def pad_to_patches(latent: Tensor, patch_size: int) -> Tensor:
+    """Repeats the last row or column (by reflection of the edge) so that both sides divide by the patch size."""
+    bottom = -latent.shape[-2] % patch_size
+    right = -latent.shape[-1] % patch_size
+    return F.pad(latent, (0, right, 0, bottom), mode="replicate") if bottom or right else latent
