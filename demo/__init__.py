@@ -1,0 +1,1 @@
+"""The demo model: its scenes, their checker, its small autoencoder and its evaluation."""
