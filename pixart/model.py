@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,15 +86,14 @@ class PixArtTransformer(nn.Module):
         grid = (patches.shape[-2] // self.config.patch_size, patches.shape[-1] // self.config.patch_size)
         dtype = latent.dtype
 
-        hidden = self.x_embedder(patches)  # (B, N, D)
-        positions = position_table(*grid, self.config.hidden_size, self.config.position_range, hidden.device)
-        hidden = (hidden + positions).to(dtype)
+        hidden = self.x_embedder(patches).float()  # (B, N, D); the residual stream is fp32, see PixArtBlock
+        hidden = hidden + position_table(*grid, self.config.hidden_size, self.config.position_range, hidden.device)
         embedded_time = self._embed_time(timestep, size, (height, width), dtype)  # (B, D)
         inputs = BlockInputs(
             hidden=hidden,
             context=self.y_embedder(context.to(dtype)),
             context_mask=None if context_mask is None else context_mask.bool(),
-            modulation=self.t_block(embedded_time).unflatten(-1, (6, -1)),
+            modulation=self.t_block(embedded_time).float().unflatten(-1, (6, -1)),
             grid=grid,
             attention_options=attention_options,
         )
@@ -117,7 +117,7 @@ class PixArtTransformer(nn.Module):
     ) -> Tensor:
         hidden = inputs.hidden
         for index, block in enumerate(self.blocks):
-            inputs = BlockInputs(**{**inputs.__dict__, "hidden": hidden})
+            inputs = replace(inputs, hidden=hidden)
             wrapper = wrappers.get(index)
             hidden = block(inputs) if wrapper is None else wrapper(inputs, block)
             if index in residuals:
@@ -159,7 +159,7 @@ class PixArtTransformer(nn.Module):
 
 
 def pad_to_patches(latent: Tensor, patch_size: int) -> Tensor:
-    """Repeats the last row or column (by reflection of the edge) so that both sides divide by the patch size."""
+    """Repeats the last row or column until both sides divide by the patch size."""
     bottom = -latent.shape[-2] % patch_size
     right = -latent.shape[-1] % patch_size
     return F.pad(latent, (0, right, 0, bottom), mode="replicate") if bottom or right else latent
