@@ -1,0 +1,1 @@
+"""Text: tokenizer with limits, and the T5 encoder."""

@@ -1,0 +1,142 @@
+"""Prompts to T5 token ids, within a limit, saying what was cut."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from ..errors import InputError, TextEncoderError
+
+END_TOKEN = "</s>"
+WHERE_TO_GET = (
+    "Give tokenizer= the folder, tokenizer.json or spiece.model of the T5 these weights belong to; for T5-v1.1-XXL "
+    "that is the tokenizer/ folder of PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers on Hugging Face."
+)
+
+
+class Vocabulary(Protocol):
+    """What is needed of a tokenizer library."""
+
+    end_id: int
+    size: int
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids without the end token."""
+
+    def text(self, ids: list[int]) -> str:
+        """The words that ids stand for."""
+
+
+class TokenizedPrompt(NamedTuple):
+    """One prompt, ready for the encoder."""
+
+    ids: list[int]  # ends with the end token
+    count: int  # tokens of the whole prompt, end token included, before any cut
+    cut: str  # words beyond the limit; "" if none
+
+
+class Tokenizer:
+    """A T5 tokenizer: adds the end token and keeps it when a prompt is cut."""
+
+    def __init__(self, vocabulary: Vocabulary, source: str) -> None:
+        self.vocabulary = vocabulary
+        self.source = source
+
+    @property
+    def size(self) -> int:
+        """Number of ids; the encoder's embedding needs at least as many rows."""
+        return self.vocabulary.size
+
+    def encode(self, text: str, max_tokens: int) -> TokenizedPrompt:
+        """Ids of `text`, at most `max_tokens` with the end token; raises InputError for a limit below 1."""
+        if max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens}; expected at least 1, for the end token.")
+        if not isinstance(text, str):
+            raise InputError(f"A prompt is {type(text).__name__}; expected a string.")
+        ids = self.vocabulary.ids(text)
+        kept, cut = ids[: max_tokens - 1], ids[max_tokens - 1 :]
+        return TokenizedPrompt(
+            [*kept, self.vocabulary.end_id], len(ids) + 1, self.vocabulary.text(cut) if cut else ""
+        )
+
+
+class SentencePieceVocabulary:
+    """A `spiece.model`, read with sentencepiece."""
+
+    def __init__(self, model: bytes, source: str) -> None:
+        try:
+            import sentencepiece
+        except ImportError:
+            raise TextEncoderError(f"{source} is a SentencePiece model: `pip install sentencepiece`.") from None
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise TextEncoderError(f"{source} is not a SentencePiece model ({error}). {WHERE_TO_GET}") from None
+        self.end_id = self._processor.eos_id()
+        self.size = self._processor.get_piece_size()
+        if self.end_id < 0:
+            raise TextEncoderError(f"{source} has no end token {END_TOKEN}; T5 needs one. {WHERE_TO_GET}")
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids without the end token."""
+        return self._processor.encode(text)
+
+    def text(self, ids: list[int]) -> str:
+        """The words that ids stand for."""
+        return self._processor.decode(ids)
+
+
+class JsonVocabulary:
+    """A `tokenizer.json`, read with tokenizers."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise TextEncoderError(f"{path} needs the tokenizers library: `pip install tokenizers`.") from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception for every malformed file
+            raise TextEncoderError(f"{path} is not a tokenizer.json ({error}). {WHERE_TO_GET}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        end_id = self._tokenizer.token_to_id(END_TOKEN)
+        if end_id is None:
+            raise TextEncoderError(f"{path} has no end token {END_TOKEN}, so it is not a T5's. {WHERE_TO_GET}")
+        self.end_id = end_id
+        # T5's 100 sentinel ids are in the file but never in a prompt, so only the plain vocabulary must fit.
+        self.size = self._tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids without the end token."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def text(self, ids: list[int]) -> str:
+        """The words that ids stand for."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer folder (also one holding tokenizer/), a tokenizer.json or a spiece.model."""
+    path = Path(path)
+    found = find_tokenizer(path)
+    if found is None:
+        raise TextEncoderError(f"{path}: no tokenizer.json or spiece.model found. {WHERE_TO_GET}")
+    if found.suffix == ".json":
+        return Tokenizer(JsonVocabulary(found), str(found))
+    return from_sentencepiece(found.read_bytes(), str(found))
+
+
+def from_sentencepiece(model: bytes, source: str) -> Tokenizer:
+    """A tokenizer from the bytes of a SentencePiece model; `source` names it in errors."""
+    return Tokenizer(SentencePieceVocabulary(model, source), source)
+
+
+def find_tokenizer(path: Path) -> Path | None:
+    """The tokenizer file that `path` is or holds, if any."""
+    if path.is_file():
+        return path
+    for folder in (path, path / "tokenizer"):
+        for name in ("tokenizer.json", "spiece.model"):
+            if (folder / name).is_file():
+                return folder / name
+    return None

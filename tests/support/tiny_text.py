@@ -1,0 +1,78 @@
+"""A T5 with random weights and a SentencePiece tokenizer of a few hundred words, made in a second."""
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+WORDS = (
+    "a an the red green blue yellow purple orange small large tiny circle square triangle star ring above below left "
+    "right of inside on plain background with and picture drawing cat dog sits under tree near house by sea at night"
+).split()
+
+
+@lru_cache(maxsize=None)
+def sentencepiece_model(vocab_size: int = 200) -> bytes:
+    """Bytes of a unigram model with T5's ids: pad 0, end 1, unknown 2."""
+    import sentencepiece
+
+    order = torch.Generator().manual_seed(0)
+    lines = []
+    for _ in range(600):
+        picks = torch.randint(len(WORDS), (9,), generator=order)
+        lines.append(" ".join(WORDS[i] for i in picks))
+    target = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=target,
+        vocab_size=vocab_size,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+    )
+    return target.getvalue()
+
+
+def tiny_t5(width: int = 32, layers: int = 2, gated: bool = True, d_kv: int = 8, seed: int = 0):
+    """A random T5EncoderModel of transformers."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=256,
+        d_model=width,
+        d_kv=d_kv,
+        d_ff=2 * width,
+        num_layers=layers,
+        num_heads=4,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+    )
+    return T5EncoderModel(config).eval()
+
+
+def save_t5_file(model, path: Path, tokenizer: bool = True, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes a single safetensors file as ComfyUI users have them, by default with the tokenizer inside."""
+    from safetensors.torch import save_file
+
+    tensors = {key: value.to(dtype).contiguous().clone() for key, value in model.state_dict().items()}
+    tensors.pop("encoder.embed_tokens.weight", None)
+    if tokenizer:
+        tensors["spiece_model"] = torch.frombuffer(bytearray(sentencepiece_model()), dtype=torch.uint8)
+    save_file(tensors, str(path))
+    return path
+
+
+def save_t5_folder(model, folder: Path, shard: str | None = None, pipeline: bool = False) -> Path:
+    """Writes a Hugging Face folder, or a pipeline's with text_encoder/ and tokenizer/."""
+    weights, tokenizer = (folder / "text_encoder", folder / "tokenizer") if pipeline else (folder, folder)
+    for place in (weights, tokenizer):
+        place.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(weights, **({"max_shard_size": shard} if shard else {}))
+    (tokenizer / "spiece.model").write_bytes(sentencepiece_model())
+    return folder
