@@ -1,0 +1,186 @@
+"""ComfyUI's queue over HTTP, with progress read from its websocket."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import struct
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from .errors import LaunchError
+
+Graph = dict[str, dict[str, Any]]
+OnProgress = Callable[[str, int, int], None]
+
+
+class QueueError(LaunchError):
+    """The host refused a graph or a node of it failed; `details` is the host's own report."""
+
+    def __init__(self, message: str, details: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.details = dict(details)
+
+
+class ComfyClient:
+    """One client of the host at `url` (http://127.0.0.1:port)."""
+
+    def __init__(self, url: str, timeout: float = 60) -> None:
+        self.url = url.rstrip("/")
+        self.timeout = timeout
+        self.id = uuid.uuid4().hex
+
+    def get(self, path: str, **query: str | int) -> bytes:
+        """Body of GET `path`."""
+        tail = "?" + urllib.parse.urlencode(query) if query else ""
+        with _opener.open(f"{self.url}{path}{tail}", timeout=self.timeout) as answer:
+            return answer.read()
+
+    def get_json(self, path: str, **query: str | int) -> Any:
+        """Parsed body of GET `path`."""
+        return json.loads(self.get(path, **query))
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Parsed body of POST `path`, None when it is empty."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with _opener.open(request, timeout=self.timeout) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def queue(self, graph: Graph, workflow: Mapping[str, Any] | None = None) -> str:
+        """Queue an API graph and return its prompt id; `workflow` (UI format) goes into the picture."""
+        body: dict[str, Any] = {"prompt": graph, "client_id": self.id}
+        if workflow is not None:
+            body["extra_data"] = {"extra_pnginfo": {"workflow": workflow}}
+        try:
+            return self.post("/prompt", body)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            report = json.loads(error.read() or b"{}")
+            raise QueueError("ComfyUI refused the graph: " + _refusal(report), report) from None
+
+    def wait(self, prompt_id: str, timeout: float = 600, on_progress: OnProgress | None = None) -> dict[str, Any]:
+        """The history entry of a prompt once it is done; raises QueueError with the node's message if it failed."""
+        deadline = time.monotonic() + timeout
+        with _Events(self.url, self.id) as events:
+            while time.monotonic() < deadline:
+                entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
+                if entry is not None and entry.get("status", {}).get("status_str"):
+                    return _checked(entry)
+                for message in events.read(0.5):
+                    data = message.get("data", {})
+                    if on_progress and message.get("type") == "progress" and data.get("prompt_id", prompt_id) == prompt_id:
+                        on_progress(str(data.get("node")), int(data["value"]), int(data["max"]))
+        raise LaunchError(f"prompt {prompt_id} did not finish within {timeout:.0f} s")
+
+    def run(self, graph: Graph, timeout: float = 600, on_progress: OnProgress | None = None) -> dict[str, Any]:
+        """Queue and wait: the outputs, as node id -> what the node showed."""
+        return self.wait(self.queue(graph), timeout, on_progress)["outputs"]
+
+    def image(self, entry: Mapping[str, Any]) -> bytes:
+        """The file behind one entry of a node's `images` output."""
+        return self.get("/view", filename=entry["filename"], subfolder=entry["subfolder"], type=entry["type"])
+
+
+# The host is on this machine: a proxy from the environment must not see the request
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _refusal(report: Mapping[str, Any]) -> str:
+    """The host's validation report in one line."""
+    parts = [str(report.get("error", {}).get("message", "no reason given"))]
+    for number, node in report.get("node_errors", {}).items():
+        for problem in node.get("errors", []):
+            parts.append(f"node {number} ({node.get('class_type')}): {problem.get('message')}: {problem.get('details')}")
+    return "; ".join(parts)
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """`entry` if its run succeeded, else QueueError."""
+    if entry["status"]["status_str"] == "success":
+        return entry
+    for kind, data in entry["status"].get("messages", []):
+        if kind == "execution_error":
+            text = f"{data['node_type']} (node {data['node_id']}): {data['exception_message'].strip()}"
+            raise QueueError(text, data)
+        if kind == "execution_interrupted":
+            raise QueueError("the run was interrupted", data)
+    raise QueueError("the run failed", entry["status"])
+
+
+class _Events:
+    """The host's websocket, read-only; without a connection it just waits, and the caller polls."""
+
+    def __init__(self, url: str, client_id: str) -> None:
+        address = urllib.parse.urlsplit(url)
+        self._host, self._port, self._client_id = address.hostname, address.port or 80, client_id
+        self._socket: socket.socket | None = None
+        self._buffer = b""
+
+    def __enter__(self) -> _Events:
+        try:
+            self._socket = socket.create_connection((self._host, self._port), timeout=10)
+            key = base64.b64encode(os.urandom(16)).decode()
+            self._socket.sendall(
+                f"GET /ws?clientId={self._client_id} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nUpgrade: websocket\r\n"
+                f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+            )
+            while b"\r\n\r\n" not in self._buffer:
+                self._receive()
+            self._buffer = self._buffer.split(b"\r\n\r\n", 1)[1]
+        except OSError:
+            self._close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def read(self, seconds: float) -> Iterator[dict[str, Any]]:
+        """JSON messages that arrive within `seconds`; returns after the first batch."""
+        if self._socket is None:
+            time.sleep(seconds)
+            return
+        self._socket.settimeout(seconds)
+        try:
+            self._receive()
+        except TimeoutError:
+            return
+        except OSError:
+            self._close()
+            return
+        yield from self._messages()
+
+    def _receive(self) -> None:
+        data = self._socket.recv(65536) if self._socket else b""
+        if not data:
+            raise ConnectionError("closed by the host")
+        self._buffer += data
+
+    def _messages(self) -> Iterator[dict[str, Any]]:
+        """Whole frames in the buffer (RFC 6455, section 5.2); binary previews and pings are skipped."""
+        while len(self._buffer) >= 2:
+            kind, size, start = self._buffer[0] & 15, self._buffer[1] & 127, 2
+            if size >= 126:
+                width, code = (2, ">H") if size == 126 else (8, ">Q")
+                start += width
+                if len(self._buffer) < start:
+                    return
+                size = struct.unpack(code, self._buffer[2:start])[0]
+            if len(self._buffer) < start + size:
+                return
+            body, self._buffer = self._buffer[start : start + size], self._buffer[start + size :]
+            if kind == 1:
+                yield json.loads(body)
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None

