@@ -1,0 +1,325 @@
+"""Tells from keys and shapes which PixArt a state dict is, and says why."""
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import HEAD_DIM, TransformerConfig, Variant, get_variant, variant_names
+from ..embeddings import position_table
+from ..errors import CheckpointError
+from .hints import Hints
+from .keys import NULL_CAPTION_KEY, POSITION_KEY
+
+AUTO = "auto"
+TOKENS_OF_FAMILY = {"alpha": 120, "sigma": 300}
+MAX_DEPTH = 256  # a guard against absurd block numbers in damaged files
+VAE_TITLES = {
+    "sd1": "SD1 (scale 0.18215, e.g. sd-vae-ft-ema)",
+    "sdxl": "SDXL (scale 0.13025)",
+    "demo": "the demo's own (demo/weights/pixart-demo-vae.safetensors)",
+}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a file turned out to be; `reasons` says how each point was decided."""
+
+    variant: str  # nearest zoo entry
+    family: str  # "alpha" | "sigma"
+    config: TransformerConfig
+    base_size: int | None  # pixels; None where neither weights nor their surroundings tell
+    max_tokens: int
+    latent_scale: float
+    vae: str  # "sd1" | "sdxl" | "demo"
+    dtype: str  # of most weights, e.g. "float16"
+    parameters: int
+    source: str
+    container: str  # "safetensors", "pth", "diffusers folder", ...
+    format: str  # key names: "original" | "diffusers"
+    prefix: str
+    ema: bool
+    family_known: bool  # False: neither weights nor their surroundings tell, Σ was assumed
+    reasons: tuple[str, ...]
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The report as text, one fact a line, reasons last."""
+        c, variant = self.config, get_variant(self.variant)
+        compression = ", ".join(f"block {i}: {r}x{r}" for i, r in c.compressed_blocks) or "none"
+        base = f"{self.base_size} px" if self.base_size else f"unknown ({variant.base_size} px assumed)"
+        facts = {
+            "file": self.source,
+            "model": f"{variant.title} ({self.variant})",
+            "family": self.family + ("" if self.family_known else " (assumed)"),
+            "base size": base,
+            "caption tokens": self.max_tokens,
+            "position range": f"{c.position_range:g}",
+            "VAE": VAE_TITLES.get(self.vae, self.vae),
+            "size conditioning": "yes" if c.micro_condition else "no",
+            "KV compression": compression,
+            "transformer": f"depth {c.depth}, hidden {c.hidden_size}, {c.num_heads} heads, "
+            f"captions {c.caption_channels} wide, {c.in_channels} channels in, {c.out_channels} out",
+            "weights": f"{self.parameters / 1e6:.1f}M parameters, {self.dtype}, {'EMA' if self.ema else 'not EMA'}",
+            "format": f"{self.container}, {self.format} keys, prefix {self.prefix or 'none'}",
+        }
+        lines = [f"{name + ':':<19}{value}" for name, value in facts.items()]
+        return "\n".join(lines + ["why:"] + [f"  - {reason}" for reason in self.reasons])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a state dict came from, for the report and for messages."""
+
+    source: str = "state dict"
+    container: str = "state dict"
+    format: str = "original"
+    prefix: str = ""
+    ema: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def detect(
+    state_dict: Mapping[str, Tensor], variant: str = AUTO, *, origin: Origin = Origin(), hints: Hints = Hints()
+) -> Detection:
+    """Reads a native state dict (only names, shapes and a stored `pos_embed`); raises CheckpointError.
+
+    variant: "auto", or a zoo name for what weights can't reveal; one that contradicts them raises.
+    """
+    detection, problems = examine(state_dict, variant, origin=origin, hints=hints)
+    if problems:
+        raise CheckpointError(f"{origin.source}: the weights contradict what was given:\n  " + "\n  ".join(problems))
+    return detection
+
+
+def examine(
+    state_dict: Mapping[str, Tensor], variant: str, *, origin: Origin, hints: Hints
+) -> tuple[Detection, list[str]]:
+    """The detection, and the contradictions that make it void."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    reasons = list(origin.notes)
+    sizes = _read_sizes(shapes, origin.source, reasons)
+    rows = shapes[NULL_CAPTION_KEY][0] if len(shapes.get(NULL_CAPTION_KEY, ())) == 2 else None
+    table = _read_stored_positions(state_dict.get(POSITION_KEY), sizes["hidden_size"])
+    problems = hints.contradictions(sizes)
+    if variant == AUTO:
+        chosen, base, known = _choose(sizes, rows, table, hints, reasons)
+    else:
+        chosen, base, known = get_variant(variant), get_variant(variant).base_size, True
+        reasons.append(f"variant {variant} was asked for: family, size, VAE and positions are taken from it.")
+        problems += _contradictions(chosen, sizes, rows, reasons)
+    heads = _heads(sizes["hidden_size"], chosen, hints, reasons)
+    if heads is None:
+        problems.append(
+            f"hidden size {sizes['hidden_size']} is not a multiple of {HEAD_DIM}: the number of heads can't be told; "
+            "give the diffusers folder with its config.json"
+        )
+        heads = 1
+    if sizes["hidden_size"] % 4:
+        raise CheckpointError(f"{origin.source}: hidden size {sizes['hidden_size']}; expected a multiple of 4, in heads of {HEAD_DIM}.")
+    position_range = _position_range(chosen, variant != AUTO, hints, table, reasons)
+    config = TransformerConfig(
+        **sizes, num_heads=heads, max_tokens=rows or chosen.max_tokens, position_range=position_range, null_caption=rows is not None
+    )
+    detection = Detection(
+        variant=chosen.name, family=chosen.family, config=config, base_size=base, max_tokens=config.max_tokens,
+        latent_scale=chosen.latent_scale, vae=chosen.vae, dtype=_main_dtype(t for key, t in state_dict.items() if key != POSITION_KEY),
+        parameters=sum(math.prod(s) for key, s in shapes.items() if key != POSITION_KEY),
+        source=origin.source, container=origin.container, format=origin.format, prefix=origin.prefix,
+        ema=origin.ema, family_known=known, reasons=tuple(reasons),
+    )  # fmt: skip
+    return detection, problems
+
+
+def _read_sizes(shapes: Mapping[str, tuple[int, ...]], source: str, reasons: list[str]) -> dict:
+    """Every size that shapes tell. Where keys disagree the majority wins, so that the odd one is named later."""
+
+    def vote(*candidates: int | None, default: int) -> int:
+        counted = Counter(c for c in candidates if c)
+        return counted.most_common(1)[0][0] if counted else default
+
+    def dim(key: str, index: int) -> int | None:
+        shape = shapes.get(key, ())
+        return shape[index] if -len(shape) <= index < len(shape) else None
+
+    blocks = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in shapes) if m}
+    depth = max(blocks, default=0) + 1
+    if depth > MAX_DEPTH:
+        raise CheckpointError(f"{source}: has a block numbered {depth - 1}; expected at most {MAX_DEPTH} blocks.")
+    hidden = vote(
+        dim("final_layer.scale_shift_table", 1), dim("x_embedder.proj.bias", 0), dim("y_embedder.y_proj.fc2.bias", 0),
+        (dim("t_block.1.bias", 0) or 0) // 6, *(dim(f"blocks.{i}.scale_shift_table", 1) for i in blocks), default=1152,
+    )  # fmt: skip
+    patch = vote(dim("x_embedder.proj.weight", 3), default=2)
+    ratios = {i: dim(f"blocks.{i}.attn.sr.weight", 3) for i in blocks if f"blocks.{i}.attn.sr.weight" in shapes}
+    compressed = tuple((i, r) for i, r in sorted(ratios.items()) if r)
+    micro = any(key.startswith(("csize_embedder.", "ar_embedder.")) for key in shapes)
+    if compressed:
+        reasons.append(f"{len(compressed)} block(s) have attn.sr / attn.norm: trained with KV compression.")
+    return {
+        "hidden_size": hidden,
+        "depth": depth,
+        "patch_size": patch,
+        "in_channels": vote(dim("x_embedder.proj.weight", 1), default=4),
+        "out_channels": vote((dim("final_layer.linear.bias", 0) or 0) // patch**2, default=8),
+        "mlp_hidden": vote(*(dim(f"blocks.{i}.mlp.fc1.bias", 0) for i in blocks), default=4 * hidden),
+        "caption_channels": vote(dim(NULL_CAPTION_KEY, 1), dim("y_embedder.y_proj.fc1.weight", 1), default=4096),
+        "micro_condition": micro,
+        "compressed_blocks": compressed,
+    }
+
+
+def _choose(sizes: dict, rows: int | None, table, hints: Hints, reasons: list[str]) -> tuple[Variant, int | None, bool]:
+    """The zoo entry, the base size where something tells it, and whether the family is certain."""
+    demo = get_variant("demo")
+    if all(sizes[name] == getattr(demo.transformer, name) for name in sizes if name != "compressed_blocks"):
+        reasons.append("the sizes are exactly those of this project's demo model.")
+        return demo, demo.base_size, True
+    family, known = _choose_family(sizes, rows, hints, reasons)
+    if sizes["micro_condition"]:
+        return get_variant("alpha-1024"), 1024, True
+    base = _choose_base(table, hints, reasons)
+    if family == "alpha":
+        return *_choose_alpha(base, table, hints, reasons), known
+    large = get_variant("sigma-900m")
+    if sizes["depth"] == large.transformer.depth:
+        reasons.append(f"depth {sizes['depth']}: the community's Σ 900M.")
+        return large, base or large.base_size, known
+    by_base = {v.base_size: v for v in map(get_variant, variant_names()) if v.family == "sigma" and v.name not in ("demo", large.name)}
+    if base is None:
+        reasons.append(
+            "the base size is not in the weights and every Σ has the same layers: 1024 px is assumed (variant= says otherwise)."
+        )
+    return by_base.get(base or 1024, by_base[1024]), base, known
+
+
+def _choose_family(sizes: dict, rows: int | None, hints: Hints, reasons: list[str]) -> tuple[str, bool]:
+    if sizes["micro_condition"]:
+        reasons.append("csize_embedder / ar_embedder are present: α-1024, conditioned on size and aspect ratio.")
+        return "alpha", True
+    for family, tokens in TOKENS_OF_FAMILY.items():
+        if rows == tokens:
+            reasons.append(f"y_embedding has {rows} rows: family {family}.")
+            return family, True
+    if hints.family:
+        reasons.append(f"{hints.family_reason}: family {hints.family}.")
+        return hints.family, True
+    found = "y_embedding is absent" if rows is None else f"y_embedding has {rows} rows (α has 120, Σ 300)"
+    if hints.base_size == 256 and hints.position_range == 16:
+        reasons.append(f"{found}; the config's 256 px with position range 16 occur only in α-256: family alpha.")
+        return "alpha", True
+    reasons.append(
+        f"{found}: α and Σ can't be told apart by the weights, Σ is the default. "
+        "If pictures look washed out or noisy choose an alpha variant."
+    )
+    return "sigma", False
+
+
+def _choose_base(table, hints: Hints, reasons: list[str]) -> int | None:
+    if hints.base_size:
+        reasons.append(f"{hints.base_reason}: base size {hints.base_size} px.")
+        return hints.base_size
+    if table is not None and table[0] in (16, 32, 64, 128):
+        reasons.append(
+            f"the stored pos_embed has {table[0]}x{table[0]} rows: base size {table[0] * 16} px "
+            "(only a hint, some trainers store another size; its values are not used)."
+        )
+        return table[0] * 16
+    return None
+
+
+def _choose_alpha(base: int | None, table, hints: Hints, reasons: list[str]) -> tuple[Variant, int | None]:
+    """α-256 differs in its position range, so a 256-row table alone is not enough."""
+    configured = hints.base_size == 256
+    stored = base == 256 and table is not None and table[1] is not None and abs(table[1] - 16) < 0.1
+    if configured or stored:
+        if stored and not configured:
+            reasons.append("that pos_embed also counts positions to 16, as only α-256 does: α-256.")
+        return get_variant("alpha-256"), 256
+    if base == 256:
+        reasons.append("that pos_embed does not count to 16 as α-256's does, so α-512 with range 32 is kept; variant=alpha-256 says otherwise.")
+        base = None
+    elif base is None:
+        reasons.append("α-256 and α-512 have the same layers: α-512 is the default; variant=alpha-256 says otherwise.")
+    return get_variant("alpha-512"), base
+
+
+def _contradictions(chosen: Variant, sizes: dict, rows: int | None, reasons: list[str]) -> list[str]:
+    """Points where the asked-for variant can't be what the weights are."""
+    want, problems = chosen.transformer, []
+    if want.micro_condition != sizes["micro_condition"]:
+        has, needs = ("has", "has no size conditioning") if sizes["micro_condition"] else ("lacks", "needs them")
+        problems.append(f"the file {has} csize_embedder / ar_embedder; {chosen.name} {needs}")
+    family = next((f for f, tokens in TOKENS_OF_FAMILY.items() if tokens == rows), None)
+    if family and family != chosen.family and not sizes["micro_condition"]:
+        problems.append(f"y_embedding has {rows} rows, that is {family}; {chosen.name} has {chosen.max_tokens}")
+    same_width = sizes["hidden_size"] == want.hidden_size
+    full_depths = {v.transformer.depth for v in map(get_variant, variant_names()) if v.transformer.hidden_size == want.hidden_size}
+    if sizes["depth"] != want.depth and same_width and sizes["depth"] in full_depths:
+        problems.append(f"the file has {sizes['depth']} blocks; {chosen.name} has {want.depth}")
+    if chosen.name == "demo" and (not same_width or sizes["caption_channels"] != want.caption_channels):
+        problems.append(
+            f"hidden size {sizes['hidden_size']} and captions {sizes['caption_channels']} wide; "
+            f"the demo has {want.hidden_size} and {want.caption_channels}"
+        )
+    for name in ("hidden_size", "depth", "caption_channels", "out_channels"):
+        if sizes[name] != getattr(want, name):
+            reasons.append(f"{name} is {sizes[name]}, not the {getattr(want, name)} of {chosen.name}: the weights' is used.")
+    return [f"{problem}. Choose another variant, or auto." for problem in problems]
+
+
+def _heads(hidden: int, chosen: Variant, hints: Hints, reasons: list[str]) -> int | None:
+    if hints.num_heads:
+        reasons.append(f"{hints.num_heads} heads: read from {hints.heads_source}.")
+        return hints.num_heads
+    if hidden == chosen.transformer.hidden_size:
+        return chosen.transformer.num_heads
+    if hidden % HEAD_DIM:
+        return None
+    reasons.append(f"{hidden // HEAD_DIM} heads: hidden size {hidden} in heads of {HEAD_DIM}, as in every PixArt.")
+    return hidden // HEAD_DIM
+
+
+def _position_range(chosen: Variant, explicit: bool, hints: Hints, table, reasons: list[str]) -> float:
+    result = chosen.transformer.position_range
+    if hints.position_range and abs(hints.position_range - result) > 1e-6:
+        if explicit:
+            reasons.append(f"position range {result:g} of {chosen.name}; the config's {hints.position_range:g} is overruled.")
+        else:
+            reasons.append(f"position range {hints.position_range:g}: from {hints.range_source} ({chosen.name} has {result:g}).")
+            result = hints.position_range
+    else:
+        reasons.append(f"position range {result:g}: {chosen.name}'s.")
+    if table is not None and table[1] is not None and abs(table[1] - result) > 0.1:
+        reasons.append(f"the stored pos_embed counts to {table[1]:.3g} instead; it is ignored.")
+    return result
+
+
+def _read_stored_positions(table: Tensor | None, hidden: int) -> tuple[int, float | None] | None:
+    """Side of a stored position table, and the range it counts to if it is a sin-cos table at all."""
+    if table is None or table.ndim not in (2, 3) or table.shape[-1] != hidden or hidden % 4:
+        return None
+    side = math.isqrt(table.shape[-2])
+    if side < 2 or side * side != table.shape[-2] or table.is_meta or not table.is_floating_point():
+        return (side, None) if side * side == table.shape[-2] else None
+    values = table.reshape(-1, hidden)[: 2 * side].float().cpu()
+    angle = math.atan2(values[1, 0], values[1, hidden // 4]) % (2 * math.pi)  # lowest frequency is 1
+    span = angle * side
+    expected = position_table(side, side, hidden, span)[: 2 * side]
+    matches = span > 0 and bool((values - expected).abs().max() < 0.05)  # generous: may be stored in bf16
+    return side, (span if matches else None)
+
+
+def _main_dtype(tensors: Iterable[Tensor]) -> str:
+    count: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        count[tensor.dtype] += tensor.numel()
+    return str(count.most_common(1)[0][0]).removeprefix("torch.")

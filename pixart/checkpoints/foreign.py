@@ -1,0 +1,72 @@
+"""Names what a weight file is when it is not a PixArt transformer, and which loader takes it."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Foreign(NamedTuple):
+    """A kind of file, the key parts that betray it, and what to do with it."""
+
+    kind: str
+    markers: tuple[tuple[str, ...], ...]  # any group, all of whose parts occur in the keys
+    advice: str
+
+
+_LORA = "load the base model first and add it with a LoRA loader (LoraLoaderModelOnly in ComfyUI)"
+_DIFFUSION = "load it with ComfyUI's own UNETLoader / CheckpointLoaderSimple, or its diffusers pipeline"
+
+# Files that share PixArt's layer names: looked for even where those names occur.
+ADAPTERS_AND_COUSINS = (
+    Foreign(
+        "a LoRA or LyCORIS adapter",
+        ((".lora_A.",), (".lora_B.",), (".lora_up.",), (".lora_down.",), (".lora.up.",), (".lora.down.",), ("lora_unet_",), ("lora_transformer_",),
+         ("lokr_",), ("hada_w1",), ("lycoris_",), (".oft_",), ("dora_scale",), ("lora_magnitude_vector",)),
+        _LORA,
+    ),
+    Foreign(
+        "a PixArt ControlNet",
+        (("controlnet.", "copied_block."), ("controlnet_blocks.",)),
+        "it is an adapter beside a PixArt transformer: choose the transformer's own file here",
+    ),
+    Foreign("a Sana transformer", ((".inverted_conv.",), ("attention_y_norm.",), (".conv_inverted.",)), _DIFFUSION),
+    Foreign("an Open-Sora transformer", ((".attn_temp.",), ("spatial_blocks.",)), _DIFFUSION),
+    Foreign("an LTX-Video transformer", (("patchify_proj.",), ("adaln_single.", "proj_in.")), _DIFFUSION),
+)
+
+OTHERS = (
+    Foreign(
+        "a Stable Diffusion / SDXL UNet or checkpoint",
+        (("input_blocks.", "middle_block."), ("down_blocks.", "mid_block.", "time_embedding."), ("add_embedding.linear_1.",), ("model.diffusion_model.input_blocks.",)),
+        _DIFFUSION,
+    ),
+    Foreign("a Flux transformer", (("double_blocks.", "single_blocks."), ("single_transformer_blocks.",)), _DIFFUSION),
+    Foreign("an SD3 / AuraFlow transformer", (("joint_blocks.",), ("joint_transformer_blocks.",), ("norm1_context.",)), _DIFFUSION),
+    Foreign("a DiT with class labels", (("y_embedder.embedding_table.",), (".adaLN_modulation.1.",)), _DIFFUSION),
+    Foreign(
+        "a T5 text encoder",
+        (("layer.0.SelfAttention.q.",), ("DenseReluDense.",), ("enc.blk.0.attn_q.",)),
+        "load it as the text encoder: pixart.load_text_encoder, or PixArtT5Loader / CLIPLoader in ComfyUI",
+    ),
+    Foreign(
+        "a CLIP text encoder",
+        (("text_model.encoder.layers.",), ("text_model.embeddings.",), ("transformer.resblocks.",), ("text_projection", "logit_scale")),
+        "PixArt reads captions with T5-v1.1-XXL, not CLIP; choose a PixArt transformer here",
+    ),
+    Foreign(
+        "a VAE",
+        (("taesd_decoder.",), ("taesd_encoder.",), ("decoder.conv_in.",), ("decoder.up_blocks.",), ("decoder.up.",), ("first_stage_model.",), ("encoder.layers.0.weight", "decoder.layers.")),
+        "load it as the VAE: vae= of pixart.Pipeline.from_files, or VAELoader in ComfyUI",
+    ),
+    Foreign("a language model", (("model.layers.0.self_attn.",), ("lm_head.",)), "choose a PixArt transformer here"),
+)
+
+
+def name_foreign(keys: Iterable[str], *, has_pixart_layers: bool) -> Foreign | None:
+    """What the file is, or None if nothing known fits; a few distinctive key parts decide."""
+    joined = "\n".join(keys)
+    table = ADAPTERS_AND_COUSINS if has_pixart_layers else ADAPTERS_AND_COUSINS + OTHERS
+    for foreign in table:
+        if any(all(part in joined for part in group) for group in foreign.markers):
+            return foreign
+    return None

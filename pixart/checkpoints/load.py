@@ -1,0 +1,228 @@
+"""From a file to a checked state dict, and to a transformer: all of it, or an error."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import TransformerConfig, get_variant
+from ..errors import CheckpointError
+from ..model import PixArtTransformer
+from .detect import AUTO, Detection, Origin, examine
+from .foreign import name_foreign
+from .hints import Hints
+from .keys import POSITION_KEY, find_prefixes, gather_native, is_known_prefix, key_layout, native_target
+from .read import RawCheckpoint, read_checkpoint
+
+QUANTIZATION_SUFFIXES = (
+    "scaled_fp8", ".scale_weight", ".scale_input", ".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant",
+)  # fmt: skip
+COMPANIONS = (  # other models in one checkpoint file
+    "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "vae.", "model_ema.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Native tensors that fit `detection.config` exactly, and quantization extras kept apart."""
+
+    state_dict: dict[str, Tensor]
+    detection: Detection
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+def prepare(
+    state_dict: Mapping[str, Tensor],
+    *,
+    source: str,
+    variant: str = AUTO,
+    ema: bool = False,
+    passthrough_suffixes: tuple[str, ...] = (),
+    container: str = "state dict",
+    hints: Hints = Hints(),
+    notes: tuple[str, ...] = (),
+) -> Prepared:
+    """Strips the prefix, converts, detects, and checks every key, shape and value of a state dict.
+
+    source: named in messages. passthrough_suffixes: keys that end so are quantization extras; they are
+    returned in `extras` under native names, and the shapes of the weights they belong to are checked
+    in their first axis only. The given mapping is not changed. Raises one CheckpointError with all problems.
+    """
+    if variant != AUTO:
+        get_variant(variant)
+    tensors, prefix, dropped = _strip(state_dict, source)
+    layout = key_layout(tensors)
+    problems: list[str] = []
+    extras = _take_extras(tensors, layout, passthrough_suffixes, problems)
+    unjoined: dict[str, str] = {}
+    if layout == "diffusers":
+        tensors, unjoined = gather_native(tensors)
+    if prefix and not is_known_prefix(prefix):
+        notes += (f"the keys stand under {prefix!r}, an unusual prefix; it was taken off.",)
+    if dropped:
+        notes += (f"left out, as it is not the transformer: {', '.join(dropped)}.",)
+    if POSITION_KEY in tensors:
+        notes += ("the stored pos_embed is not loaded; positions are computed.",)
+    origin = Origin(source, container, layout, prefix, ema, notes)
+    detection, contradictions = examine(tensors, variant, origin=origin, hints=hints)
+    tensors.pop(POSITION_KEY, None)
+    quantized = {key.rpartition(".")[0] for key in extras}
+    problems += contradictions + list(unjoined.values())
+    problems += _shape_problems(tensors, detection.config, quantized, unjoined)
+    problems += _value_problems(tensors, quantized)
+    if problems:
+        raise CheckpointError(_report(source, problems, detection, damaged=len(problems) > len(contradictions)))
+    return Prepared(tensors, detection, extras)
+
+
+def load_transformer(
+    path: str | Path,
+    variant: str = AUTO,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    ema: bool = False,
+) -> PixArtTransformer:
+    """A PixArt transformer from any of its formats, in eval mode, without gradients.
+
+    dtype: default is the file's own (bfloat16 for fp8 files, which plain layers can't compute in).
+    The result has `.detection`, the report. Raises CheckpointError; never a partly loaded model.
+    """
+    prepared = prepare_file(path, variant, ema)
+    stored = getattr(torch, prepared.detection.dtype)
+    target = dtype or (stored if stored.itemsize > 1 else torch.bfloat16)
+    model = PixArtTransformer(prepared.detection.config, dtype=target, device="meta")
+    tensors = {key: tensor.to(target) for key, tensor in prepared.state_dict.items()}
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.requires_grad_(False).eval().to(device)
+    model.detection = prepared.detection
+    return model
+
+
+def prepare_file(path: str | Path, variant: str = AUTO, ema: bool = False) -> Prepared:
+    """`read_checkpoint` and `prepare` in one step."""
+    raw: RawCheckpoint = read_checkpoint(path, ema)
+    return prepare(
+        raw.state_dict, source=raw.source, variant=variant, ema=raw.ema, container=raw.container, hints=raw.hints, notes=raw.notes
+    )
+
+
+def inspect_file(path: str | Path, variant: str = AUTO, ema: bool = False) -> Detection:
+    """The detection report of a file whose weights were fully checked; raises CheckpointError."""
+    return prepare_file(path, variant, ema).detection
+
+
+def _strip(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], str, list[str]]:
+    """Tensors under the transformer's prefix, that prefix, and the names of other parts left out."""
+    others = [str(key) for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+    if others:
+        shown = ", ".join(others[:10])
+        raise CheckpointError(f"{source}: {len(others)} entries are no tensors ({shown}); expected a state dict of tensors.")
+    keys = list(state_dict)
+    prefixes = find_prefixes(keys)
+    foreign = name_foreign(keys, has_pixart_layers=bool(prefixes))
+    if foreign:
+        raise CheckpointError(f"{source}: this is {foreign.kind}; expected a PixArt transformer. To use it, {foreign.advice}.")
+    if not prefixes:
+        shown = ", ".join(keys[:5]) or "none"
+        raise CheckpointError(
+            f"{source}: no PixArt layers among its {len(keys)} keys (first: {shown}); expected a PixArt transformer "
+            "with its own or diffusers' key names (t_block.1.weight, or adaln_single.linear.weight)."
+        )
+    plain = [prefix for prefix in prefixes if "ema" not in prefix]
+    prefix = plain[0] if plain else prefixes[0]
+    under = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    outside = [key for key in keys if not key.startswith(prefix)] if prefix else [k for k in under if k.startswith(COMPANIONS)]
+    dropped = sorted({name for key in outside for name in COMPANIONS if key.startswith(name)})
+    for key in outside:  # what is not a known companion stays, and is reported as an unknown key
+        if key.startswith(COMPANIONS):
+            under.pop(key, None)
+        else:
+            under[key] = state_dict[key]
+    return under, prefix, dropped
+
+
+def _take_extras(tensors: dict[str, Tensor], layout: str, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Tensor]:
+    """Moves quantization extras out of `tensors`, under native names."""
+    extras: dict[str, Tensor] = {}
+    for key in [key for key in tensors if key.endswith(QUANTIZATION_SUFFIXES + suffixes)]:
+        if not key.endswith(suffixes or ("\0",)):
+            problems.append(f"{key}: scaled quantization is not supported here; use PixArtModelLoader, or an unquantized file")
+            tensors.pop(key)
+            continue
+        target = native_target(key) if layout == "diffusers" else None
+        if target is not None and target.parts > 1:
+            problems.append(f"{key}: a scale of its own for one part of {target.key}; quantize a file with original keys instead")
+        extras[target.key if target else key] = tensors.pop(key)
+    return extras
+
+
+def _shape_problems(
+    tensors: Mapping[str, Tensor], config: TransformerConfig, quantized: set[str], unjoined: Mapping[str, str]
+) -> list[str]:
+    """Missing and unknown keys and wrong shapes, against an empty model of that config."""
+    empty = PixArtTransformer(config, device="meta")
+    expected = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
+    problems = [f"missing {key}" for key in _grouped(k for k in expected if k not in tensors and k not in unjoined)]
+    problems += [f"unknown key {key}" for key in _grouped(k for k in tensors if k not in expected)]
+    for key, shape in expected.items():
+        if key not in tensors:
+            continue
+        found = tuple(tensors[key].shape)
+        packed = key.rpartition(".")[0] in quantized and found[:1] == shape[:1]
+        if found != shape and not packed:
+            problems.append(f"{key} has shape {found}, expected {shape}")
+    return problems
+
+
+def _grouped(keys: Iterable[str]) -> list[str]:
+    """Keys with equal names in several blocks on one line: `blocks.{0-27}.attn.qkv.weight`."""
+    groups: dict[str, list[int]] = {}
+    for key in keys:
+        match = re.match(r"(.*?\bblocks\.)(\d+)(\..+)$", key)
+        groups.setdefault(f"{match[1]}{{}}{match[3]}" if match else key.replace("{", "{{"), []).append(int(match[2]) if match else -1)
+    return [
+        pattern.replace("{}", str(numbers[0]) if len(numbers) == 1 else "{" + _ranges(numbers) + "}")
+        for pattern, numbers in groups.items()
+    ]
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _value_problems(tensors: Mapping[str, Tensor], quantized: set[str]) -> list[str]:
+    """Keys with NaN or infinite values, or no floating-point numbers at all. min and max carry both and need no copy of the weights."""
+    problems = []
+    for key, tensor in tensors.items():
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or not tensor.numel():
+            continue  # a host's quantized tensor: only its shape is ours to check
+        if not tensor.is_floating_point() and key.rpartition(".")[0] not in quantized:
+            problems.append(f"{key} holds {tensor.dtype}; expected floating-point weights")
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            continue
+        low, high = torch.aminmax(tensor.detach())
+        if not bool(torch.isfinite(torch.stack([low, high])).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            problems.append(f"{key} has {bad} NaN or infinite values of {tensor.numel()}")
+    return problems
+
+
+def _report(source: str, problems: list[str], detection: Detection, damaged: bool) -> str:
+    if not damaged:
+        return f"{source}: the weights contradict what was given:\n  " + "\n  ".join(problems)
+    c = detection.config
+    return (
+        f"{source}: not a complete, sound PixArt transformer ({len(problems)} problem(s)); expected depth {c.depth}, "
+        f"hidden {c.hidden_size}, captions {c.caption_channels} wide, as the rest of the file has. "
+        "Download or convert it again:\n  " + "\n  ".join(problems)
+    )
