@@ -1,0 +1,265 @@
+"""The picture's autoencoder: diffusers' AutoencoderKL and AutoencoderTiny, in the model's latent space."""
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .errors import CheckpointError, InputError, UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_NAMES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.bin",
+)
+PREFIXES = ("", "first_stage_model.", "vae.")
+REMEDIES = {
+    0.18215: "an SD1 VAE, e.g. stabilityai/sd-vae-ft-ema, as α needs",
+    0.13025: "the SDXL VAE, e.g. PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers, as Σ needs",
+}
+# LDM's names of AutoencoderKL -> diffusers'; `decoder.up` counts from the other end, see _to_diffusers
+LDM_NAMES = (
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+    (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"(attentions\.0)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.0)\.(?:q|query)\.", r"\1.to_q."),
+    (r"(attentions\.0)\.(?:k|key)\.", r"\1.to_k."),
+    (r"(attentions\.0)\.(?:v|value)\.", r"\1.to_v."),
+    (r"(attentions\.0)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
+)
+
+
+class Vae:
+    """Pictures to model latents and back.
+
+    `module` is an AutoencoderKL or AutoencoderTiny; its latent is `model latent * factor + shift`.
+    """
+
+    def __init__(self, module: nn.Module, factor: float, shift: float = 0.0) -> None:
+        self.module = module
+        self.factor = factor
+        self.shift = shift
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How much smaller a latent's side is than the picture's."""
+        return 2 ** (len(self.module.config.block_out_channels) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.module.config.latent_channels
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in 0..1 to model latents (B, C, H/8, W/8), the mean of the distribution."""
+        step = self.pixels_per_latent
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % step or images.shape[3] % step:
+            raise InputError(
+                f"images have shape {tuple(images.shape)}; expected (batch, 3, height, width), sides multiples of {step}."
+            )
+        encoded = self.module.encode(self._place(images) * 2 - 1)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return (latents.float() - self.shift) / self.factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Model latents (B, C, h, w) to pictures (B, 3, 8h, 8w), fp32, around 0..1 but not clamped."""
+        latents = latents.float() * self.factor + self.shift
+        return self.module.decode(self._place(latents)).sample.float() / 2 + 0.5
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        parameter = next(self.module.parameters())
+        return tensor.to(parameter.device, parameter.dtype)
+
+
+def load_vae(
+    path: str | Path,
+    latent_scale: float,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Vae:
+    """Loads a diffusers folder (or a pipeline's, with vae/), or a single .safetensors file.
+
+    Files: AutoencoderKL in LDM or diffusers names, AutoencoderTiny in diffusers or TAESD names.
+    latent_scale: the model's; a VAE that says otherwise is reported in the log.
+    Raises CheckpointError or UnsupportedError saying what to do.
+    """
+    path = Path(path)
+    tensors, config = _read(path)
+    taesd = any(key.startswith("taesd_decoder.") for key in tensors)
+    factor, shift = 1.0, 0.0
+    if taesd:
+        factor, shift = _taesd_space(tensors, latent_scale)
+        tensors = _taesd_to_diffusers(tensors)
+    name = config.get("_class_name") or ("AutoencoderTiny" if "decoder.layers.0.weight" in tensors else "AutoencoderKL")
+    if name == "AutoencoderTiny":
+        config = config or _tiny_config(tensors, path)
+        factor = factor if taesd else 1 / config.get("scaling_factor", 1.0)
+    elif name == "AutoencoderKL":
+        tensors = _to_diffusers(tensors)
+        config = config or _kl_config(tensors, path)
+        factor = 1 / latent_scale
+        _check_scale(config, latent_scale, path)
+    else:
+        raise UnsupportedError(f"{path} is a {name}; expected an AutoencoderKL or AutoencoderTiny.")
+    module = _build(name, config, {key: value.to(dtype) for key, value in tensors.items()}, path)
+    module.enable_slicing()  # one picture at a time: the same result in a fraction of the memory
+    return Vae(module.to(device), factor, shift)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors without prefix, and the folder's config.json."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a VAE folder or a .safetensors file.")
+    config = {}
+    file = path
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        file = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+        if file is None or not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} is not a VAE folder: expected config.json and {WEIGHT_NAMES[0]}.")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    elif path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: expected a .safetensors file or a diffusers folder.")
+    try:
+        pickled = file.suffix == ".bin"
+        raw = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(str(file))
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file} is damaged or incomplete: {reason}. Download it again.") from None
+    if any(key.startswith("taesd_") for key in raw):
+        return raw, config
+    prefix = next((p for p in PREFIXES if p + "decoder.conv_in.weight" in raw or p + "decoder.layers.0.weight" in raw), None)
+    if prefix is None:
+        raise CheckpointError(
+            f"{file} is not a VAE: no decoder.conv_in, decoder.layers or taesd_decoder among its {len(raw)} keys "
+            f"({', '.join(sorted(raw)[:3])}, ...). Give {' or '.join(REMEDIES.values())}."
+        )
+    return {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}, config
+
+
+def _taesd_space(tensors: dict[str, Tensor], latent_scale: float) -> tuple[float, float]:
+    """Factor and shift from model latents to what a TAESD file's decoder takes.
+
+    The host decodes (latent / latent_scale - vae_shift) * vae_scale; without vae_scale the decoder is
+    TAESD's own and takes model latents.
+    """
+    if "vae_scale" not in tensors:
+        return 1.0, 0.0
+    scale = float(tensors["vae_scale"])
+    shift = float(tensors["vae_shift"]) if "vae_shift" in tensors else 0.0
+    return scale / latent_scale, -shift * scale
+
+
+def _taesd_to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """TAESD's names to AutoencoderTiny's, which counts no clamp at the decoder's start."""
+    renamed = {}
+    for key, value in tensors.items():
+        side, _, rest = key.partition(".")
+        index, _, rest = rest.partition(".")
+        if side == "taesd_encoder":
+            renamed[f"encoder.layers.{index}.{rest}"] = value
+        elif side == "taesd_decoder":
+            renamed[f"decoder.layers.{int(index) - 1}.{rest}"] = value
+    return renamed
+
+
+def _tiny_config(tensors: dict[str, Tensor], path: Path) -> dict:
+    first, last = "decoder.layers.0.weight", "encoder.layers.0.weight"
+    if first not in tensors or last not in tensors:
+        raise CheckpointError(f"{path}: half a TAESD; expected both an encoder and a decoder.")
+    widths = {"encoder": tensors[last].shape[0], "decoder": tensors[first].shape[0]}
+    return {
+        "latent_channels": tensors[first].shape[1],
+        **{f"{side}_block_out_channels": (width,) * 4 for side, width in widths.items()},
+    }
+
+
+def _to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LDM's and old diffusers' names to today's, attention as matrices; today's pass unchanged."""
+    ups = {int(m[1]) for m in (re.match(r"decoder\.up\.(\d+)\.", key) for key in tensors) if m}
+    renamed = {}
+    for key, value in tensors.items():
+        if not key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
+            continue  # training leftovers of LDM files, such as loss.* and model_ema.*
+        up = re.match(r"decoder\.up\.(\d+)\.(block|upsample)\.(.*)", key)
+        if up:
+            kind = "resnets" if up[2] == "block" else "upsamplers.0"
+            key = f"decoder.up_blocks.{max(ups) - int(up[1])}.{kind}.{up[3]}"
+        for pattern, replacement in LDM_NAMES:
+            key = re.sub(pattern, replacement, key)
+        if ".attentions.0.to_" in key and value.ndim == 4:
+            value = value[..., 0, 0]
+        renamed[key] = value
+    return renamed
+
+
+def _kl_config(tensors: dict[str, Tensor], path: Path) -> dict:
+    """AutoencoderKL's settings, from shapes."""
+    count = len({m[1] for m in (re.match(r"encoder\.down_blocks\.(\d+)\.", key) for key in tensors) if m})
+    firsts = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(count)]
+    missing = [key for key in (*firsts, "decoder.conv_in.weight") if key not in tensors]
+    if missing or not firsts:
+        raise CheckpointError(f"{path}: not a whole AutoencoderKL, without {missing[0] if missing else 'an encoder'}.")
+    channels = [tensors[key].shape[0] for key in firsts]
+    layers = len({m[1] for m in (re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", key) for key in tensors) if m})
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * count,
+        "up_block_types": ["UpDecoderBlock2D"] * count,
+        "layers_per_block": layers,
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
+        "norm_num_groups": 32 if channels[0] % 32 == 0 else channels[0],
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+        "mid_block_add_attention": "decoder.mid_block.attentions.0.to_q.weight" in tensors,
+    }
+
+
+def _check_scale(config: dict, latent_scale: float, path: Path) -> None:
+    own = config.get("scaling_factor")
+    if own is not None and abs(own - latent_scale) > 1e-4:
+        remedy = REMEDIES.get(latent_scale, f"a VAE with scaling_factor {latent_scale}")
+        logger.warning(
+            "The VAE %s has scaling_factor %s, but the model was trained with %s, so colours and shapes will be wrong. "
+            "Give %s; or, if the model's family was guessed wrongly, give variant=.",
+            path, own, latent_scale, remedy,
+        )  # fmt: skip
+
+
+def _build(name: str, config: dict, tensors: dict[str, Tensor], path: Path) -> nn.Module:
+    """The diffusers module holding the tensors themselves; all missing, unknown and misshapen keys raise at once."""
+    try:
+        import diffusers
+    except ImportError:
+        raise UnsupportedError("Decoding pictures needs the diffusers library: `pip install diffusers`.") from None
+    with torch.device("meta"):
+        module = getattr(diffusers, name).from_config(config)
+    expected = {key: value.shape for key, value in module.state_dict().items()}
+    problems = [f"missing {key}" for key in expected if key not in tensors]
+    problems += [f"unknown {key}" for key in tensors if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(value.shape)}, expected {tuple(expected[key])}"
+        for key, value in tensors.items()
+        if key in expected and value.shape != expected[key]
+    ]
+    problems += [f"NaN or infinite values in {key}" for key, value in tensors.items() if not value.isfinite().all()]
+    if problems:
+        raise CheckpointError(f"{path} is not a complete {name}: {'; '.join(problems)}.")
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False)
