@@ -1,0 +1,29 @@
+"""Pictures for the img2img and inpaint workflows: `python -m demo.pictures` draws them into demo/inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .scenes import Scene, SceneObject, render
+
+FOLDER = Path(__file__).parent / "inputs"
+SIZE = 256
+MASK_TOP = 0.54  # everything below, as a fraction of the height, is drawn anew
+
+
+def main() -> None:
+    """Draw both pictures."""
+    scene = Scene((SceneObject("red", "circle", "medium", 0.5, 0.27, 0.2), SceneObject("yellow", "square", "medium", 0.5, 0.75, 0.2)), "above", "white")
+    picture = (render(scene, SIZE, SIZE) * 255).round().astype(np.uint8)
+    FOLDER.mkdir(exist_ok=True)
+    Image.fromarray(picture).save(FOLDER / "pixart-scene.png")
+    alpha = np.full((SIZE, SIZE, 1), 255, np.uint8)
+    alpha[round(MASK_TOP * SIZE) :] = 0
+    Image.fromarray(np.concatenate((picture, alpha), axis=2)).save(FOLDER / "pixart-inpaint.png")
+
+
+if __name__ == "__main__":
+    main()
