@@ -2,23 +2,19 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor
 
 from ..config import HEAD_DIM, TransformerConfig, Variant, get_variant, variant_names
-from ..embeddings import position_table
 from ..errors import CheckpointError
 from .hints import Hints
 from .keys import NULL_CAPTION_KEY, POSITION_KEY
+from .sizes import StoredPositions, main_dtype, read_sizes, read_stored_positions
 
 AUTO = "auto"
 TOKENS_OF_FAMILY = {"alpha": 120, "sigma": 300}
-MAX_DEPTH = 256  # a guard against absurd block numbers in damaged files
 VAE_TITLES = {
     "sd1": "SD1 (scale 0.18215, e.g. sd-vae-ft-ema)",
     "sdxl": "SDXL (scale 0.13025)",
@@ -106,9 +102,9 @@ def examine(
     """The detection, and the contradictions that make it void."""
     shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
     reasons = list(origin.notes)
-    sizes = _read_sizes(shapes, origin.source, reasons)
+    sizes = read_sizes(shapes, origin.source, reasons)
     rows = shapes[NULL_CAPTION_KEY][0] if len(shapes.get(NULL_CAPTION_KEY, ())) == 2 else None
-    table = _read_stored_positions(state_dict.get(POSITION_KEY), sizes["hidden_size"])
+    table = read_stored_positions(state_dict.get(POSITION_KEY), sizes["hidden_size"])
     problems = hints.contradictions(sizes)
     if variant == AUTO:
         chosen, base, known = _choose(sizes, rows, table, hints, reasons)
@@ -131,7 +127,7 @@ def examine(
     )
     detection = Detection(
         variant=chosen.name, family=chosen.family, config=config, base_size=base, max_tokens=config.max_tokens,
-        latent_scale=chosen.latent_scale, vae=chosen.vae, dtype=_main_dtype(t for key, t in state_dict.items() if key != POSITION_KEY),
+        latent_scale=chosen.latent_scale, vae=chosen.vae, dtype=main_dtype(t for key, t in state_dict.items() if key != POSITION_KEY),
         parameters=sum(math.prod(s) for key, s in shapes.items() if key != POSITION_KEY),
         source=origin.source, container=origin.container, format=origin.format, prefix=origin.prefix,
         ema=origin.ema, family_known=known, reasons=tuple(reasons),
@@ -139,45 +135,9 @@ def examine(
     return detection, problems
 
 
-def _read_sizes(shapes: Mapping[str, tuple[int, ...]], source: str, reasons: list[str]) -> dict:
-    """Every size that shapes tell. Where keys disagree the majority wins, so that the odd one is named later."""
-
-    def vote(*candidates: int | None, default: int) -> int:
-        counted = Counter(c for c in candidates if c)
-        return counted.most_common(1)[0][0] if counted else default
-
-    def dim(key: str, index: int) -> int | None:
-        shape = shapes.get(key, ())
-        return shape[index] if -len(shape) <= index < len(shape) else None
-
-    blocks = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in shapes) if m}
-    depth = max(blocks, default=0) + 1
-    if depth > MAX_DEPTH:
-        raise CheckpointError(f"{source}: has a block numbered {depth - 1}; expected at most {MAX_DEPTH} blocks.")
-    hidden = vote(
-        dim("final_layer.scale_shift_table", 1), dim("x_embedder.proj.bias", 0), dim("y_embedder.y_proj.fc2.bias", 0),
-        (dim("t_block.1.bias", 0) or 0) // 6, *(dim(f"blocks.{i}.scale_shift_table", 1) for i in blocks), default=1152,
-    )  # fmt: skip
-    patch = vote(dim("x_embedder.proj.weight", 3), default=2)
-    ratios = {i: dim(f"blocks.{i}.attn.sr.weight", 3) for i in blocks if f"blocks.{i}.attn.sr.weight" in shapes}
-    compressed = tuple((i, r) for i, r in sorted(ratios.items()) if r)
-    micro = any(key.startswith(("csize_embedder.", "ar_embedder.")) for key in shapes)
-    if compressed:
-        reasons.append(f"{len(compressed)} block(s) have attn.sr / attn.norm: trained with KV compression.")
-    return {
-        "hidden_size": hidden,
-        "depth": depth,
-        "patch_size": patch,
-        "in_channels": vote(dim("x_embedder.proj.weight", 1), default=4),
-        "out_channels": vote((dim("final_layer.linear.bias", 0) or 0) // patch**2, default=8),
-        "mlp_hidden": vote(*(dim(f"blocks.{i}.mlp.fc1.bias", 0) for i in blocks), default=4 * hidden),
-        "caption_channels": vote(dim(NULL_CAPTION_KEY, 1), dim("y_embedder.y_proj.fc1.weight", 1), default=4096),
-        "micro_condition": micro,
-        "compressed_blocks": compressed,
-    }
-
-
-def _choose(sizes: dict, rows: int | None, table, hints: Hints, reasons: list[str]) -> tuple[Variant, int | None, bool]:
+def _choose(
+    sizes: dict, rows: int | None, table: StoredPositions | None, hints: Hints, reasons: list[str]
+) -> tuple[Variant, int | None, bool]:
     """The zoo entry, the base size where something tells it, and whether the family is certain."""
     demo = get_variant("demo")
     if all(sizes[name] == getattr(demo.transformer, name) for name in sizes if name != "compressed_blocks"):
@@ -223,29 +183,31 @@ def _choose_family(sizes: dict, rows: int | None, hints: Hints, reasons: list[st
     return "sigma", False
 
 
-def _choose_base(table, hints: Hints, reasons: list[str]) -> int | None:
+def _choose_base(table: StoredPositions | None, hints: Hints, reasons: list[str]) -> int | None:
     if hints.base_size:
         reasons.append(f"{hints.base_reason}: base size {hints.base_size} px.")
         return hints.base_size
-    if table is not None and table[0] in (16, 32, 64, 128):
+    if table is not None and table.side in (16, 32, 64, 128):
         reasons.append(
-            f"the stored pos_embed has {table[0]}x{table[0]} rows: base size {table[0] * 16} px "
+            f"the stored pos_embed has {table.side}x{table.side} rows: base size {table.side * 16} px "
             "(only a hint, some trainers store another size; its values are not used)."
         )
-        return table[0] * 16
+        return table.side * 16
     return None
 
 
-def _choose_alpha(base: int | None, table, hints: Hints, reasons: list[str]) -> tuple[Variant, int | None]:
+def _choose_alpha(base: int | None, table: StoredPositions | None, hints: Hints, reasons: list[str]) -> tuple[Variant, int | None]:
     """α-256 differs in its position range, so a 256-row table alone is not enough."""
     configured = hints.base_size == 256
-    stored = base == 256 and table is not None and table[1] is not None and abs(table[1] - 16) < 0.1
+    stored = base == 256 and table is not None and table.span is not None and abs(table.span - 16) < 0.1
     if configured or stored:
         if stored and not configured:
             reasons.append("that pos_embed also counts positions to 16, as only α-256 does: α-256.")
         return get_variant("alpha-256"), 256
     if base == 256:
-        reasons.append("that pos_embed does not count to 16 as α-256's does, so α-512 with range 32 is kept; variant=alpha-256 says otherwise.")
+        reasons.append(
+            "that pos_embed does not count to 16 as α-256's does: α-512 with range 32 is kept; variant=alpha-256 says otherwise."
+        )
         base = None
     elif base is None:
         reasons.append("α-256 and α-512 have the same layers: α-512 is the default; variant=alpha-256 says otherwise.")
@@ -288,7 +250,7 @@ def _heads(hidden: int, chosen: Variant, hints: Hints, reasons: list[str]) -> in
     return hidden // HEAD_DIM
 
 
-def _position_range(chosen: Variant, explicit: bool, hints: Hints, table, reasons: list[str]) -> float:
+def _position_range(chosen: Variant, explicit: bool, hints: Hints, table: StoredPositions | None, reasons: list[str]) -> float:
     result = chosen.transformer.position_range
     if hints.position_range and abs(hints.position_range - result) > 1e-6:
         if explicit:
@@ -298,28 +260,6 @@ def _position_range(chosen: Variant, explicit: bool, hints: Hints, table, reason
             result = hints.position_range
     else:
         reasons.append(f"position range {result:g}: {chosen.name}'s.")
-    if table is not None and table[1] is not None and abs(table[1] - result) > 0.1:
-        reasons.append(f"the stored pos_embed counts to {table[1]:.3g} instead; it is ignored.")
+    if table is not None and table.span is not None and abs(table.span - result) > 0.1:
+        reasons.append(f"the stored pos_embed counts to {table.span:.3g} instead; it is ignored.")
     return result
-
-
-def _read_stored_positions(table: Tensor | None, hidden: int) -> tuple[int, float | None] | None:
-    """Side of a stored position table, and the range it counts to if it is a sin-cos table at all."""
-    if table is None or table.ndim not in (2, 3) or table.shape[-1] != hidden or hidden % 4:
-        return None
-    side = math.isqrt(table.shape[-2])
-    if side < 2 or side * side != table.shape[-2] or table.is_meta or not table.is_floating_point():
-        return (side, None) if side * side == table.shape[-2] else None
-    values = table.reshape(-1, hidden)[: 2 * side].float().cpu()
-    angle = math.atan2(values[1, 0], values[1, hidden // 4]) % (2 * math.pi)  # lowest frequency is 1
-    span = angle * side
-    expected = position_table(side, side, hidden, span)[: 2 * side]
-    matches = span > 0 and bool((values - expected).abs().max() < 0.05)  # generous: may be stored in bf16
-    return side, (span if matches else None)
-
-
-def _main_dtype(tensors: Iterable[Tensor]) -> str:
-    count: Counter[torch.dtype] = Counter()
-    for tensor in tensors:
-        count[tensor.dtype] += tensor.numel()
-    return str(count.most_common(1)[0][0]).removeprefix("torch.")

@@ -20,8 +20,10 @@ _DIFFUSION = "load it with ComfyUI's own UNETLoader / CheckpointLoaderSimple, or
 ADAPTERS_AND_COUSINS = (
     Foreign(
         "a LoRA or LyCORIS adapter",
-        ((".lora_A.",), (".lora_B.",), (".lora_up.",), (".lora_down.",), (".lora.up.",), (".lora.down.",), ("lora_unet_",), ("lora_transformer_",),
-         ("lokr_",), ("hada_w1",), ("lycoris_",), (".oft_",), ("dora_scale",), ("lora_magnitude_vector",)),
+        (
+            (".lora_A.",), (".lora_B.",), (".lora_up.",), (".lora_down.",), (".lora.up.",), (".lora.down.",), ("lora_unet_",),
+            ("lora_transformer_",), ("lokr_",), ("hada_w1",), ("lycoris_",), (".oft_",), ("dora_scale",), ("lora_magnitude_vector",),
+        ),  # fmt: skip
         _LORA,
     ),
     Foreign(
@@ -37,7 +39,7 @@ ADAPTERS_AND_COUSINS = (
 OTHERS = (
     Foreign(
         "a Stable Diffusion / SDXL UNet or checkpoint",
-        (("input_blocks.", "middle_block."), ("down_blocks.", "mid_block.", "time_embedding."), ("add_embedding.linear_1.",), ("model.diffusion_model.input_blocks.",)),
+        (("input_blocks.", "middle_block."), ("down_blocks.", "mid_block.", "time_embedding."), ("add_embedding.linear_1.",)),
         _DIFFUSION,
     ),
     Foreign("a Flux transformer", (("double_blocks.", "single_blocks."), ("single_transformer_blocks.",)), _DIFFUSION),
@@ -55,7 +57,10 @@ OTHERS = (
     ),
     Foreign(
         "a VAE",
-        (("taesd_decoder.",), ("taesd_encoder.",), ("decoder.conv_in.",), ("decoder.up_blocks.",), ("decoder.up.",), ("first_stage_model.",), ("encoder.layers.0.weight", "decoder.layers.")),
+        (
+            ("taesd_decoder.",), ("taesd_encoder.",), ("decoder.conv_in.",), ("decoder.up_blocks.",), ("decoder.up.",),
+            ("first_stage_model.",), ("encoder.layers.0.weight", "decoder.layers."),
+        ),  # fmt: skip
         "load it as the VAE: vae= of pixart.Pipeline.from_files, or VAELoader in ComfyUI",
     ),
     Foreign("a language model", (("model.layers.0.self_attn.",), ("lm_head.",)), "choose a PixArt transformer here"),
