@@ -1,0 +1,30 @@
+"""The nodes of this pack; what ComfyUI's versions differ in lies in `host/`."""
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .model import PixArtModelLoader
+from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
+from .text import PixArtT5Loader, PixArtTextEncode
+
+NODES: tuple[type[io.ComfyNode], ...] = (
+    PixArtModelLoader,
+    PixArtT5Loader,
+    PixArtTextEncode,
+    PixArtResolution,
+    PixArtCropToSize,
+    PixArtSizeCondition,
+)
+
+
+class PixArtExtension(ComfyExtension):
+    """What the host asks for the list of nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Every node of the pack."""
+        return list(NODES)
+
+
+async def comfy_entrypoint() -> PixArtExtension:
+    """Called by the host once, at start."""
+    return PixArtExtension()

@@ -1,0 +1,57 @@
+"""Conditions of unequal length as one batch: padded at the end, with a mask that says what is padding."""
+from __future__ import annotations
+
+import comfy.conds
+import torch
+from torch import Tensor
+
+
+class CaptionStates(comfy.conds.CONDRegular):
+    """T5 states (B, M, C); prompts of other lengths join the batch, padded with zeros."""
+
+    def can_concat(self, other: CaptionStates) -> bool:
+        """Whether both can share one forward pass."""
+        mine, theirs = self.cond, other.cond
+        return (mine.shape[0], mine.shape[2]) == (theirs.shape[0], theirs.shape[2]) and mine.device == theirs.device
+
+    def concat(self, others: list[CaptionStates]) -> Tensor:
+        """(sum of B, longest M, C)."""
+        return torch.cat(_padded([self.cond, *(other.cond for other in others)]))
+
+
+class CaptionMask(comfy.conds.CONDRegular):
+    """Which tokens are real, bool (B, M). Without padding the batch has no mask, which every attention likes best."""
+
+    def can_concat(self, other: CaptionMask) -> bool:
+        """The states decide."""
+        return True
+
+    def concat(self, others: list[CaptionMask]) -> Tensor | None:
+        """(sum of B, longest M), or None if every token is real."""
+        mask = torch.cat(_padded([self.cond, *(other.cond for other in others)]))
+        return None if bool(mask.all()) else mask
+
+
+def caption_mask(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The mask an encoder returned, fitted to the states (B, M, C); tokens it doesn't cover are real.
+
+    ConditioningConcat lengthens the states but not the mask.
+    """
+    mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    if attention_mask is not None:
+        given = attention_mask.reshape(-1, attention_mask.shape[-1]).to(states.device) != 0
+        length = min(given.shape[-1], mask.shape[-1])
+        mask[:, :length] = given[:, :length]
+    return mask
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor]:
+    """Zeros (False) at the end of dimension 1, up to the longest."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return [_pad(tensor, longest - tensor.shape[1]) for tensor in tensors]
+
+
+def _pad(tensor: Tensor, missing: int) -> Tensor:
+    if not missing:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], dim=1)

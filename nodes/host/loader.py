@@ -1,0 +1,108 @@
+"""From a weight file or folder to the host's MODEL."""
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...pixart.checkpoints import QUANTIZATION_SUFFIXES, Detection, prepare, read_checkpoint
+from . import quantized
+from .supported import model_config
+
+log = logging.getLogger(__name__)
+DEFAULT = "default"
+WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
+    DEFAULT: None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+VAE_ADVICE = {
+    "sd1": "PixArt-α pictures are decoded by an SD1 VAE (scale 0.18215: sd-vae-ft-ema, vae-ft-mse-840000-ema-pruned); "
+    "an SDXL VAE gives washed-out noise. Choose it in VAELoader.",
+    "sdxl": "PixArt-Σ pictures are decoded by the SDXL VAE (scale 0.13025: sdxl_vae.safetensors); an SD1 VAE gives "
+    "wrong colours and noise. Choose it in VAELoader.",
+    "demo": "the demo's pictures are decoded by its own VAE: choose pixart-demo-vae.safetensors in VAELoader.",
+}
+_advised: set[str] = set()
+
+
+def load_model(path: str, variant: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
+    """A ModelPatcher; raises CheckpointError for anything but a whole, sound PixArt transformer.
+
+    disable_dynamic: asked for by the host when it rebuilds the model without dynamic VRAM.
+    """
+    state_dict, detection, metadata = _read(Path(path), variant)
+    _report(detection)
+    config = model_config(detection)
+    state_dict = quantized.configure(config, state_dict, metadata)
+    load_device = management.get_torch_device()
+    _set_dtype(config, WEIGHT_DTYPES[weight_dtype], state_dict, load_device)
+    model = config.get_model(state_dict)
+    patcher = _patcher_class(disable_dynamic)(
+        model, load_device=load_device, offload_device=management.unet_offload_device()
+    )
+    if not management.is_device_cpu(patcher.offload_device):
+        model.to(patcher.offload_device)
+    # With dynamic VRAM the tensors stay mapped to the file, so they become the parameters.
+    assign = {"assign": True} if hasattr(patcher, "is_dynamic") and patcher.is_dynamic() else {}
+    model.load_model_weights(state_dict, "", **assign)
+    patcher.cached_patcher_init = (load_model, (path, variant, weight_dtype))
+    return patcher
+
+
+def _read(path: Path, variant: str) -> tuple[dict[str, Tensor], Detection, Mapping[str, str] | None]:
+    """Native tensors with their quantization extras, what they are, and the file's metadata."""
+    raw = read_checkpoint(path)  # says in plain words what is wrong with a file
+    tensors, metadata = raw.state_dict, None
+    if path.is_file() and path.suffix in (".safetensors", ".sft"):
+        # Read by the host too: with dynamic VRAM its tensors know their place in the file.
+        tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    prepared = prepare(
+        tensors,
+        source=raw.source,
+        variant=variant,
+        ema=raw.ema,
+        passthrough_suffixes=QUANTIZATION_SUFFIXES,
+        container=raw.container,
+        hints=raw.hints,
+        notes=raw.notes,
+    )
+    return {**prepared.state_dict, **prepared.extras}, prepared.detection, metadata
+
+
+def _report(detection: Detection) -> None:
+    """What was decided and why, at each load; which VAE belongs to it, once."""
+    log.info("PixArt model:\n%s", detection.describe())
+    if detection.vae not in _advised:
+        _advised.add(detection.vae)
+        log.warning("PixArt: %s", VAE_ADVICE[detection.vae])
+
+
+def _set_dtype(config: Any, wanted: torch.dtype | None, state_dict: Mapping[str, Tensor], device: torch.device) -> None:
+    """Storage and computing dtype, chosen as the host's UNETLoader does it."""
+    supported = list(config.supported_inference_dtypes)
+    if wanted is None:
+        stored = None if quantized.is_quantized(config) else comfy.utils.weight_dtype(state_dict)
+        parameters = comfy.utils.calculate_parameters(state_dict)
+        wanted = management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    cast_from = None if quantized.has_layer_formats(config) else wanted
+    cast = management.unet_manual_cast(cast_from, device, supported)
+    takes_device = "device" in inspect.signature(config.set_inference_dtype).parameters
+    config.set_inference_dtype(wanted, cast, **({"device": device} if takes_device else {}))
+
+
+def _patcher_class(disable_dynamic: bool) -> type:
+    """Looked up at each call: the host replaces CoreModelPatcher when dynamic VRAM is on."""
+    plain = comfy.model_patcher.ModelPatcher
+    return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)

@@ -1,0 +1,124 @@
+"""The host's model classes for PixArt, with the core's transformer inside."""
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from typing import Any
+
+import comfy.conds
+import comfy.model_base
+import comfy.supported_models
+import torch
+from torch import Tensor
+
+from ...pixart.bins import nearest_bin
+from ...pixart.checkpoints.detect import Detection
+from ...pixart.config import TransformerConfig
+from ...pixart.errors import InputError, TextEncoderError
+from ...pixart.model import PIXELS_PER_LATENT
+from .conds import CaptionMask, CaptionStates, caption_mask
+from .transformer import HostTransformer
+
+log = logging.getLogger(__name__)
+FAR_AREA, FAR_RATIO = 1.6, 1.5  # factors from the nearest bin beyond which pictures visibly suffer
+_FIELDS = {field.name for field in fields(TransformerConfig)}
+
+
+def build_transformer(*, dtype: Any = None, device: Any = None, operations: Any = None, **sizes: Any) -> HostTransformer:
+    """What the host calls with `unet_config`; `sizes` are the fields of TransformerConfig and the host's labels."""
+    config = TransformerConfig(**{name: value for name, value in sizes.items() if name in _FIELDS})
+    return HostTransformer(config, operations=operations, dtype=dtype, device=device)
+
+
+class PixArtModel(comfy.model_base.PixArt):
+    """Subclass of the host's PixArt, by which LoRA key maps recognise the family."""
+
+    def __init__(self, model_config: Any, model_type=comfy.model_base.ModelType.EPS, device: Any = None) -> None:
+        # The parent names its own transformer, so its parent is called.
+        comfy.model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=build_transformer)
+        self.detection: Detection = model_config.detection
+        self._warned: set[str] = set()
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """Captions with their mask; for α-1024 the picture's size, (height, width) in pixels."""
+        out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
+        states = self._captions(kwargs.get("cross_attn"))
+        out["c_crossattn"] = CaptionStates(states)
+        out["context_mask"] = CaptionMask(caption_mask(states, kwargs.get("attention_mask")))
+        height, width = (side * PIXELS_PER_LATENT for side in kwargs["noise"].shape[-2:])
+        self._check_size(width, height)
+        wanted = (kwargs.get("height") or height, kwargs.get("width") or width)
+        if self.diffusion_model.config.micro_condition:
+            # int, which the host doesn't cast: bf16 rounds 1400 to 1408
+            out["size"] = comfy.conds.CONDRegular(torch.tensor([wanted], dtype=torch.int32))
+        elif wanted != (height, width):
+            self._warn_once("size", "This PixArt has no size conditioning (only α-1024 has): width and height of the "
+                            "conditioning are not used. Set the picture's size on the latent.")
+        return out
+
+    def _captions(self, states: Tensor | None) -> Tensor:
+        expected = self.diffusion_model.config.caption_channels
+        if states is None:
+            raise InputError("This conditioning holds no text; connect PixArtTextEncode or CLIPTextEncode with a T5.")
+        if states.ndim != 3 or states.shape[-1] != expected:
+            raise TextEncoderError(
+                f"The conditioning has shape {tuple(states.shape)}, but this PixArt model reads T5 states of width "
+                f"{expected}: expected (batch, tokens, {expected}). "
+                + ("Load T5-v1.1-XXL" if expected == 4096 else f"Load the T5 of width {expected} that belongs to it")
+                + " with PixArtT5Loader, or CLIPLoader with type pixart; CLIP-L and CLIP-G don't fit."
+            )
+        return states
+
+    def _check_size(self, width: int, height: int) -> None:
+        """One warning per model for sizes far from those it was trained at."""
+        base = self.detection.base_size
+        if base is None:
+            return
+        fit = nearest_bin(base, width, height)
+        area = (width * height) / (fit.width * fit.height)
+        ratio = (height / width) / fit.ratio
+        if not 1 / FAR_AREA <= area <= FAR_AREA or not 1 / FAR_RATIO <= ratio <= FAR_RATIO:
+            self._warn_once(
+                "bins",
+                f"{width}x{height} is far from the sizes this model was trained at (base {base}): expect repeated or "
+                f"broken content. The nearest is {fit.width}x{fit.height}; PixArtResolution makes such latents.",
+            )
+
+    def _warn_once(self, topic: str, text: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            log.warning("PixArt: %s", text)
+
+
+class _Supported:
+    """Builds PixArtModel; mixed into the host's configuration of each family."""
+
+    detection: Detection
+
+    def get_model(self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None) -> PixArtModel:
+        """Called by the loader; the weights come later."""
+        return PixArtModel(self, device=device).eval()
+
+
+class SupportedSigma(_Supported, comfy.supported_models.PixArtSigma):
+    """Σ: latents of the SDXL VAE."""
+
+
+class SupportedAlpha(_Supported, comfy.supported_models.PixArtAlpha):
+    """α: latents of the SD1 VAE."""
+
+
+def model_config(detection: Detection) -> SupportedSigma | SupportedAlpha:
+    """The host's model configuration for what was detected.
+
+    `unet_config` holds plain values: the host's key maps read depth and hidden_size there.
+    """
+    supported = SupportedAlpha if detection.family == "alpha" else SupportedSigma
+    config = supported({**supported.unet_config, **detection.config.to_dict()})
+    config.detection = detection
+    if config.latent_format.scale_factor != detection.latent_scale:
+        raise InputError(
+            f"{detection.variant}: latent scale {detection.latent_scale} differs from the host's "
+            f"{config.latent_format.scale_factor} for {detection.family}; this host can't run it."
+        )
+    return config

@@ -1,0 +1,167 @@
+"""From a T5 file or folder of any size to the host's CLIP, built of the host's own PixArt classes."""
+from __future__ import annotations
+
+import inspect
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.sd
+import comfy.text_encoders.pixart_t5 as pixart_t5
+import folder_paths
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ...pixart.checkpoints import QUANTIZATION_SUFFIXES
+from ...pixart.errors import TextEncoderError, UnsupportedError
+from ...pixart.text.tokenizer import find_tokenizer
+from ...pixart.text.weights import T5Weights, read_t5
+from .tokenizer import tokenizer_class
+
+log = logging.getLogger(__name__)
+DEFAULT = "default"
+PRECISIONS: dict[str, torch.dtype | None] = {
+    DEFAULT: None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+}
+DEVICES = (DEFAULT, "cpu")
+XXL_KEY, XXL_ROWS = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight", 10240
+XXL_VOCABULARY = 32128  # UMT5, which doesn't fit, has 256384
+ACTIVATIONS = {"gated-gelu": "gelu_pytorch_tanh", "relu": "relu"}
+# What the host's T5 has as constants
+FIXED = {
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+}
+
+
+def load_t5(path: str, precision: str, device: str, disable_dynamic: bool = False) -> Any:
+    """The host's CLIP with one stream, `t5xxl`; raises TextEncoderError for anything but a whole T5.
+
+    T5-v1.1-XXL files go through the host's loader, which knows quantized ones; all others, folders and
+    an asked-for precision through the same classes with the sizes of the weights.
+    """
+    options: dict[str, Any] = {}
+    if device == "cpu":
+        options["load_device"] = options["offload_device"] = torch.device("cpu")
+    clip = _from_host(path, precision, options, disable_dynamic) or _from_weights(
+        Path(path), PRECISIONS[precision], options, disable_dynamic
+    )
+    clip.patcher.cached_patcher_init = (load_t5_patcher, (path, precision, device))
+    return clip
+
+
+def load_t5_patcher(path: str, precision: str, device: str, disable_dynamic: bool = False) -> Any:
+    """What the host calls to rebuild the model."""
+    return load_t5(path, precision, device, disable_dynamic).patcher
+
+
+def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynamic: bool) -> Any | None:
+    """The host's own loader, for files that it knows."""
+    if not Path(path).is_file():
+        return None
+    packed = not path.lower().endswith((".safetensors", ".sft"))
+    shapes = {} if packed else _shapes(path)
+    is_xxl = shapes.get(XXL_KEY, (0,))[0] == XXL_ROWS and shapes.get("shared.weight", (0,))[0] == XXL_VOCABULARY
+    quantized = any(key.endswith(QUANTIZATION_SUFFIXES) for key in shapes)
+    if not packed and not (is_xxl and (precision == DEFAULT or quantized)):
+        return None
+    if precision != DEFAULT:
+        log.warning("PixArt: %s keeps the precision of its file; %s was asked for.", path, precision)
+    clip = comfy.sd.load_clip(
+        ckpt_paths=[path],
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=comfy.sd.CLIPType.PIXART,
+        model_options=options,
+        **_supported(comfy.sd.load_clip, disable_dynamic=disable_dynamic),
+    )
+    if not hasattr(clip.cond_stage_model, "t5xxl"):
+        raise TextEncoderError(
+            f"{path} is a {type(clip.cond_stage_model).__name__}; expected a T5 encoder. "
+            "PixArt reads captions with T5-v1.1-XXL; give its .safetensors file or its Hugging Face folder."
+        )
+    return clip
+
+
+def _shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Shapes from the header alone; empty if the file is damaged, which the core's reader explains."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def _from_weights(path: Path, dtype: torch.dtype | None, options: dict[str, Any], disable_dynamic: bool) -> Any:
+    """A CLIP with the sizes of the weights."""
+    weights = read_t5(path)
+    dtype = dtype or next(iter(weights.tensors.values())).dtype
+    options = {**options, "dtype": dtype, "t5xxl_model_config": host_config(weights)}
+    target = SimpleNamespace(
+        clip=pixart_t5.pixart_te(dtype_t5=dtype), tokenizer=tokenizer_class(weights, _tokenizer_file(path)), params={}
+    )
+    parameters = sum(tensor.numel() for tensor in weights.tensors.values())
+    at_creation = _supported(comfy.sd.CLIP.__init__, state_dict=[weights.tensors], disable_dynamic=disable_dynamic)
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=parameters,
+        model_options=options,
+        **at_creation,
+    )
+    if "state_dict" not in at_creation:
+        clip.load_sd(weights.tensors)
+    _check_complete(clip, weights)
+    log.info(
+        "T5 %s: width %s, %s layers, %s", path, weights.config["d_model"], weights.config["num_layers"], dtype
+    )
+    return clip
+
+
+def host_config(weights: T5Weights) -> dict[str, Any]:
+    """The host's T5 settings for these weights; raises UnsupportedError for what its T5 can't be."""
+    config = weights.config
+    wrong = [f"{name} {config[name]}, not {value}" for name, value in FIXED.items() if config.get(name, value) != value]
+    activation = ACTIVATIONS.get(str(config["feed_forward_proj"]))
+    if activation is None:
+        wrong.append(f"feed_forward_proj {config['feed_forward_proj']}, not one of {', '.join(ACTIVATIONS)}")
+    if wrong:
+        raise UnsupportedError(f"{weights.path}: ComfyUI's T5 can't run it: it has {'; '.join(wrong)}. Use another T5.")
+    sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+    gated = str(config["feed_forward_proj"]).startswith("gated")
+    return {
+        **{name: config[name] for name in sizes},
+        "num_decoder_layers": config["num_layers"],
+        "dense_act_fn": activation,
+        "is_gated_act": gated,
+        "model_type": "t5",
+    }
+
+
+def _tokenizer_file(path: Path) -> Path | None:
+    """tokenizer.json or spiece.model in the folder, its tokenizer/, or the pipeline's tokenizer/."""
+    if path.is_file():
+        return None
+    return find_tokenizer(path) or find_tokenizer(path.parent / "tokenizer")
+
+
+def _check_complete(clip: Any, weights: T5Weights) -> None:
+    """Never a partly loaded encoder: the host's loader only logs missing keys."""
+    wanted = set(clip.cond_stage_model.t5xxl.transformer.state_dict())
+    missing, unknown = sorted(wanted - set(weights.tensors)), sorted(set(weights.tensors) - wanted)
+    if missing or unknown:
+        raise TextEncoderError(
+            f"{weights.path}: not a whole T5 encoder; missing keys: {', '.join(missing[:6]) or 'none'}; unknown keys: "
+            f"{', '.join(unknown[:6]) or 'none'}. Download it again, or choose the folder instead of one of its shards."
+        )
+
+
+def _supported(function: Any, **arguments: Any) -> dict[str, Any]:
+    """Those arguments that this host's function has."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in known}

@@ -1,0 +1,72 @@
+"""The T5 stream among the tokens of any host CLIP: cut to a limit, counted, encoded."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...pixart.errors import InputError, TextEncoderError
+
+STREAM = "t5xxl"
+PAD_ID, END_ID = 0, 1  # of every T5
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """CONDITIONING of one prompt, and what became of its tokens."""
+
+    conditioning: list
+    count: int  # tokens of the whole prompt, end token included
+    limit: int
+    cut: str  # words beyond the limit; "" if none
+
+    def describe(self) -> str:
+        """One or two lines for the node."""
+        line = f"{min(self.count, self.limit)} of {self.limit} tokens"
+        return f"{line}\ncut ({self.count - self.limit} tokens): {self.cut}" if self.cut else line
+
+
+def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
+    """Encodes with the weights of `(word:1.2)`, as CLIPTextEncode does, within `max_tokens`.
+
+    Raises TextEncoderError for a CLIP without T5, InputError for a limit below 1.
+    """
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}; expected at least 1, for the end token.")
+    if clip is None:
+        raise TextEncoderError("clip is empty: the checkpoint it comes from holds no text encoder. Use PixArtT5Loader.")
+    tokens = clip.tokenize(text)
+    if STREAM not in tokens:
+        raise TextEncoderError(
+            f"This CLIP has the token streams {', '.join(tokens)}; expected a T5 ({STREAM}), by which PixArt reads "
+            "captions. Load T5-v1.1-XXL with PixArtT5Loader, or CLIPLoader with type pixart."
+        )
+    words = [pair for row in tokens[STREAM] for pair in _without_end(row)]
+    kept, cut = words[: max_tokens - 1], words[max_tokens - 1 :]
+    # Other streams (CLIP-L, CLIP-G of SD3 or Flux) would lengthen the states with what PixArt can't read.
+    stripped: dict[str, list] = {name: [] for name in tokens}
+    stripped[STREAM] = [[*kept, (END_ID, 1.0)]]
+    conditioning = clip.encode_from_tokens_scheduled(stripped)
+    return Encoded(conditioning, len(words) + 1, max_tokens, _words(clip, cut))
+
+
+def _without_end(row: list[tuple]) -> list[tuple]:
+    """A row without padding and end token; (token, weight) pairs, where a token may be an embedding's tensor."""
+    length = len(row)
+    while length and _is(row[length - 1], PAD_ID):
+        length -= 1
+    if length and _is(row[length - 1], END_ID):
+        length -= 1
+    return row[:length]
+
+
+def _is(pair: tuple, token: int) -> bool:
+    return isinstance(pair[0], int) and pair[0] == token
+
+
+def _words(clip: Any, pairs: list[tuple]) -> str:
+    """The text of tokens, from the vocabulary of the CLIP's T5 tokenizer."""
+    owner = clip.tokenizer
+    tokenizer = getattr(owner, STREAM, None) or getattr(owner, f"clip_{STREAM}", None)
+    pieces = getattr(tokenizer, "inv_vocab", {})
+    text = "".join(pieces.get(pair[0], "?") if isinstance(pair[0], int) else " (embedding)" for pair in pairs)
+    return text.replace("\u2581", " ").strip()

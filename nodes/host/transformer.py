@@ -1,0 +1,145 @@
+"""The core's transformer under the host's forward contract: wrappers, block replacement, control, overrides."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import comfy.ldm.common_dit
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor
+
+from ...pixart.config import TransformerConfig
+from ...pixart.errors import InputError
+from ...pixart.layers import BlockInputs
+from ...pixart.model import PIXELS_PER_LATENT, PixArtTransformer
+from .attention import host_attention
+
+Block = Callable[[BlockInputs], Tensor]
+ReplacedBlocks = Mapping[tuple[str, int], Callable[[dict, dict], dict]]
+
+
+class HostTransformer(PixArtTransformer):
+    """PixArt as a `diffusion_model` of the host; returns the noise alone, (B, in_channels, H, W)."""
+
+    def __init__(self, config: TransformerConfig, *, operations: Any, dtype: torch.dtype | None, device: Any) -> None:
+        super().__init__(config, operations=operations, attention=host_attention, dtype=dtype, device=device)
+        self.dtype = dtype  # the host reads the dtype of the weights here
+        self.patch_size = config.patch_size
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None = None,
+        size: Tensor | None = None,
+        crossattn_controlnet: Tensor | None = None,
+        control: dict[str, list[Tensor | None]] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """x: (B, C, H, W) in the dtype of computation; see `PixArtTransformer.forward` for the others.
+
+        control: {"input": residuals (B, tokens, D) or None, per block}. crossattn_controlnet is for the
+        ControlNet, which has read it already. transformer_options stays last: EasyCache looks for it there.
+        """
+        options = {} if transformer_options is None else transformer_options
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        executor = WrapperExecutor.new_class_executor(self._denoise, self, wrappers)
+        return executor.execute(x, timesteps, context, context_mask, size, control, options)
+
+    def _denoise(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None,
+        size: Tensor | None,
+        control: dict[str, list[Tensor | None]] | None,
+        transformer_options: dict[str, Any],
+    ) -> Tensor:
+        height, width = x.shape[-2:]
+        if size is None and self.config.micro_condition:
+            pixels = [height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT]
+            size = torch.tensor([pixels], device=x.device).expand(x.shape[0], 2)
+        padded = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size,) * 2, padding_mode="replicate")
+        tokens = padded.shape[-2] * padded.shape[-1] // self.patch_size**2
+        options = {**transformer_options, "total_blocks": self.config.depth, "block_type": "double"}
+        out = super().forward(
+            padded,
+            timesteps,
+            context,
+            context_mask,
+            size,
+            block_wrappers=_block_wrappers(self.config.depth, options),
+            block_residuals=control_residuals(control, self.config, tokens),
+            attention_options=options,
+        )
+        return out[:, : self.config.in_channels, :height, :width]
+
+
+def _block_wrappers(depth: int, options: dict[str, Any]) -> dict[int, Callable[[BlockInputs, Block], Tensor]]:
+    """One wrapper per block: says which block is running, and calls the host's replacement if there is one."""
+    replaced: ReplacedBlocks = options.get("patches_replace", {}).get("dit", {})
+
+    def wrapper(index: int) -> Callable[[BlockInputs, Block], Tensor]:
+        replacement = replaced.get(("double_block", index))
+
+        def run(inputs: BlockInputs, block: Block) -> Tensor:
+            inputs.attention_options["block_index"] = index  # our own copy of transformer_options
+            return block(inputs) if replacement is None else _call_replacement(replacement, inputs, block)
+
+        return run
+
+    return {index: wrapper(index) for index in range(depth)}
+
+
+def _call_replacement(replacement: Callable[[dict, dict], dict], inputs: BlockInputs, block: Block) -> Tensor:
+    """Calls a `patches_replace["dit"]` entry with the arguments Flux gives to its double blocks.
+
+    img: (B, N, D), fp32; txt: (B, M, D), projected captions, which PixArt's blocks read but don't change;
+    vec: (B, 6, D), fp32, the modulation; pe: None, positions are added before the first block.
+    """
+
+    def original(args: dict[str, Any]) -> dict[str, Any]:
+        changed = replace(
+            inputs,
+            hidden=args["img"],
+            context=args["txt"],
+            modulation=args["vec"],
+            context_mask=args.get("attn_mask"),
+            attention_options=args.get("transformer_options", inputs.attention_options),
+        )
+        return {"img": block(changed), "txt": args["txt"]}
+
+    args = {
+        "img": inputs.hidden,
+        "txt": inputs.context,
+        "vec": inputs.modulation,
+        "pe": None,
+        "attn_mask": inputs.context_mask,
+        "transformer_options": inputs.attention_options,
+    }
+    return replacement(args, {"original_block": original})["img"]
+
+
+def control_residuals(
+    control: dict[str, list[Tensor | None]] | None, config: TransformerConfig, tokens: int
+) -> dict[int, Tensor]:
+    """Block index -> residual (B, N, D), from the host's `control`; raises InputError for another model's ControlNet."""
+    if control is None:
+        return {}
+    strangers = [kind for kind, given in control.items() if kind != "input" and any(r is not None for r in given)]
+    residuals = {i: r for i, r in enumerate(control.get("input", ())) if r is not None}
+    wrong = [f"{i}: {tuple(r.shape)}" for i, r in residuals.items() if r.shape[1:] != (tokens, config.hidden_size)]
+    outside = [i for i in residuals if i >= config.depth]
+    if strangers or wrong or outside:
+        found = [f"outputs {strangers}"] * bool(strangers) + [f"residual of block {text}" for text in wrong]
+        found += [f"residuals for blocks {outside}"] * bool(outside)
+        raise InputError(
+            f"This ControlNet isn't for this PixArt model: found {'; '.join(found)}; expected residuals of shape "
+            f"(batch, {tokens}, {config.hidden_size}) for blocks 0..{config.depth - 1} under 'input'. "
+            "Remove it or choose a PixArt ControlNet."
+        )
+    return residuals

@@ -1,0 +1,55 @@
+"""Loading the transformer."""
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..pixart.checkpoints.detect import AUTO
+from ..pixart.config import variant_names
+from .host.files import choices, resolve
+from .host.loader import DEFAULT, WEIGHT_DTYPES, load_model
+from .host.schema import schema
+
+FOLDER, COMPONENT = "diffusion_models", "transformer"
+
+
+class PixArtModelLoader(io.ComfyNode):
+    """A PixArt transformer as MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Menus are read anew each time."""
+        return schema(
+            node_id="PixArtModelLoader",
+            display_name="PixArt Model Loader",
+            category="PixArt",
+            description="Loads PixArt-α or PixArt-Σ from an original .pth, a safetensors file with original or diffusers "
+            "keys, or a diffusers folder. The log says what was detected, why, and which VAE belongs to it.",
+            search_aliases=["pixart", "pixart sigma", "pixart alpha", "load diffusion model", "unet loader"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=choices(FOLDER, COMPONENT),
+                    tooltip="A file or a diffusers folder under models/diffusion_models.",
+                ),
+                io.Combo.Input(
+                    "variant",
+                    options=[AUTO, *variant_names()],
+                    default=AUTO,
+                    tooltip="auto reads everything from the file. Choose one where weights can't tell: α-256 and α-512, or "
+                    "α and Σ in files without y_embedding, look alike.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    default=DEFAULT,
+                    tooltip="How weights are kept. default lets ComfyUI decide; fp8 halves the memory of fp16.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, variant: str, weight_dtype: str) -> io.NodeOutput:
+        """Resolves the name, loads the model."""
+        path = resolve(FOLDER, COMPONENT, model_name)
+        return io.NodeOutput(load_model(str(path), variant, weight_dtype))

@@ -1,0 +1,110 @@
+"""Sizes: the trained bins, the way back from them, and the size that α-1024 is told."""
+from __future__ import annotations
+
+import node_helpers
+import torch
+from comfy_api.latest import io
+
+from ..pixart.bins import MAX_SIDE, base_sizes, check_size, nearest_bin, resize_and_crop
+from .host.latent import empty_latent
+from .host.schema import schema
+
+DEFAULT_BASE = "1024"
+
+
+def _side(name: str, tooltip: str) -> io.Int.Input:
+    return io.Int.Input(name, default=1024, min=1, max=MAX_SIDE, tooltip=tooltip)
+
+
+class PixArtResolution(io.ComfyNode):
+    """An empty latent of the trained size nearest to the wanted one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """base is the model's own size."""
+        return schema(
+            node_id="PixArtResolution",
+            display_name="PixArt Resolution",
+            category="PixArt",
+            description="Makes an empty latent in the trained size (aspect-ratio bin) nearest to the wanted one. "
+            "PixArtCropToSize brings the picture to exactly the wanted size.",
+            search_aliases=["aspect ratio bins", "empty latent pixart", "resolution"],
+            inputs=[
+                io.Combo.Input(
+                    "base",
+                    options=[str(base) for base in base_sizes()],
+                    default=DEFAULT_BASE,
+                    tooltip="The model's size: 512 for Σ-512 and α-512, 2048 for Σ-2K, 256 for the demo ...",
+                ),
+                _side("width", "Wanted width in pixels."),
+                _side("height", "Wanted height in pixels."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures per run."),
+            ],
+            outputs=[
+                io.Latent.Output(),
+                io.Int.Output("bin_width", display_name="width", tooltip="Width of the bin in pixels."),
+                io.Int.Output("bin_height", display_name="height", tooltip="Height of the bin in pixels."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, base: str, width: int, height: int, batch_size: int) -> io.NodeOutput:
+        """(LATENT, width, height)."""
+        size = nearest_bin(int(base), width, height)
+        return io.NodeOutput(empty_latent(size.width, size.height, batch_size), size.width, size.height)
+
+
+class PixArtCropToSize(io.ComfyNode):
+    """From a bin back to the wanted size."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """As the reference pipeline's resize and centre crop."""
+        return schema(
+            node_id="PixArtCropToSize",
+            display_name="PixArt Crop To Size",
+            category="PixArt",
+            description="Scales the picture until it covers the wanted size and crops the centre, as the reference "
+            "pipeline does after sampling in a bin.",
+            search_aliases=["resize and crop", "center crop"],
+            inputs=[
+                io.Image.Input("image"),
+                _side("width", "Width of the result in pixels."),
+                _side("height", "Height of the result in pixels."),
+            ],
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, image: torch.Tensor, width: int, height: int) -> io.NodeOutput:
+        """image: (B, H, W, C)."""
+        cropped = resize_and_crop(image.movedim(-1, 1), width, height)
+        return io.NodeOutput(cropped.movedim(1, -1).contiguous())
+
+
+class PixArtSizeCondition(io.ComfyNode):
+    """Tells α-1024 a size other than the latent's."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Other models don't read it."""
+        return schema(
+            node_id="PixArtSizeCondition",
+            display_name="PixArt Size Condition",
+            category="PixArt",
+            description="Sets the picture size that PixArt-α 1024 is conditioned on. Without this node it is the size of "
+            "the latent. Other PixArt models have no such input and ignore it.",
+            search_aliases=["micro conditioning", "resolution conditioning"],
+            inputs=[
+                io.Conditioning.Input("conditioning"),
+                _side("width", "Width in pixels that the model is told."),
+                _side("height", "Height in pixels that the model is told."),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, conditioning: list, width: int, height: int) -> io.NodeOutput:
+        """A copy of the conditioning with the size set."""
+        width, height = check_size(width, height)
+        return io.NodeOutput(node_helpers.conditioning_set_values(conditioning, {"width": width, "height": height}))

