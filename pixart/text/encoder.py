@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, TextEncoderError, UnsupportedError
@@ -27,6 +28,31 @@ class TextEmbeddings:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextEmbeddings:
         """The same on another device, and in another dtype."""
         return replace(self, states=self.states.to(device, dtype), mask=self.mask.to(device))
+
+    def repeat(self, count: int) -> TextEmbeddings:
+        """Every prompt `count` times, neighbours together."""
+        return TextEmbeddings(
+            self.states.repeat_interleave(count, dim=0),
+            self.mask.repeat_interleave(count, dim=0),
+            tuple(tokens for tokens in self.token_counts for _ in range(count)),
+            tuple(words for words in self.truncated for _ in range(count)),
+        )
+
+
+def concatenate(first: TextEmbeddings, second: TextEmbeddings) -> TextEmbeddings:
+    """One batch of both; the shorter is padded, and the mask hides the padding."""
+    longest = max(first.states.shape[1], second.states.shape[1])
+    padded = []
+    for part in (first, second):
+        extra = longest - part.states.shape[1]
+        padded.append((F.pad(part.states, (0, 0, 0, extra)), F.pad(part.mask, (0, extra))))
+    states, masks = zip(*padded)
+    return TextEmbeddings(
+        torch.cat(states),
+        torch.cat(masks),
+        first.token_counts + second.token_counts,
+        first.truncated + second.truncated,
+    )
 
 
 class TextEncoder:

@@ -1,0 +1,278 @@
+"""Text to pictures: prompts -> T5 -> transformer and DPM-Solver++ -> VAE -> pictures of the wanted size."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bins import check_size, nearest_bin, resize_and_crop
+from .checkpoints.load import load_transformer
+from .config import get_variant
+from .errors import InputError
+from .model import PIXELS_PER_LATENT, PixArtTransformer
+from .sampling import Callback, denoise, initial_noise, make_scheduler
+from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_encoder
+from .vae import Vae, load_vae
+
+logger = logging.getLogger(__name__)
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+MAX_STEPS = 1000  # timesteps of the training schedule
+
+
+class Canvas(NamedTuple):
+    """Sizes of one run, in pixels: what was wanted, and what the model draws."""
+
+    width: int
+    height: int
+    drawn_width: int
+    drawn_height: int
+    binned: bool
+
+
+class Pipeline:
+    """Draws pictures from prompts. `from_files` loads one; the parts may also be given one by one.
+
+    base_size: pixels whose bins are used; max_tokens: of a prompt; latent_scale is the VAE's concern.
+    scheduler: any of diffusers' for noise prediction (default DPM-Solver++ 2M on linear betas).
+    """
+
+    def __init__(
+        self,
+        transformer: PixArtTransformer,
+        text_encoder: TextEncoder | None = None,
+        vae: Vae | None = None,
+        *,
+        base_size: int = 1024,
+        max_tokens: int = 300,
+        scheduler: Any = None,
+    ) -> None:
+        config = transformer.config
+        if text_encoder is not None and text_encoder.width != config.caption_channels:
+            raise InputError(
+                f"The text encoder is {text_encoder.width} wide, but the transformer was trained on captions "
+                f"{config.caption_channels} wide. Give the T5 that belongs to the model "
+                "(T5-v1.1-XXL, 4096 wide, for the released ones)."
+            )
+        if vae is not None and vae.latent_channels != config.in_channels:
+            raise InputError(
+                f"The VAE's latents have {vae.latent_channels} channels, the transformer's {config.in_channels}. "
+                "Give the VAE the model was trained with."
+            )
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.base_size = base_size
+        self.max_tokens = max_tokens
+        self.scheduler = scheduler
+
+    @classmethod
+    def from_files(
+        cls,
+        transformer: str | Path,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        variant: str = "auto",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        ema: bool = False,
+    ) -> Pipeline:
+        """Loads every part; each path is a file or folder, also a diffusers pipeline's folder.
+
+        Without a text encoder, calls need `prompt_embeds`; without a VAE, `output="latent"`.
+        dtype: of transformer and T5 (default: as stored); the VAE runs in fp32 unless that is bf16.
+        """
+        model = load_transformer(transformer, variant=variant, dtype=dtype, device=device, ema=ema)
+        found = model.detection
+        encoder = load_text_encoder(text_encoder, tokenizer, dtype, device) if text_encoder else None
+        # The SDXL VAE overflows in fp16.
+        vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        decoder = load_vae(vae, found.latent_scale, vae_dtype, device) if vae else None
+        base = found.base_size or get_variant(found.variant).base_size
+        return cls(model, encoder, decoder, base_size=base, max_tokens=found.max_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return next(self.transformer.parameters()).dtype
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        steps: int = 20,
+        guidance: float = 4.5,
+        width: int | None = None,
+        height: int | None = None,
+        use_bins: bool = True,
+        seed: int | Sequence[int] | None = None,
+        images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        prompt_embeds: TextEmbeddings | None = None,
+        negative_prompt_embeds: TextEmbeddings | None = None,
+        lower_case: bool = True,
+        output: str = "pil",
+        callback: Callback | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Σ pipeline.
+
+        width, height: wanted pixels (default: the model's base size); with use_bins the nearest trained
+        size is drawn, then resized and cropped. guidance <= 1 runs without the negative prompt.
+        seed: one for the whole batch, or one a picture. latents: initial noise (B, C, h, w), unit variance.
+        prompt_embeds, negative_prompt_embeds: from `encode`, in place of prompts.
+        callback(step, timestep, latents): returning False ends sampling there.
+        output: "pil" -> list of pictures, "np" -> (B, H, W, 3) and "pt" -> (B, 3, H, W) in 0..1,
+        "latent" -> (B, C, h, w) in the model's latent space. Raises InputError.
+        """
+        self._check(steps, guidance, images_per_prompt, output)
+        positive, negative = self._embed(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance > 1, lower_case
+        )
+        batch = positive.states.shape[0] * images_per_prompt
+        canvas = self._canvas(width, height, use_bins, latents)
+        noise = self._noise(batch, canvas, seed, latents)
+        context = positive.repeat(images_per_prompt)
+        if negative is not None:
+            context = concatenate(negative.repeat(images_per_prompt), context)
+        size = None
+        if self.transformer.config.micro_condition:
+            size = torch.tensor([[canvas.drawn_height, canvas.drawn_width]], device=self.device)
+        scheduler = self.scheduler if self.scheduler is not None else make_scheduler()
+        found = denoise(
+            self.transformer,
+            noise,
+            context.to(self.device, self.dtype),
+            scheduler,
+            steps=steps,
+            guidance=None if negative is None else guidance,
+            size=size,
+            callback=callback,
+            progress=progress,
+        )
+        return found if output == "latent" else to_output(self._decode(found, canvas), output)
+
+    def encode(
+        self, prompts: str | Sequence[str], max_tokens: int | None = None, lower_case: bool = True
+    ) -> TextEmbeddings:
+        """T5 states of prompts, for `prompt_embeds`; lower-cased and stripped, as diffusers does it."""
+        if self.text_encoder is None:
+            raise InputError("This pipeline has no text encoder: give text_encoder= when loading, or prompt_embeds=.")
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"prompt is {prompts!r}; expected a string or a list of strings.")
+        if lower_case:
+            texts = [text.lower().strip() for text in texts]
+        return self.text_encoder.encode(texts, max_tokens or self.max_tokens)
+
+    def _check(self, steps: int, guidance: float, images_per_prompt: int, output: str) -> None:
+        for name, value, limit in (("steps", steps, MAX_STEPS), ("images_per_prompt", images_per_prompt, 10_000)):
+            if not isinstance(value, int) or not 1 <= value <= limit:
+                raise InputError(f"{name} is {value!r}; expected a whole number, 1 to {limit}.")
+        if not 0 <= guidance < 1e4:
+            raise InputError(f"guidance is {guidance!r}; expected 0 to 10000, usually 1 to 10.")
+        if output not in OUTPUTS:
+            raise InputError(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}.")
+        if self.vae is None and output != "latent":
+            raise InputError('This pipeline has no VAE: give vae= when loading, or ask for output="latent".')
+
+    def _embed(
+        self, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str], embeds: TextEmbeddings | None,
+        negative_embeds: TextEmbeddings | None, guided: bool, lower_case: bool,
+    ) -> tuple[TextEmbeddings, TextEmbeddings | None]:  # fmt: skip
+        """Embeddings of the prompts and, with guidance, as many of the negative prompts."""
+        if (prompt is None) == (embeds is None):
+            raise InputError("Give either prompt or prompt_embeds" + (", not both." if embeds is not None else "."))
+        positive = embeds if embeds is not None else self.encode(prompt, lower_case=lower_case)
+        negative = None
+        if guided:
+            negative = negative_embeds
+            if negative is None:
+                negative = self.encode(negative_prompt, lower_case=lower_case)
+        for name, part in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
+            self._check_embeddings(name, part)
+        count = positive.states.shape[0]
+        if negative is not None and negative.states.shape[0] not in (1, count):
+            raise InputError(f"{negative.states.shape[0]} negative prompts for {count} prompts; expected 1 or {count}.")
+        if negative is not None and negative.states.shape[0] != count:
+            negative = negative.repeat(count)
+        return positive, negative
+
+    def _check_embeddings(self, name: str, part: TextEmbeddings | None) -> None:
+        width = self.transformer.config.caption_channels
+        if part is None:
+            return
+        if part.states.ndim != 3 or part.states.shape[2] != width or part.mask.shape != part.states.shape[:2]:
+            raise InputError(
+                f"{name} has states {tuple(part.states.shape)} and mask {tuple(part.mask.shape)}; expected "
+                f"(prompts, tokens, {width}) and (prompts, tokens)."
+            )
+
+    def _canvas(self, width: int | None, height: int | None, use_bins: bool, latents: Tensor | None) -> Canvas:
+        step = self._pixels_per_latent
+        if latents is not None and latents.ndim == 4 and width is None and height is None:
+            drawn_height, drawn_width = (side * step for side in latents.shape[-2:])
+            return Canvas(drawn_width, drawn_height, drawn_width, drawn_height, binned=False)
+        width, height = check_size(
+            self.base_size if width is None else width, self.base_size if height is None else height
+        )
+        if use_bins:
+            size = nearest_bin(self.base_size, width, height)
+            return Canvas(width, height, size.width, size.height, binned=True)
+        self._warn_if_far(width, height)
+        return Canvas(width, height, -(-width // step) * step, -(-height // step) * step, binned=False)
+
+    def _warn_if_far(self, width: int, height: int) -> None:
+        """Says so when a size is far from all the model was trained on."""
+        size = nearest_bin(self.base_size, width, height)
+        area = width * height / (size.width * size.height)
+        if not 0.5 <= area <= 2 or not 0.8 <= (height / width) / size.ratio <= 1.25:
+            logger.warning(
+                "%dx%d is far from the sizes this model was trained at; the nearest is %dx%d (use_bins=True picks it).",
+                width, height, size.width, size.height,
+            )  # fmt: skip
+
+    @property
+    def _pixels_per_latent(self) -> int:
+        return self.vae.pixels_per_latent if self.vae is not None else PIXELS_PER_LATENT
+
+    def _noise(self, batch: int, canvas: Canvas, seed: int | Sequence[int] | None, latents: Tensor | None) -> Tensor:
+        step = self._pixels_per_latent
+        shape = (batch, self.transformer.config.in_channels, canvas.drawn_height // step, canvas.drawn_width // step)
+        if latents is None:
+            return initial_noise(shape, seed).to(self.device)
+        if tuple(latents.shape) != shape:
+            raise InputError(f"latents have shape {tuple(latents.shape)}; expected {shape} for these prompts and size.")
+        return latents.to(self.device, torch.float32)
+
+    def _decode(self, latents: Tensor, canvas: Canvas) -> Tensor:
+        """Pictures (B, 3, height, width) in 0..1, of the wanted size."""
+        images = self.vae.decode(latents)
+        if canvas.binned:
+            images = resize_and_crop(images, canvas.width, canvas.height)
+        top, left = (images.shape[-2] - canvas.height) // 2, (images.shape[-1] - canvas.width) // 2
+        return images[..., top : top + canvas.height, left : left + canvas.width].clamp(0, 1)
+
+
+def to_output(images: Tensor, output: str) -> Any:
+    """Pictures (B, 3, H, W) in 0..1 as "pt", "np" (B, H, W, 3) or a list of PIL pictures."""
+    if output == "pt":
+        return images
+    array = images.permute(0, 2, 3, 1).cpu().numpy()
+    if output == "np":
+        return array
+    from PIL import Image
+
+    return [Image.fromarray((picture * 255).round().astype("uint8")) for picture in array]
+

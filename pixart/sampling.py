@@ -1,0 +1,86 @@
+"""From noise to a latent: DPM-Solver++ of diffusers, guidance in one forward a step."""
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, UnsupportedError
+from .model import PixArtTransformer
+from .text.encoder import TextEmbeddings
+
+Callback = Callable[[int, int, Tensor], Any]
+
+
+def make_scheduler() -> Any:
+    """diffusers' DPM-Solver++ 2M with PixArt's linear betas, as the released pipelines configure it."""
+    try:
+        from diffusers import DPMSolverMultistepScheduler
+    except ImportError:
+        raise UnsupportedError("Sampling needs the diffusers library: `pip install diffusers`.") from None
+    return DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+
+
+def initial_noise(shape: tuple[int, int, int, int], seed: int | Sequence[int] | None = None) -> Tensor:
+    """Unit noise (B, C, h, w), fp32, from one seed for the batch or one a picture.
+
+    Drawn on the CPU, so that a seed means the same picture on every device. Raises InputError.
+    """
+    if seed is None or not isinstance(seed, Sequence):
+        return torch.randn(shape, generator=_generator(seed))
+    if len(seed) != shape[0]:
+        raise InputError(f"{len(seed)} seeds for {shape[0]} pictures; expected one seed, or one for each.")
+    return torch.cat([torch.randn((1, *shape[1:]), generator=_generator(one)) for one in seed])
+
+
+def denoise(
+    transformer: PixArtTransformer,
+    noise: Tensor,
+    context: TextEmbeddings,
+    scheduler: Any,
+    *,
+    steps: int,
+    guidance: float | None = None,
+    size: Tensor | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Latents (B, C, h, w), fp32, from unit noise of that shape.
+
+    context: B prompts; with guidance 2B, the negative ones first. size: (1, 2), height and width in
+    pixels, for micro-conditioned models. callback(step, timestep, latents): False ends sampling.
+    Raises UnsupportedError if the numbers overflow.
+    """
+    from tqdm.auto import tqdm
+
+    scheduler.set_timesteps(steps, device=noise.device)
+    latents = noise * scheduler.init_noise_sigma
+    rows = context.states.shape[0]
+    dtype = context.states.dtype
+    size = None if size is None else size.expand(rows, 2)
+    for index, timestep in enumerate(tqdm(scheduler.timesteps, disable=not progress)):
+        inputs = scheduler.scale_model_input(latents, timestep)
+        inputs = inputs if guidance is None else torch.cat([inputs, inputs])
+        predicted = transformer(inputs.to(dtype), timestep.expand(rows), context.states, context.mask, size)
+        predicted = predicted[:, : latents.shape[1]].float()  # the other half is the learned variance
+        if guidance is not None:
+            negative, positive = predicted.chunk(2)
+            predicted = negative + guidance * (positive - negative)
+        latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+        if callback is not None and callback(index, int(timestep), latents) is False:
+            break
+    if not torch.isfinite(latents).all():
+        raise UnsupportedError(f"Sampling in {dtype} gave NaN or infinite values; use bfloat16 or float32.")
+    return latents
+
+
+def _generator(seed: int | None) -> torch.Generator | None:
+    if seed is None:
+        return None
+    try:
+        return torch.Generator().manual_seed(operator.index(seed))
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"seed is {seed!r}; expected a whole number, 0 to {2**64 - 1}.") from None
