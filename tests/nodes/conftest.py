@@ -1,0 +1,42 @@
+"""The host's folders for these tests, and tiny models in them."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import host, host_models
+
+host.load_pack()
+import folder_paths  # noqa: E402 - the host's, once it is on sys.path
+
+KINDS = ("diffusion_models", "text_encoders", "loras", "embeddings", "vae")
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A models/ folder that is the only one the host knows."""
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        endings = folder_paths.folder_names_and_paths[kind][1]
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], endings))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def sigma_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Σ in a safetensors file."""
+    return host_models.write_model(tmp_path_factory.mktemp("sigma"), depth=3)
+
+
+@pytest.fixture
+def sigma(sigma_file: Path):
+    """A tiny Σ as MODEL."""
+    return host_models.load_model(sigma_file)
+
+
+@pytest.fixture(scope="session")
+def alpha_1024_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny α with size conditioning."""
+    return host_models.write_model(tmp_path_factory.mktemp("alpha"), micro=True, null_rows=120, hidden=144)

@@ -1,0 +1,263 @@
+"""What people do with a MODEL, through the host's own samplers: guidance, img2img, inpainting, odd sizes."""
+from __future__ import annotations
+
+import logging
+
+import comfy.latent_formats
+import latent_preview
+import nodes as host_nodes
+import pytest
+import torch
+from comfy_extras import nodes_easycache, nodes_model_advanced
+
+from tests.support import host, host_models
+from tests.support.host_models import captions, difference, noise, sample
+
+errors = host.pack_module("pixart.errors")
+
+
+@pytest.fixture
+def counted(sigma, monkeypatch: pytest.MonkeyPatch):
+    """The tiny Σ, and a list with (batch, caption tokens, has mask) of each forward pass."""
+    calls = []
+    network = sigma.model.diffusion_model
+    original = network._denoise
+
+    def count(x, timesteps, context, context_mask, *rest):
+        calls.append((x.shape[0], context.shape[1], context_mask is not None))
+        return original(x, timesteps, context, context_mask, *rest)
+
+    monkeypatch.setattr(network, "_denoise", count)
+    return sigma, calls
+
+
+@pytest.mark.parametrize(("prompt", "negative"), [(7, 1), (1, 12), (301, 2), (13, 7)])
+def test_prompts_of_unequal_length_take_one_forward_per_step(counted, prompt: int, negative: int) -> None:
+    model, calls = counted
+    sample(model, captions(prompt), captions(negative, seed=1), steps=4)
+    assert calls == [(2, max(prompt, negative), True)] * 4
+
+
+def test_prompts_of_equal_length_need_no_mask(counted) -> None:
+    model, calls = counted
+    sample(model, captions(5), captions(5, seed=1), steps=2)
+    assert calls == [(2, 5, False)] * 2
+
+
+def test_without_guidance_there_is_one_prompt_and_no_mask(counted) -> None:
+    model, calls = counted
+    sample(model, captions(5), captions(2, seed=1), steps=2, cfg=1.0)
+    assert calls == [(1, 5, False)] * 2
+
+
+def test_three_combined_prompts_share_one_forward(counted) -> None:
+    model, calls = counted
+    sample(model, [*captions(5), *captions(9, seed=2)], captions(1, seed=1), steps=1)
+    assert calls == [(3, 9, True)]
+
+
+def test_batching_changes_nothing(sigma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guided by both prompts in one pass, or in two: the same picture."""
+    conds = host.pack_module("nodes.host.conds")
+    together = sample(sigma, captions(11), captions(3, seed=1))
+    monkeypatch.setattr(conds.CaptionStates, "can_concat", lambda self, other: False)
+    apart = sample(sigma, captions(11), captions(3, seed=1))
+    assert difference(together, apart) < 1e-5
+
+
+def test_batch_of_latents_and_prompts(counted) -> None:
+    model, calls = counted
+    out = sample(model, captions(6, batch=2), captions(2, seed=1), torch.zeros(4, 4, 8, 8), steps=1)
+    assert out.shape == (4, 4, 8, 8) and calls == [(8, 6, True)]
+
+
+def test_mask_of_the_text_encoder_is_used(sigma) -> None:
+    """Padding that the encoder marked must not change the picture."""
+    plain, padded = captions(4), captions(4)
+    padded[0][0] = torch.cat([padded[0][0], torch.randn(1, 6, host_models.CAPTIONS)], dim=1)
+    padded[0][1]["attention_mask"] = torch.tensor([[1] * 4 + [0] * 6])
+    expected = sample(sigma, plain, captions(2, seed=1))
+    assert difference(sample(sigma, padded, captions(2, seed=1)), expected) < 1e-5
+    del padded[0][1]["attention_mask"]
+    assert difference(sample(sigma, padded, captions(2, seed=1)), expected) > 1e-3
+
+
+@pytest.mark.parametrize("size", [(7, 9), (8, 8), (5, 32), (33, 17)])
+def test_any_latent_size(sigma, size: tuple[int, int]) -> None:
+    out = sample(sigma, captions(4), captions(1, seed=1), torch.zeros(1, 4, *size), steps=2)
+    assert out.shape == (1, 4, *size) and torch.isfinite(out).all()
+
+
+def test_image_to_image_keeps_what_little_denoise_leaves(sigma) -> None:
+    start = noise(seed=3)
+    little = sample(sigma, captions(4), captions(1, seed=1), start, steps=10, denoise=0.1)
+    much = sample(sigma, captions(4), captions(1, seed=1), start, steps=10, denoise=0.9)
+    assert (little - start).abs().mean() < (much - start).abs().mean()
+
+
+def test_inpainting_leaves_the_unmasked_part(sigma) -> None:
+    start, mask = noise(seed=3), torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1.0
+    out = sample(sigma, captions(4), captions(1, seed=1), start, steps=4, mask=mask)
+    torch.testing.assert_close(out[..., 4:], start[..., 4:], rtol=1e-3, atol=1e-3)
+    assert (out[..., :4] - start[..., :4]).abs().mean() > 0.1
+
+
+def test_regions_by_area_and_mask(sigma) -> None:
+    left, right = captions(4)[0], captions(7, seed=5)[0]
+    left[1]["area"] = (8, 4, 0, 0)
+    right[1]["mask"] = torch.ones(1, 64, 64)
+    out = sample(sigma, [left, right], captions(1, seed=1), steps=2)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "sa_solver", "lcm", "uni_pc", "ddim"])
+def test_samplers(sigma, sampler: str) -> None:
+    assert torch.isfinite(sample(sigma, captions(4), captions(1, seed=1), steps=4, sampler=sampler)).all()
+
+
+def test_lcm_sampling_is_taken_over(sigma) -> None:
+    patched = nodes_model_advanced.ModelSamplingDiscrete().patch(sigma, "lcm", False)[0]
+    plain = sample(sigma, captions(4), captions(1, seed=1), sampler="lcm", cfg=1.0)
+    assert (sample(patched, captions(4), captions(1, seed=1), sampler="lcm", cfg=1.0) - plain).abs().max() > 1e-3
+    torch.testing.assert_close(sample(sigma, captions(4), captions(1, seed=1), sampler="lcm", cfg=1.0), plain)
+
+
+def test_noise_schedule_is_pixarts(sigma) -> None:
+    """Linear betas 1e-4 .. 0.02 over 1000 steps."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alphas = torch.cumprod(1 - betas, 0)
+    expected = ((1 - alphas) / alphas).sqrt()
+    sampling = sigma.get_model_object("model_sampling")
+    torch.testing.assert_close(sampling.sigmas.double(), expected, rtol=1e-4, atol=1e-6)
+    assert float(sampling.sigma_max) == pytest.approx(157.4, abs=0.05)
+
+
+def test_easycache_skips_steps(counted) -> None:
+    model, calls = counted
+    execute = nodes_easycache.EasyCacheNode.execute
+    eager = execute(model, reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False).result[0]
+    sample(eager, captions(4), captions(1, seed=1), steps=10)
+    skipping = len(calls)
+    calls.clear()
+    sample(model, captions(4), captions(1, seed=1), steps=10)
+    assert skipping < len(calls) == 10
+
+
+def test_previews_have_a_colour_table(sigma) -> None:
+    """The host's Latent2RGB previewer draws a step's latent."""
+    factors = sigma.model.latent_format.latent_rgb_factors
+    biases = getattr(sigma.model.latent_format, "latent_rgb_factors_bias", None)
+    previewer = latent_preview.Latent2RGBPreviewer(factors, biases)
+    assert previewer.decode_latent_to_preview(noise()).size == (8, 8)
+
+
+def test_captions_of_another_width_are_refused(sigma) -> None:
+    with pytest.raises(errors.TextEncoderError, match=r"width 32.*T5") as caught:
+        sample(sigma, captions(4, width=768), captions(1, width=768))
+    assert "768" in str(caught.value)
+
+
+def test_conditioning_without_text_is_refused(sigma) -> None:
+    with pytest.raises(errors.InputError, match="holds no text"):
+        sample(sigma, [[None, {}]], captions(1))
+
+
+def test_latents_of_another_vae_are_refused(sigma) -> None:
+    filled = torch.randn(1, 16, 8, 8)
+    with pytest.raises((errors.InputError, RuntimeError)):
+        sample(sigma, captions(4), captions(1), filled)
+
+
+class TestSizeCondition:
+    """α-1024 is told the size in pixels; the others are not."""
+
+    def sizes(self, model, monkeypatch, positive, latent=None):
+        seen = []
+        network = model.model.diffusion_model
+        original = network._denoise
+
+        def look(x, timesteps, context, context_mask, size, *rest):
+            seen.append(size)
+            return original(x, timesteps, context, context_mask, size, *rest)
+
+        monkeypatch.setattr(network, "_denoise", look)
+        sample(model, positive, captions(1, seed=1), latent, steps=1)
+        return seen[0]
+
+    def test_default_is_the_latent(self, alpha_1024_file, monkeypatch) -> None:
+        model = host_models.load_model(alpha_1024_file)
+        size = self.sizes(model, monkeypatch, captions(4), torch.zeros(1, 4, 9, 16))
+        assert size.tolist() == [[72, 128]] * 2
+
+    def test_node_and_host_node_set_it(self, alpha_1024_file, monkeypatch) -> None:
+        model = host_models.load_model(alpha_1024_file)
+        node = host.pack_module("nodes.resolution").PixArtSizeCondition
+        conditioning = captions(4)
+        told = node.execute(conditioning, width=1368, height=1000).result[0]
+        assert conditioning[0][1] == {}  # a copy was changed
+        sizes = self.sizes(model, monkeypatch, told)
+        assert sizes.tolist() in ([[1000, 1368], [64, 64]], [[64, 64], [1000, 1368]])
+        assert not sizes.is_floating_point()  # the host casts floats to the model's dtype, and bf16 rounds 1368
+
+    def test_it_changes_the_picture(self, alpha_1024_file) -> None:
+        model = host_models.load_model(alpha_1024_file)
+        node = host.pack_module("nodes.resolution").PixArtSizeCondition
+        told = node.execute(captions(4), width=2048, height=512).result[0]
+        assert (sample(model, told, captions(1)) - sample(model, captions(4), captions(1))).abs().max() > 1e-3
+
+    def test_other_models_say_that_they_ignore_it(self, sigma, caplog) -> None:
+        node = host.pack_module("nodes.resolution").PixArtSizeCondition
+        told = node.execute(captions(4), width=2048, height=512).result[0]
+        with caplog.at_level(logging.WARNING):
+            out = sample(sigma, told, captions(1), steps=1)
+            sample(sigma, told, captions(1), steps=1)
+        assert sum("no size conditioning" in message for message in caplog.messages) == 1
+        torch.testing.assert_close(out, sample(sigma, captions(4), captions(1), steps=1))
+
+
+def test_sizes_far_from_the_bins_warn_once(alpha_1024_file, caplog) -> None:
+    model = host_models.load_model(alpha_1024_file)
+    with caplog.at_level(logging.WARNING):
+        sample(model, captions(4), captions(1), steps=1)
+        sample(model, captions(4), captions(1), steps=1)
+        near = [message for message in caplog.messages if "far from the sizes" in message]
+    assert len(near) == 1 and "1024x1024" in near[0] and "PixArtResolution" in near[0]
+
+
+@pytest.mark.parametrize(("file", "latent_format"), [("sigma_file", "SDXL"), ("alpha_1024_file", "SD15")])
+def test_latent_format_follows_the_family(file: str, latent_format: str, request) -> None:
+    model = host_models.load_model(request.getfixturevalue(file))
+    assert isinstance(model.model.latent_format, getattr(comfy.latent_formats, latent_format))
+
+
+def test_host_node_for_alpha_conditioning_is_understood(alpha_1024_file, monkeypatch) -> None:
+    """CLIPTextEncodePixArtAlpha sets the same two values."""
+    model = host_models.load_model(alpha_1024_file)
+    conditioning = [[captions(4)[0][0], {"width": 768, "height": 1344, "pooled_output": None}]]
+    assert TestSizeCondition().sizes(model, monkeypatch, conditioning).tolist()[0] in ([1344, 768], [64, 64])
+
+
+def test_two_models_in_a_row(sigma, alpha_1024_file) -> None:
+    first = sample(sigma, captions(4), captions(1))
+    sample(host_models.load_model(alpha_1024_file), captions(4), captions(1))
+    torch.testing.assert_close(sample(sigma, captions(4), captions(1)), first)
+
+
+def test_model_is_saved_and_loaded_again(sigma, tmp_path) -> None:
+    """As ModelSave writes it: with the host's prefix."""
+    import inspect
+
+    import comfy.utils
+
+    save = sigma.model.state_dict_for_saving
+    needs_weights = "unet_state_dict" in inspect.signature(save).parameters
+    state = save(sigma.model.diffusion_model.state_dict()) if needs_weights else save()
+    comfy.utils.save_torch_file({k: v.contiguous() for k, v in state.items()}, str(tmp_path / "saved.safetensors"))
+    again = host_models.load_model(tmp_path / "saved.safetensors")
+    torch.testing.assert_close(sample(again, captions(4), captions(1)), sample(sigma, captions(4), captions(1)))
+
+
+def test_host_nodes_are_the_hosts() -> None:
+    """The pack's folder of the same name must not shadow the host's module."""
+    assert hasattr(host_nodes, "common_ksampler")
