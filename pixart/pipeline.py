@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .bins import check_size, nearest_bin, resize_and_crop
+from .bins import Bin, check_size, nearest_bin, resize_and_crop
 from .checkpoints.load import load_transformer
 from .config import get_variant
 from .errors import InputError
@@ -227,21 +227,11 @@ class Pipeline:
         width, height = check_size(
             self.base_size if width is None else width, self.base_size if height is None else height
         )
-        if use_bins:
-            size = nearest_bin(self.base_size, width, height)
-            return Canvas(width, height, size.width, size.height, binned=True)
-        self._warn_if_far(width, height)
-        return Canvas(width, height, -(-width // step) * step, -(-height // step) * step, binned=False)
-
-    def _warn_if_far(self, width: int, height: int) -> None:
-        """Says so when a size is far from all the model was trained on."""
         size = nearest_bin(self.base_size, width, height)
-        area = width * height / (size.width * size.height)
-        if not 0.5 <= area <= 2 or not 0.8 <= (height / width) / size.ratio <= 1.25:
-            logger.warning(
-                "%dx%d is far from the sizes this model was trained at; the nearest is %dx%d (use_bins=True picks it).",
-                width, height, size.width, size.height,
-            )  # fmt: skip
+        _warn_if_far(width, height, size, use_bins)
+        if use_bins:
+            return Canvas(width, height, size.width, size.height, binned=True)
+        return Canvas(width, height, -(-width // step) * step, -(-height // step) * step, binned=False)
 
     @property
     def _pixels_per_latent(self) -> int:
@@ -263,6 +253,22 @@ class Pipeline:
             images = resize_and_crop(images, canvas.width, canvas.height)
         top, left = (images.shape[-2] - canvas.height) // 2, (images.shape[-1] - canvas.width) // 2
         return images[..., top : top + canvas.height, left : left + canvas.width].clamp(0, 1)
+
+
+def _warn_if_far(width: int, height: int, size: Bin, use_bins: bool) -> None:
+    """Says so when a wanted size is far from all the model was trained on."""
+    area = width * height / (size.width * size.height)
+    ratio = height / width / size.ratio
+    if 0.8 <= ratio <= 1.25 and (0.5 <= area or use_bins) and area <= (4 if use_bins else 2):
+        return
+    if use_bins:
+        remedy = "it is drawn at that size, enlarged and cropped; ask for a size nearer to it to keep it whole and sharp."
+    else:
+        remedy = "use_bins=True draws it at that size."
+    logger.warning(
+        "%dx%d is far from the sizes this model was trained at. The nearest is %dx%d: %s",
+        width, height, size.width, size.height, remedy,
+    )  # fmt: skip
 
 
 def to_output(images: Tensor, output: str) -> Any:

@@ -133,7 +133,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
         file = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
         if file is None or not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} is not a VAE folder: expected config.json and {WEIGHT_NAMES[0]}.")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = _read_config(folder / "config.json")
     elif path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: expected a .safetensors file or a diffusers folder.")
     try:
@@ -144,13 +144,21 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise CheckpointError(f"{file} is damaged or incomplete: {reason}. Download it again.") from None
     if any(key.startswith("taesd_") for key in raw):
         return raw, config
-    prefix = next((p for p in PREFIXES if p + "decoder.conv_in.weight" in raw or p + "decoder.layers.0.weight" in raw), None)
+    marks = ("decoder.conv_in.weight", "decoder.layers.0.weight")
+    prefix = next((p for p in PREFIXES if any(p + mark in raw for mark in marks)), None)
     if prefix is None:
         raise CheckpointError(
             f"{file} is not a VAE: no decoder.conv_in, decoder.layers or taesd_decoder among its {len(raw)} keys "
             f"({', '.join(sorted(raw)[:3])}, ...). Give {' or '.join(REMEDIES.values())}."
         )
     return {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}, config
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} can't be read as JSON ({error}). Download it again.") from None
 
 
 def _taesd_space(tensors: dict[str, Tensor], latent_scale: float) -> tuple[float, float]:

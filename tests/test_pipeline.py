@@ -168,9 +168,18 @@ def test_sizes_without_bins_are_drawn_as_they_are(pipe, caplog):
         assert pipe("red", width=256, height=256, use_bins=False, output="latent", **FAST).shape[-2:] == (32, 32)
         assert not caplog.records
         assert pipe("red", width=600, height=300, use_bins=False, output="latent", **FAST).shape[-2:] == (38, 75)
-    assert "nearest is 352x176" in caplog.text
+    assert caplog.text.count("nearest is 352x176: use_bins=True draws it") == 1
     latents = torch.randn(1, 4, 5, 3)
     assert pipe("red", latents=latents, output="pt", **FAST).shape == (1, 3, 40, 24)
+
+
+def test_a_size_far_from_every_bin_is_reported_with_the_remedy(pipe, caplog):
+    with caplog.at_level(logging.WARNING, logger="pixart"):
+        pipe("red", width=100, height=90, output="latent", **FAST)
+        assert not caplog.records
+        pipe("red", width=2000, height=2000, output="latent", **FAST)
+        pipe("red", width=1000, height=100, output="latent", **FAST)
+    assert "2000x2000 is far" in caplog.text and "nearest is 512x128: it is drawn at that size" in caplog.text
 
 
 def test_latents_of_another_shape_are_refused(pipe):

@@ -183,6 +183,10 @@ def test_bad_files(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="not a VAE folder"):
         load_vae(tmp_path / "empty", SDXL)
+    tiny_kl().save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="can't be read as JSON"):
+        load_vae(tmp_path / "folder", SDXL)
 
 
 def test_wrong_kind_of_autoencoder(tmp_path):

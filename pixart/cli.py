@@ -1,0 +1,184 @@
+"""The command line: `python -m pixart generate | inspect | convert | train`."""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .config import variant_names
+from .errors import InputError, PixArtError, UnsupportedError
+
+DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
+DEMO_FILES = {
+    "transformer": DEMO_WEIGHTS / "pixart-demo-transformer.safetensors",
+    "text_encoder": DEMO_WEIGHTS / "pixart-demo-t5.safetensors",
+    "vae": DEMO_WEIGHTS / "pixart-demo-vae.safetensors",
+}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns the exit code: 0, 2 for an error it explained, 130 if interrupted."""
+    given = make_parser().parse_args(arguments)
+    level = logging.INFO if given.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        given.run(given)
+    except (PixArtError, OSError) as error:
+        sys.stderr.write(f"pixart: {error}\n")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("pixart: interrupted\n")
+        return INTERRUPTED
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="python -m pixart", description="PixArt text to image.")
+    parser.add_argument("--version", action="version", version=f"pixart {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is loaded and why")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_generate(commands.add_parser("generate", help="draw pictures from prompts (default: with the demo model)"))
+
+    inspect = commands.add_parser("inspect", help="say which PixArt a weight file is, and why")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_reading_options(inspect)
+    inspect.set_defaults(run=_inspect)
+
+    convert = commands.add_parser("convert", help="rewrite a weight file in another layout, without loss")
+    convert.add_argument("source", type=Path)
+    convert.add_argument("destination", type=Path)
+    convert.add_argument("--to", choices=("original", "diffusers"), required=True)
+    _add_reading_options(convert)
+    convert.set_defaults(run=_convert)
+
+    train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
+    train.add_argument("config", type=Path, help="a recipe, e.g. configs/train/demo.json")
+    train.add_argument("--restart", action="store_true", help="begin anew instead of going on")
+    train.add_argument("--stop-after", type=float, metavar="SECONDS", help="save and stop after this long")
+    train.set_defaults(run=_train)
+    return parser
+
+
+def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", choices=("auto", *variant_names()), default="auto", help="what weights can't tell")
+    parser.add_argument("--ema", action="store_true", help="take state_dict_ema from an original .pth")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", nargs="+", required=True, help="one or more, each in quotes")
+    parser.add_argument("--negative", default="", help="what the picture should not show")
+    parser.add_argument("--transformer", type=Path, help="file or folder; a diffusers pipeline's folder suffices alone")
+    parser.add_argument("--text-encoder", type=Path, help="T5: Hugging Face folder or .safetensors")
+    parser.add_argument("--tokenizer", type=Path, help="folder, tokenizer.json or spiece.model, if not beside the T5")
+    parser.add_argument("--vae", type=Path, help="diffusers folder or .safetensors")
+    _add_reading_options(parser)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg", type=float, default=4.5, help="guidance scale; 1 turns guidance off")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's base size)")
+    parser.add_argument("--height", type=int, help="pixels (default: the model's base size)")
+    parser.add_argument("--no-bins", action="store_true", help="draw the very size asked for, not the nearest trained one")
+    parser.add_argument("--images", type=int, default=1, help="pictures for each prompt")
+    parser.add_argument("--seed", type=int, help="default: a new one, which is printed")
+    parser.add_argument("--output", type=Path, default=Path("pixart.png"), help="several pictures get a number")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as the weights are stored")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(given: argparse.Namespace) -> None:
+    import torch
+
+    from .pipeline import Pipeline
+
+    if given.output.suffix.lower() not in PICTURE_SUFFIXES:
+        raise InputError(f"--output is {given.output}; expected a name ending in {', '.join(PICTURE_SUFFIXES)}.")
+    pipe = Pipeline.from_files(
+        **_parts(given),
+        tokenizer=given.tokenizer,
+        variant=given.variant,
+        dtype=getattr(torch, DTYPES[given.dtype]) if given.dtype else None,
+        device=_device(given.device),
+        ema=given.ema,
+    )
+    seed = secrets.randbelow(2**32) if given.seed is None else given.seed
+    pictures = pipe(
+        given.prompt,
+        given.negative,
+        steps=given.steps,
+        guidance=given.cfg,
+        width=given.width,
+        height=given.height,
+        use_bins=not given.no_bins,
+        seed=seed,
+        images_per_prompt=given.images,
+    )
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.write(f"seed {seed}\n")
+    for number, picture in enumerate(pictures, start=1):
+        name = given.output if len(pictures) == 1 else given.output.with_stem(f"{given.output.stem}-{number}")
+        picture.save(name)
+        sys.stdout.write(f"{name}\n")
+
+
+def _inspect(given: argparse.Namespace) -> None:
+    from .checkpoints import inspect_file
+
+    report = inspect_file(given.file, variant=given.variant, ema=given.ema)
+    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if given.json else report.describe()
+    sys.stdout.write(f"{text}\n")
+
+
+def _convert(given: argparse.Namespace) -> None:
+    from .checkpoints import convert_file
+
+    written = convert_file(given.source, given.destination, to=given.to, ema=given.ema, variant=given.variant)
+    sys.stdout.write(f"{written}\n")
+
+
+def _train(given: argparse.Namespace) -> None:
+    from .training.loop import train
+
+    written = train(given.config, resume=not given.restart, stop_after=given.stop_after)
+    sys.stdout.write(f"{written}\n")
+
+
+def _parts(given: argparse.Namespace) -> dict[str, Path]:
+    """Paths of transformer, text encoder and VAE: all given, or in one pipeline folder, or all the demo's."""
+    parts = {"transformer": given.transformer, "text_encoder": given.text_encoder, "vae": given.vae}
+    if given.transformer is None:
+        absent = [str(path) for name, path in DEMO_FILES.items() if parts[name] is None and not path.is_file()]
+        if absent:
+            raise InputError(f"No --transformer was given, and the demo model is not here: {', '.join(absent)}.")
+        return {name: path or DEMO_FILES[name] for name, path in parts.items()}
+    for name, path in parts.items():
+        if path is None and (given.transformer / name).is_dir():
+            parts[name] = given.transformer
+        elif path is None:
+            raise InputError(f"--{name.replace('_', '-')} is needed beside --transformer {given.transformer}.")
+    return parts
+
+
+def _device(name: str) -> str:
+    """The device to use; raises UnsupportedError if this machine lacks it."""
+    import torch
+
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, available in has.items() if available)
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise UnsupportedError(f"--device is {name!r}; expected auto, cpu, cuda, cuda:1 or mps.") from None
+    if not has.get(kind, True):
+        raise UnsupportedError(f"--device is {name!r}, but torch finds no {kind} here; use --device cpu.")
+    return name
