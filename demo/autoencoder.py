@@ -127,6 +127,7 @@ def save_autoencoder(decoder: nn.Sequential, path: Path) -> None:
     tensors |= {"vae_scale": torch.tensor(VAE_SCALE), "vae_shift": torch.tensor(0.0)}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def load_decoder(path: Path = WEIGHTS) -> nn.Sequential:
