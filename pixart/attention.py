@@ -28,6 +28,18 @@ def torch_attention(
     return rearrange(out, "b h n d -> b n (h d)")
 
 
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, heads: int, mask: Tensor | None = None, options: Any = None
+) -> Tensor:
+    """The same with whole score matrices: for training on a CPU, where the fused kernel's backward is slow."""
+    q, k, v = (rearrange(x, "b n (h d) -> (b h) n d", h=heads) for x in (q, k, v))
+    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
+    if mask is not None:
+        scores = scores.masked_fill(~mask.bool().repeat_interleave(heads, dim=0)[:, None], float("-inf"))
+    out = torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
+    return rearrange(out, "(b h) n d -> b n (h d)", h=heads)
+
+
 class SelfAttention(nn.Module):
     """Attention among picture tokens, with a fused `qkv`; `ratio` > 1 compresses keys and values.
 

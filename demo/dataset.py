@@ -1,0 +1,45 @@
+"""Fresh scenes for every training step: latents from the drawing, captions through the demo's T5."""
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pixart import load_text_encoder
+from pixart.training.data import Batch
+from pixart.training.recipe import Recipe
+
+from .autoencoder import latents_from_rgb
+from .captions import caption
+from .scenes import Scene, render, sample_scene
+
+LATENT_PIXELS = 8
+DRAWN_PIXELS = 4  # each latent cell is the mean of 4x4 soft-edged pixels: 8x8 differ by under 1 %
+
+
+class SceneSource:
+    """Batches of training scenes. Captions are dropped to the empty prompt, as guidance will ask for it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.encoder = load_text_encoder(recipe.text_encoder)
+        self.dropout = recipe.caption_dropout
+
+    def batch(self, size: tuple[int, int], count: int, rng: np.random.Generator) -> Batch:
+        """`count` scenes drawn at (height, width) pixels."""
+        scenes = [sample_scene(rng) for _ in range(count)]
+        texts = ["" if rng.random() < self.dropout else caption(scene, rng).text for scene in scenes]
+        encoded = self.encoder.encode(texts)
+        latents = np.stack([latent_grid(scene, *size) for scene in scenes])
+        return Batch(
+            latent=torch.from_numpy(latents).permute(0, 3, 1, 2).contiguous(),
+            context=encoded.states.float(),
+            mask=encoded.mask,
+            size=torch.tensor([size], dtype=torch.float32).expand(count, 2),
+        )
+
+
+def latent_grid(scene: Scene, height: int, width: int) -> np.ndarray:
+    """Model latents (height/8, width/8, 4) of a scene; equals the autoencoder's encoder on the picture."""
+    rows, columns = height // LATENT_PIXELS, width // LATENT_PIXELS
+    picture = render(scene, columns * DRAWN_PIXELS, rows * DRAWN_PIXELS)
+    cells = picture.reshape(rows, DRAWN_PIXELS, columns, DRAWN_PIXELS, 3).mean(axis=(1, 3))
+    return latents_from_rgb(cells).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Training of PixArt transformers: `python -m pixart train configs/train/demo.json`."""

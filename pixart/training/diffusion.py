@@ -1,0 +1,95 @@
+"""The forward process and the loss: noise prediction with a learned variance.
+
+Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), equations 9 to 16, with
+PixArt's linear betas.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+STEPS = 1000
+BETA_START, BETA_END = 1e-4, 0.02
+
+
+class NoiseSchedule:
+    """Per-timestep constants of the forward process, fp32 tensors of 1000."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        betas = torch.linspace(BETA_START, BETA_END, STEPS, dtype=torch.float64)
+        alphas_cumprod = (1 - betas).cumprod(0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        posterior = betas * (1 - previous) / (1 - alphas_cumprod)
+        posterior[0] = posterior[1]  # zero at t = 0, where its logarithm is needed all the same
+        self.alphas_cumprod = alphas_cumprod.float().to(device)
+        self.log_beta = betas.log().float().to(device)
+        self.log_posterior = posterior.log().float().to(device)
+        self.mean_from_x0 = (betas * previous.sqrt() / (1 - alphas_cumprod)).float().to(device)
+        self.mean_from_xt = ((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod)).float().to(device)
+
+    def add_noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """q(x_t | x_0), equation 9; timestep: (B,) integers."""
+        signal = _spread(self.alphas_cumprod, timestep)
+        return signal.sqrt() * latent + (1 - signal).sqrt() * noise
+
+    def posterior_mean(self, latent: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0), equation 11."""
+        return _spread(self.mean_from_x0, timestep) * latent + _spread(self.mean_from_xt, timestep) * noisy
+
+    def predicted_latent(self, noisy: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """x_0 from x_t and a noise prediction."""
+        signal = _spread(self.alphas_cumprod, timestep)
+        return (noisy - (1 - signal).sqrt() * noise) / signal.sqrt()
+
+
+def _spread(table: Tensor, timestep: Tensor) -> Tensor:
+    return table[timestep][:, None, None, None]
+
+
+def sample_timesteps(batch: int, mean: float, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """(batch,) integers in 0..999: 1000 * sigmoid(normal(mean, std)), as Stable Diffusion 3 draws them."""
+    drawn = torch.sigmoid(mean + std * torch.randn(batch, generator=generator))
+    return (drawn * STEPS).long().clamp(0, STEPS - 1)
+
+
+def training_loss(
+    schedule: NoiseSchedule, prediction: Tensor, latent: Tensor, noise: Tensor, timestep: Tensor, max_weight: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Mean (noise loss, variance loss) of a batch; their sum is IDDPM's hybrid loss.
+
+    prediction: (B, 2C, H, W), noise then variance. The noise loss is weighted by min(1/alpha_bar,
+    max_weight): 1/alpha_bar makes it the loss of velocity, which small runs need to learn composition;
+    1 is the plain loss. The variance loss leaves the predicted noise alone (equation 16).
+    """
+    prediction = prediction.float()
+    predicted_noise, fraction = prediction.chunk(2, dim=1)
+    weight = (1 / schedule.alphas_cumprod[timestep]).clamp(max=max_weight)
+    noise_loss = ((predicted_noise - noise).square().mean(dim=(1, 2, 3)) * weight).mean()
+    variance = variance_loss(schedule, predicted_noise.detach(), fraction, latent, noise, timestep)
+    return noise_loss, variance.mean()
+
+
+def variance_loss(
+    schedule: NoiseSchedule, predicted_noise: Tensor, fraction: Tensor, latent: Tensor, noise: Tensor, timestep: Tensor
+) -> Tensor:
+    """The variational bound's term at each timestep, (B,), in bits per dimension."""
+    noisy = schedule.add_noise(latent, noise, timestep)
+    low, high = _spread(schedule.log_posterior, timestep), _spread(schedule.log_beta, timestep)
+    weight = (fraction + 1) / 2  # equation 15, with the network's output meant for -1..1
+    log_variance = weight * high + (1 - weight) * low
+    x0 = schedule.predicted_latent(noisy, predicted_noise, timestep)
+    mean = schedule.posterior_mean(x0, noisy, timestep)
+    true_mean = schedule.posterior_mean(latent, noisy, timestep)
+    divergence = gaussian_divergence(true_mean, low, mean, log_variance)
+    likelihood = 0.5 * (math.log(2 * math.pi) + log_variance + (latent - mean).square() * (-log_variance).exp())
+    first = (timestep == 0)[:, None, None, None]
+    return torch.where(first, likelihood, divergence).mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def gaussian_divergence(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean1) || N(mean2)) per element, in nats."""
+    ratio = (log_variance1 - log_variance2).exp()
+    shift = (mean1 - mean2).square() * (-log_variance2).exp()
+    return 0.5 * (log_variance2 - log_variance1 - 1 + ratio + shift)

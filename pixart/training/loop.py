@@ -1,0 +1,193 @@
+"""The training loop, on plain accelerate: one process, or several with torchrun."""
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ..attention import dense_attention, torch_attention
+from ..checkpoints import load_transformer
+from ..config import get_variant
+from ..model import PixArtTransformer
+from .data import bucket_sizes, draw_buckets, make_source
+from .diffusion import NoiseSchedule, sample_timesteps, training_loss
+from .initialize import initialize_weights
+from .recipe import Recipe, load_recipe
+
+logger = logging.getLogger(__name__)
+LOG_EVERY = 25
+
+
+def train(config_path: str | Path, resume: bool = True, stop_after: float | None = None) -> Path:
+    """Runs a recipe and returns the path of its EMA weights.
+
+    The full state is kept in the recipe's `run_dir`; with `resume` a run goes on from there, else it
+    begins anew. `stop_after`: seconds after which it saves and stops early.
+    """
+    trainer = Trainer(load_recipe(config_path))
+    if resume:
+        trainer.resume()
+    try:
+        trainer.run(stop_after)
+    except KeyboardInterrupt:
+        trainer.progress_note("interrupted; saving")
+    trainer.save()
+    return Path(trainer.recipe.output)
+
+
+class Trainer:
+    """Model, optimizer, EMA and data of one run."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        on_cpu = not torch.cuda.is_available()
+        self.accelerator = Accelerator(mixed_precision=recipe.precision, cpu=on_cpu)
+        torch.manual_seed(recipe.seed)
+        model = self._new_model().to(self.accelerator.device)
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.learning_rate(0), betas=recipe.betas, weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = NoiseSchedule(self.accelerator.device)
+        self.source = make_source(recipe)
+        self.step = 0
+
+    def _new_model(self) -> PixArtTransformer:
+        attention = dense_attention if self.accelerator.device.type == "cpu" else torch_attention
+        model = PixArtTransformer(get_variant(self.recipe.variant).transformer, attention=attention)
+        if self.recipe.initialize:
+            start = load_transformer(self.recipe.initialize, variant=self.recipe.variant, dtype=torch.float32)
+            model.load_state_dict(start.state_dict())
+        else:
+            initialize_weights(model)
+        if self.recipe.compile_blocks:  # one graph serves every block and size; over twice as fast on a CPU
+            for block in model.blocks:
+                block.compile(dynamic=True)
+        return model
+
+    @property
+    def bare_model(self) -> PixArtTransformer:
+        return self.accelerator.unwrap_model(self.model)
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def run(self, stop_after: float | None = None) -> None:
+        """Steps until the recipe ends."""
+        begin, rank = time.monotonic(), self.accelerator.process_index
+        rng = np.random.default_rng([self.recipe.seed, rank, self.step])
+        shared_rng = np.random.default_rng([self.recipe.seed, self.step])  # every process draws the same sizes
+        noise = torch.Generator().manual_seed(self.recipe.seed + 1000 * self.step + rank)
+        progress = tqdm(total=self.recipe.steps, initial=self.step, disable=rank != 0, desc="train", mininterval=5)
+        stage, buckets, losses = None, None, []
+        while self.step < self.recipe.steps:
+            if stage is not self.recipe.stage_at(self.step)[0]:
+                stage = self.recipe.stage_at(self.step)[0]
+                base = get_variant(self.recipe.variant).base_size
+                buckets = draw_buckets(bucket_sizes(base, stage.base_size), shared_rng)
+            losses.append(self._train_step(stage, next(buckets), rng, noise))
+            self.step += 1
+            progress.update()
+            if self.step % LOG_EVERY == 0:
+                self._log(losses, stage, time.monotonic() - begin, progress)
+                losses = []
+            if self.step % self.recipe.save_every == 0:
+                self.save()
+            if stop_after is not None and self._agreed(time.monotonic() - begin > stop_after):
+                break
+        progress.close()
+
+    def _train_step(self, stage, size, rng, noise_generator) -> tuple[float, float, float]:
+        device = self.accelerator.device
+        batch = self.source.batch(size, stage.batch_size, rng)
+        latent = batch.latent.to(device)
+        timestep = sample_timesteps(len(latent), stage.timestep_mean, stage.timestep_std, noise_generator).to(device)
+        noise = torch.randn(latent.shape, generator=noise_generator).to(device)
+        noisy = self.schedule.add_noise(latent, noise, timestep)
+        pixels = batch.size.to(device) if self.bare_model.config.micro_condition else None
+        with self.accelerator.autocast():
+            prediction = self.model(noisy, timestep, batch.context.to(device), batch.mask.to(device), pixels)
+        losses = training_loss(self.schedule, prediction, latent, noise, timestep, self.recipe.max_loss_weight)
+        self.accelerator.backward(sum(losses))
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update_parameters(self.bare_model)
+        return losses[0].item(), losses[1].item(), float(norm)
+
+    def _agreed(self, flag: bool) -> bool:
+        """True in every process once any says so; all must leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        votes = torch.tensor([float(flag)], device=self.accelerator.device)
+        return self.accelerator.reduce(votes, reduction="sum").item() > 0
+
+    # -- keeping ---------------------------------------------------------------------------------
+
+    @property
+    def _state_path(self) -> Path:
+        return Path(self.recipe.run_dir) / "state.pt"
+
+    def save(self) -> None:
+        """Writes the EMA weights and the full state, each replaced whole."""
+        if not self.accelerator.is_main_process:
+            return
+        weights = {k: v.half().cpu().contiguous() for k, v in self.ema.module.state_dict().items()}
+        metadata = {"format": "pt", "pixart_variant": self.recipe.variant, "step": str(self.step), "license": "Apache-2.0"}
+        output = Path(self.recipe.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self._replace(output, lambda path: save_file(weights, path, metadata=metadata))
+        state = {
+            "step": self.step,
+            "model": self.bare_model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        self._state_path.parent.mkdir(parents=True, exist_ok=True)
+        self._replace(self._state_path, lambda path: torch.save(state, path))
+
+    @staticmethod
+    def _replace(path: Path, write) -> None:
+        partial = path.with_name(path.name + ".partial")
+        write(partial)
+        partial.replace(path)
+
+    def resume(self) -> None:
+        """Goes on from `run_dir`, if a state is there."""
+        if not self._state_path.exists():
+            return
+        state = torch.load(self._state_path, map_location=self.accelerator.device, weights_only=True)
+        self.bare_model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.progress_note(f"resuming at step {self.step}")
+
+    def _log(self, losses: list[tuple[float, float, float]], stage, seconds: float, progress: tqdm) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        noise, variance, norm = np.mean(losses, axis=0)
+        progress.set_postfix(noise=f"{noise:.4f}", variance=f"{variance:.4f}", norm=f"{norm:.2f}")
+        row = {
+            "step": self.step, "base_size": stage.base_size, "noise_loss": round(float(noise), 5),
+            "variance_loss": round(float(variance), 5), "grad_norm": round(float(norm), 4), "seconds": round(seconds, 1),
+        }
+        path = Path(self.recipe.run_dir) / "log.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def progress_note(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
