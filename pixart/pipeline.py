@@ -85,9 +85,12 @@ class Pipeline:
         """Loads every part; each path is a file or folder, also a diffusers pipeline's folder.
 
         Without a text encoder, calls need `prompt_embeds`; without a VAE, `output="latent"`.
-        dtype: of transformer and T5 (default: as stored); the VAE runs in fp32 unless that is bf16.
+        dtype: of transformer and T5 (default: as stored, but a CPU runs an fp16 transformer in fp32);
+        the VAE runs in fp32 unless dtype is bf16.
         """
         model = load_transformer(transformer, variant=variant, dtype=dtype, device=device, ema=ema)
+        if dtype is None and torch.device(device).type == "cpu" and model.detection.dtype == "float16":
+            model.float()  # most CPUs are slow in fp16
         found = model.detection
         encoder = load_text_encoder(text_encoder, tokenizer, dtype, device) if text_encoder else None
         # The SDXL VAE overflows in fp16.

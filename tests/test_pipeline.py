@@ -257,6 +257,14 @@ def test_parts_that_do_not_fit_are_refused_before_anything_runs(parts, pipe, tmp
         Pipeline(pipe.transformer, pipe.text_encoder)("red", **FAST)
 
 
+def test_fp16_weights_run_in_fp32_on_a_cpu_unless_told(parts, tmp_path):
+    half = parts.transformer.half()
+    half.save_pretrained(tmp_path)
+    half.float()
+    assert Pipeline.from_files(transformer=tmp_path).dtype == torch.float32
+    assert Pipeline.from_files(transformer=tmp_path, dtype=torch.float16).dtype == torch.float16
+
+
 def test_bf16_runs_and_fp16_overflow_is_an_error(parts, pipe):
     half = Pipeline.from_files(
         transformer=parts.folder, text_encoder=parts.folder, vae=parts.folder, dtype=torch.bfloat16
