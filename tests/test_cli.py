@@ -70,6 +70,14 @@ def test_missing_parts_and_missing_demo_are_named(folder, tmp_path, capsys, monk
     assert "the demo model is not here" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not cli.DEMO_FILES["transformer"].is_file(), reason="the demo model is not in this checkout")
+def test_the_demo_model_is_the_default(tmp_path, capsys):
+    out = tmp_path / "demo.png"
+    assert cli.main(["generate", "--prompt", "a red circle", "--steps", "2", "--output", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (256, 256)
+
+
 def test_interrupt_leaves_no_traceback(folder, capsys, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
