@@ -120,6 +120,50 @@ class TestLoading:
         assert saved.numpy().tobytes() == tiny_text.sentencepiece_model()
 
 
+@pytest.fixture(scope="session")
+def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layer count, feed-forward width and vocabulary of XXL, otherwise tiny."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=32128, d_model=16, d_kv=4, d_ff=10240, num_layers=24, num_heads=4, feed_forward_proj="gated-gelu")
+    path = tmp_path_factory.mktemp("xxl") / "t5xxl.safetensors"
+    return tiny_text.save_t5_file(T5EncoderModel(config), path, tokenizer=False, dtype=torch.float16)
+
+
+class TestXXL:
+    """Files that the host knows go through its own loader; so must what it says about them."""
+
+    def test_own_classes_give_the_hosts_conditioning(self, slim: Path, monkeypatch) -> None:
+        """With the host's T5 settings bent to the slim sizes, its loader is an independent reference."""
+        import comfy.sd
+
+        monkeypatch.setattr(comfy.sd, "detect_te_model", lambda state_dict: comfy.sd.TEModel.T5_XXL)
+        weights = encoder.read_t5(slim)
+        options = {"t5xxl_model_config": encoder.host_config(weights), "dtype": torch.float16}
+        theirs = comfy.sd.load_clip([str(slim)], clip_type=comfy.sd.CLIPType.PIXART, model_options=options)
+        ours = encoder._from_weights(slim, torch.float16, {}, False)
+        for prompt in ["", "a (red:1.3) cat on a sofa, 4k"]:
+            assert theirs.tokenize(prompt) == ours.tokenize(prompt)
+            expected = host_nodes.CLIPTextEncode().encode(theirs, prompt)[0][0][0]
+            assert torch.equal(node(ours, prompt)[0], expected)
+
+    @pytest.mark.parametrize(("precision", "by_host"), [("default", True), ("bf16", False)])
+    def test_which_loader(self, precision: str, by_host: bool, slim: Path, clip, monkeypatch) -> None:
+        import comfy.sd
+
+        calls = []
+        monkeypatch.setattr(comfy.sd, "load_clip", lambda ckpt_paths, **options: calls.append((ckpt_paths, options)) or clip)
+        monkeypatch.setattr(encoder, "_from_weights", lambda *a: clip)
+        monkeypatch.setattr(clip.patcher, "cached_patcher_init", None, raising=False)
+        encoder.load_t5(str(slim), precision, "cpu")
+        assert bool(calls) is by_host
+        if by_host:
+            paths, options = calls[0]
+            assert paths == [str(slim)] and options["clip_type"] == comfy.sd.CLIPType.PIXART
+            assert options["model_options"]["load_device"] == torch.device("cpu")
+
+
 class TestEncoding:
     @pytest.mark.parametrize("prompt", [*PROMPTS, "a (red circle:1.4) above a (blue:0.5) square", "((star))"])
     def test_same_as_clip_text_encode(self, clip, prompt: str) -> None:
