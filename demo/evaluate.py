@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from pixart import Pipeline
 from pixart.model import PixArtTransformer
+from pixart.training.initialize import initialize_weights
 
 from .captions import Caption, caption
 from .contact_sheet import Entry, make_contact_sheet
@@ -53,9 +54,9 @@ class Question:
     caption: Caption
 
 
-def plan_runs(count: int, guidance: float) -> list[Run]:
-    """Every run of the report; the baselines and ratios take fewer prompts where that is telling enough."""
-    main = Run("heldout", count, guidance=guidance)
+def plan_runs(count: int, guidance: float, size: int = 256) -> list[Run]:
+    """Every run of the report; the untrained baseline and the ratios take a fifth of the prompts."""
+    main = Run("heldout", count, size, size, guidance=guidance)
     runs = [main, replace(main, name="cfg1", guidance=1.0), replace(main, name="seen", split="train")]
     runs.append(replace(main, name="untrained", count=max(1, count // 5), trained=False))
     for width, height in ASPECT_SIZES:
@@ -125,17 +126,19 @@ def make_sampler(pipeline: Pipeline, steps: int) -> Sampler:
 
     def sample(prompts: list[str], width: int, height: int, guidance: float, seeds: list[int]) -> np.ndarray:
         return pipeline(
-            prompts, steps=steps, guidance=guidance, width=width, height=height, seed=seeds, output="np", progress=False
+            prompts, steps=steps, guidance=guidance, width=width, height=height, use_bins=False, seed=seeds,
+            output="np", progress=False,
         )
 
     return sample
 
 
 def untrained_copy(pipeline: Pipeline, seed: int = 0) -> Pipeline:
-    """The same pipeline around a transformer with fresh random weights, the output layer's included."""
+    """The same pipeline around a transformer as training begins with it, but with a random output layer."""
     torch.manual_seed(seed)
     fresh = PixArtTransformer(pipeline.transformer.config)
-    with torch.no_grad():
+    initialize_weights(fresh)
+    with torch.no_grad():  # zeros would leave the noise as it is
         for parameter in fresh.final_layer.linear.parameters():
             parameter.normal_(std=0.02)
     fresh = fresh.to(pipeline.device, pipeline.dtype).eval().requires_grad_(False)
@@ -192,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=4.5)
+    parser.add_argument("--size", type=int, default=256, help="side of square pictures; 128 for the first stage")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -199,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", metavar="RUN", help="names of the runs to make (default: all)")
     parser.add_argument("--out", type=Path, default=FOLDER / "results")
     chosen = parser.parse_args(arguments)
-    runs = plan_runs(chosen.count, chosen.cfg)
+    runs = plan_runs(chosen.count, chosen.cfg, chosen.size)
     unknown = set(chosen.only or ()) - {run.name for run in runs}
     if unknown:
         parser.error(f"unknown runs {sorted(unknown)}; expected some of {[run.name for run in runs]}")
