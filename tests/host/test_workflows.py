@@ -1,0 +1,177 @@
+"""Every workflow file against the running host's description of its nodes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from demo.workflows import WORKFLOWS
+from tests.support.demo import ROOT
+
+FOLDER = ROOT / "workflows"
+STEMS = ("demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch")
+LOADERS = {"PixArtModelLoader": "diffusion_models", "PixArtT5Loader": "text_encoders", "VAELoader": "vae"}
+RELEASED = tuple(stem for stem in STEMS if stem.startswith(("sigma", "alpha")))
+FILE_MENUS = {("PixArtModelLoader", "model_name"), ("PixArtT5Loader", "t5_name"), ("VAELoader", "vae_name"), ("LoadImage", "image")}
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of workflows/."""
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def specifications(info: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any], bool]]:
+    """Input name -> (type, options, required); menus of both API generations become COMBO with options."""
+    result = {}
+    for group in ("required", "optional"):
+        for name, spec in info["input"].get(group, {}).items():
+            options = dict(spec[1]) if len(spec) > 1 else {}
+            if isinstance(spec[0], list):
+                options["options"] = spec[0]
+            result[name] = ("COMBO" if isinstance(spec[0], list) else spec[0], options, group == "required")
+    return result
+
+
+def problems(graph: dict[str, Any], object_info: dict[str, Any]) -> Iterator[str]:
+    """Everything in an API graph that does not fit the host."""
+    for number, node in graph.items():
+        kind = node["class_type"]
+        if kind not in object_info:
+            yield f"{number}: no node {kind}"
+            continue
+        expected = specifications(object_info[kind])
+        yield from (f"{number} {kind}: no input {name}" for name in node["inputs"].keys() - expected.keys())
+        for name, (wanted, options, required) in expected.items():
+            if name not in node["inputs"]:
+                if required:
+                    yield f"{number} {kind}: {name} is missing"
+                continue
+            given = node["inputs"][name]
+            problem = link_problem(given, wanted, graph, object_info) if isinstance(given, list) else value_problem(given, wanted, options, (kind, name))
+            if problem:
+                yield f"{number} {kind}.{name}: {problem}"
+
+
+def link_problem(link: list[Any], wanted: str, graph: dict[str, Any], object_info: dict[str, Any]) -> str | None:
+    """Why a link can't be."""
+    source = graph.get(link[0])
+    if source is None:
+        return f"no node {link[0]}"
+    outputs = object_info[source["class_type"]]["output"]
+    if link[1] >= len(outputs):
+        return f"{source['class_type']} has no output {link[1]}"
+    return None if outputs[link[1]] == wanted else f"{outputs[link[1]]} where {wanted} is expected"
+
+
+def value_problem(value: Any, wanted: str, options: dict[str, Any], where: tuple[str, str]) -> str | None:
+    """Why a value can't be; menus of files depend on the machine."""
+    types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": str}
+    if wanted not in types:
+        return f"the value {value!r} where a link of type {wanted} is expected"
+    if not isinstance(value, types[wanted]):
+        return f"{value!r} is no {wanted}"
+    if wanted == "COMBO" and where not in FILE_MENUS and value not in options["options"]:
+        return f"{value!r} is not in the menu"
+    if wanted in ("INT", "FLOAT") and not options.get("min", value) <= value <= options.get("max", value):
+        return f"{value} is out of range"
+    return None
+
+
+def test_the_expected_workflows_are_there_in_both_formats() -> None:
+    for folder in (FOLDER, FOLDER / "api"):
+        assert {path.stem for path in folder.glob("*.json")} == set(STEMS)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_api_graph_fits_the_host(stem: str, object_info: dict[str, Any]) -> None:
+    assert list(problems(read(f"api/{stem}.json"), object_info)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cfg": 1000.0}, "out of range"),
+        ({"scheduler": "none"}, "not in the menu"),
+        ({"steps": "20"}, "is no INT"),
+        ({"model": ["2", 0]}, "CLIP where MODEL"),
+        ({"extra": 1}, "no input extra"),
+    ],
+)
+def test_the_check_sees_mistakes(change: dict[str, Any], message: str, object_info: dict[str, Any]) -> None:
+    graph = read("api/demo.json")
+    next(node for node in graph.values() if node["class_type"] == "KSampler")["inputs"].update(change)
+    assert any(message in problem for problem in problems(graph, object_info))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_files_are_what_demo_workflows_writes(stem: str) -> None:
+    assert read(f"api/{stem}.json") == WORKFLOWS[stem]().graph, "run python -m demo.workflows"
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_ui_and_api_show_the_same_graph(stem: str) -> None:
+    graph, ui = read(f"api/{stem}.json"), read(f"{stem}.json")
+    nodes = {str(node["id"]): node for node in ui["nodes"] if node["type"] != "Note"}
+    assert {number: node["type"] for number, node in nodes.items()} == {number: node["class_type"] for number, node in graph.items()}
+    links = {link[0]: link for link in ui["links"]}
+    for number, node in graph.items():
+        linked = {slot["name"]: links[slot["link"]] for slot in nodes[number]["inputs"] if slot["link"] is not None}
+        expected = {name: value for name, value in node["inputs"].items() if isinstance(value, list)}
+        assert {name: [str(link[1]), link[2]] for name, link in linked.items()} == expected
+        for value in node["inputs"].values():
+            assert isinstance(value, list) or value in nodes[number]["widgets_values"]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_note_says_where_every_file_comes_from_and_belongs(stem: str) -> None:
+    ui = read(f"{stem}.json")
+    note = next(node for node in ui["nodes"] if node["type"] == "Note")["widgets_values"][0]
+    for node in ui["nodes"]:
+        if node["type"] in LOADERS:
+            assert node["widgets_values"][0] in note
+            assert f"models/{LOADERS[node['type']]}" in note
+
+
+@pytest.mark.parametrize("stem", RELEASED)
+def test_loaders_offer_the_download(stem: str) -> None:
+    for node in read(f"{stem}.json")["nodes"]:
+        if node["type"] not in LOADERS:
+            continue
+        (model,) = node["properties"]["models"]
+        assert model["name"] == node["widgets_values"][0]
+        assert model["directory"] == LOADERS[node["type"]]
+        assert model["url"].startswith("https://huggingface.co/")
+        assert model["url"].endswith(model["name"])
+
+
+@pytest.mark.parametrize("stem", RELEASED)
+def test_released_models_use_their_own_size_tokens_and_vae(stem: str) -> None:
+    from pixart.config import get_variant
+
+    variant = get_variant(stem)
+    graph = read(f"api/{stem}.json")
+    inputs = {node["class_type"]: node["inputs"] for node in graph.values()}
+    assert inputs["PixArtModelLoader"]["variant"] == variant.name
+    assert inputs["PixArtModelLoader"]["model_name"] in variant.files
+    assert inputs["PixArtResolution"]["base"] == str(variant.base_size)
+    assert inputs["PixArtTextEncode"]["max_tokens"] == variant.max_tokens
+    assert ("sdxl" in inputs["VAELoader"]["vae_name"]) == (variant.vae == "sdxl")
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_sampling_defaults(stem: str) -> None:
+    for node in read(f"api/{stem}.json").values():
+        if node["class_type"] == "KSampler":
+            chosen = {name: node["inputs"][name] for name in ("sampler_name", "scheduler", "steps", "cfg")}
+            assert chosen == {"sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform", "steps": 20, "cfg": 4.5}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_workflow_has_its_picture(stem: str) -> None:
+    """The host's template browser shows workflows/<stem>.jpg."""
+    picture = FOLDER / f"{stem}.jpg"
+    assert picture.read_bytes()[:2] == b"\xff\xd8"
+    assert picture.stat().st_size < 300_000
