@@ -27,14 +27,6 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-VAE_ADVICE = {
-    "sd1": "PixArt-α pictures are decoded by an SD1 VAE (scale 0.18215: sd-vae-ft-ema, vae-ft-mse-840000-ema-pruned); "
-    "an SDXL VAE gives washed-out noise. Choose it in VAELoader.",
-    "sdxl": "PixArt-Σ pictures are decoded by the SDXL VAE (scale 0.13025: sdxl_vae.safetensors); an SD1 VAE gives "
-    "wrong colours and noise. Choose it in VAELoader.",
-    "demo": "the demo's pictures are decoded by its own VAE: choose pixart-demo-vae.safetensors in VAELoader.",
-}
-_advised: set[str] = set()
 
 
 def load_model(path: str, variant: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
@@ -43,7 +35,7 @@ def load_model(path: str, variant: str, weight_dtype: str, disable_dynamic: bool
     disable_dynamic: asked for by the host when it rebuilds the model without dynamic VRAM.
     """
     state_dict, detection, metadata = _read(Path(path), variant)
-    _report(detection)
+    log.info("PixArt model:\n%s", detection.describe())
     config = model_config(detection)
     state_dict = quantized.configure(config, state_dict, metadata)
     load_device = management.get_torch_device()
@@ -79,14 +71,6 @@ def _read(path: Path, variant: str) -> tuple[dict[str, Tensor], Detection, Mappi
         notes=raw.notes,
     )
     return {**prepared.state_dict, **prepared.extras}, prepared.detection, metadata
-
-
-def _report(detection: Detection) -> None:
-    """What was decided and why, at each load; which VAE belongs to it, once."""
-    log.info("PixArt model:\n%s", detection.describe())
-    if detection.vae not in _advised:
-        _advised.add(detection.vae)
-        log.warning("PixArt: %s", VAE_ADVICE[detection.vae])
 
 
 def _set_dtype(config: Any, wanted: torch.dtype | None, state_dict: Mapping[str, Tensor], device: torch.device) -> None:

@@ -18,6 +18,7 @@ from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.model import PIXELS_PER_LATENT
 from .conds import CaptionMask, CaptionStates, caption_mask
 from .transformer import HostTransformer
+from .vae_hint import vae_warning
 
 log = logging.getLogger(__name__)
 FAR_AREA, FAR_RATIO = 1.6, 1.5  # factors from the nearest bin beyond which pictures visibly suffer
@@ -47,13 +48,16 @@ class PixArtModel(comfy.model_base.PixArt):
         out["context_mask"] = CaptionMask(caption_mask(states, kwargs.get("attention_mask")))
         height, width = (side * PIXELS_PER_LATENT for side in kwargs["noise"].shape[-2:])
         self._check_size(width, height)
+        self._warn_once(vae_warning(self.detection.vae))
         wanted = (kwargs.get("height") or height, kwargs.get("width") or width)
         if self.diffusion_model.config.micro_condition:
             # int, which the host doesn't cast: bf16 rounds 1400 to 1408
             out["size"] = comfy.conds.CONDRegular(torch.tensor([wanted], dtype=torch.int32))
         elif wanted != (height, width):
-            self._warn_once("size", "This PixArt has no size conditioning (only α-1024 has): width and height of the "
-                            "conditioning are not used. Set the picture's size on the latent.")
+            self._warn_once(
+                "This PixArt has no size conditioning (only α-1024 has): width and height of the conditioning are not "
+                "used. Set the picture's size on the latent."
+            )
         return out
 
     def _captions(self, states: Tensor | None) -> Tensor:
@@ -79,14 +83,14 @@ class PixArtModel(comfy.model_base.PixArt):
         ratio = (height / width) / fit.ratio
         if not 1 / FAR_AREA <= area <= FAR_AREA or not 1 / FAR_RATIO <= ratio <= FAR_RATIO:
             self._warn_once(
-                "bins",
                 f"{width}x{height} is far from the sizes this model was trained at (base {base}): expect repeated or "
                 f"broken content. The nearest is {fit.width}x{fit.height}; PixArtResolution makes such latents.",
             )
 
-    def _warn_once(self, topic: str, text: str) -> None:
-        if topic not in self._warned:
-            self._warned.add(topic)
+    def _warn_once(self, text: str | None) -> None:
+        """Logs a text, if there is one, the first time this model meets it."""
+        if text and text not in self._warned:
+            self._warned.add(text)
             log.warning("PixArt: %s", text)
 
 
