@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -120,9 +121,10 @@ def _read_pickle(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
     except pickle.UnpicklingError as error:
         if "weights" not in str(error).lower() and "unsupported" not in str(error).lower():
             raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)}); download it again.") from error
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
-            f"{path}: holds Python objects beside tensors, which could run code, so it was not loaded "
-            f"({_first_line(error)}). Expected tensors only: get the .safetensors version, or, if you trust its "
+            f"{path}: holds Python objects beside tensors{f' ({named[1]})' if named else ''}, which could run code, "
+            "so it was not loaded. Expected tensors only: get the .safetensors version, or, if you trust its "
             "origin, load it once elsewhere and save only its state_dict."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:

@@ -63,7 +63,9 @@ def test_an_assumed_family_stays_assumed(tmp_path):
     assert inspect_file(alpha).variant == "alpha-512"
 
 
-@pytest.mark.parametrize("micro, rows, variant", [(False, 300, "auto"), (True, 120, "auto"), (False, 120, "alpha-256"), (False, None, "sigma-512")])
+@pytest.mark.parametrize(
+    "micro, rows, variant", [(False, 300, "auto"), (True, 120, "auto"), (False, 120, "alpha-256"), (False, None, "sigma-512")]
+)
 def test_diffusers_opens_the_folder_and_agrees(tmp_path, micro, rows, variant):
     from diffusers import PixArtTransformer2DModel
 
@@ -71,7 +73,8 @@ def test_diffusers_opens_the_folder_and_agrees(tmp_path, micro, rows, variant):
 
     config, diffusers, original = tiny_weights(micro, null_rows=rows)
     save_file(original, tmp_path / "a.safetensors")
-    theirs = PixArtTransformer2DModel.from_pretrained(convert_file(tmp_path / "a.safetensors", tmp_path / "d", "diffusers", variant=variant))
+    folder = convert_file(tmp_path / "a.safetensors", tmp_path / "d", "diffusers", variant=variant)
+    theirs = PixArtTransformer2DModel.from_pretrained(folder)
     ours = load_transformer(tmp_path / "a.safetensors", variant=variant)
     latent, context, t = torch.randn(1, 4, 8, 12), torch.randn(1, 7, 32), torch.tensor([500])
     added = {"resolution": torch.tensor([[64.0, 96.0]]), "aspect_ratio": torch.tensor([[64 / 96]])} if micro else None

@@ -117,7 +117,9 @@ def test_kv_compression_blocks_and_ratios():
     assert any("KV compression" in reason for reason in d.reasons)
 
 
-@pytest.mark.parametrize("rows, variant, base", [(16, "sigma-256", 256), (32, "sigma-512", 512), (64, "sigma-1024", 1024), (128, "sigma-2k", 2048)])
+@pytest.mark.parametrize(
+    "rows, variant, base", [(16, "sigma-256", 256), (32, "sigma-512", 512), (64, "sigma-1024", 1024), (128, "sigma-2k", 2048)]
+)
 def test_stored_positions_hint_at_sigmas_base_size(rows, variant, base):
     tensors = {**meta_weights(depth=1), "pos_embed": stored_positions(rows, 1152, 32)}
     d = found(tensors)
@@ -125,7 +127,9 @@ def test_stored_positions_hint_at_sigmas_base_size(rows, variant, base):
     assert any("hint" in reason for reason in d.reasons)
 
 
-@pytest.mark.parametrize("rows, span, variant", [(16, 16, "alpha-256"), (16, 32, "alpha-512"), (32, 32, "alpha-512"), (64, 32, "alpha-512")])
+@pytest.mark.parametrize(
+    "rows, span, variant", [(16, 16, "alpha-256"), (16, 32, "alpha-512"), (32, 32, "alpha-512"), (64, 32, "alpha-512")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_alpha_256_needs_a_table_that_counts_to_16(rows, span, variant, dtype):
     tensors = {**meta_weights(depth=1, max_tokens=120), "pos_embed": stored_positions(rows, 1152, span).to(dtype)}

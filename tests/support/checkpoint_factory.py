@@ -21,7 +21,13 @@ PREFIXES = ("model.", "model.diffusion_model.", "diffusion_model.", "transformer
 
 
 def diffusers_config(
-    hidden: int = 144, depth: int = 2, captions: int = 32, pixels: int = 1024, position_range: float = 32, micro: bool = False, heads: int = 0
+    hidden: int = 144,
+    depth: int = 2,
+    captions: int = 32,
+    pixels: int = 1024,
+    position_range: float = 32,
+    micro: bool = False,
+    heads: int = 0,
 ) -> dict[str, Any]:
     """Arguments of diffusers' PixArtTransformer2DModel whose positions run to `position_range`."""
     heads = heads or hidden // 72
@@ -120,7 +126,8 @@ def write(kind: str, folder: Path, config: Mapping[str, Any], diffusers: Mapping
     target = folder / "pipe" / "transformer" if pipeline else folder / "transformer"
     _write_folder(target, config, diffusers, shards=3 if kind == "diffusers-shards" else 1, mindone=kind == "mindone-folder")
     if pipeline:
-        family = "Alpha" if config["use_additional_conditions"] or config["interpolation_scale"] * 32 > config["sample_size"] // 2 else "Sigma"
+        short_range = config["interpolation_scale"] * 32 > config["sample_size"] // 2  # only α-256 counts to 16
+        family = "Alpha" if config["use_additional_conditions"] or short_range else "Sigma"
         (target.parent / "model_index.json").write_text(json.dumps({"_class_name": f"PixArt{family}Pipeline"}))
         return target.parent
     return target
