@@ -4,9 +4,9 @@ from .detect import Detection, Origin, detect
 from .hints import Hints
 from .keys import to_diffusers, to_native
 from .load import QUANTIZATION_SUFFIXES, Prepared, inspect_file, load_transformer, prepare, prepare_file
-from .read import RawCheckpoint, hints_beside, read_checkpoint
+from .read import RawCheckpoint, read_checkpoint
 
 __all__ = [
-    "QUANTIZATION_SUFFIXES", "Detection", "Hints", "Origin", "Prepared", "RawCheckpoint", "convert_file", "detect", "hints_beside",
-    "inspect_file", "load_transformer", "prepare", "prepare_file", "read_checkpoint", "to_diffusers", "to_native",
+    "QUANTIZATION_SUFFIXES", "Detection", "Hints", "Origin", "Prepared", "RawCheckpoint", "convert_file", "detect", "inspect_file",
+    "load_transformer", "prepare", "prepare_file", "read_checkpoint", "to_diffusers", "to_native",
 ]  # fmt: skip

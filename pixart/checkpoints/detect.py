@@ -256,7 +256,9 @@ def _position_range(chosen: Variant, explicit: bool, hints: Hints, table: Stored
         if explicit:
             reasons.append(f"position range {result:g} of {chosen.name}; the config's {hints.position_range:g} is overruled.")
         else:
-            reasons.append(f"position range {hints.position_range:g}: from {hints.range_source} ({chosen.name} has {result:g}).")
+            reasons.append(
+                f"position range {hints.position_range:g}: from {hints.range_source} ({chosen.name} has {result:g}; variant={chosen.name} uses that)."
+            )
             result = hints.position_range
     else:
         reasons.append(f"position range {result:g}: {chosen.name}'s.")

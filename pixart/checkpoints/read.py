@@ -54,17 +54,12 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> RawCheckpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; check the path.")
     container, tensors, extra = _read_file(path)
+    return _unwrap(tensors, str(path), container, ema, _hints_of_file(path, extra))
+
+
+def _hints_of_file(path: Path, extra: Mapping[str, Any]) -> Hints:
+    """Hints from a note in the file, else from a diffusers config.json beside it."""
     hints = hints_from_note(extra.get(NOTE_KEY))
-    beside = path.parent / "config.json"
-    if hints == Hints() and path.name.startswith(WEIGHTS_NAME) and beside.is_file():
-        hints = hints_from_config(read_json(beside), str(beside), path.parent.parent)
-    return _unwrap(tensors, str(path), container, ema, hints)
-
-
-def hints_beside(path: str | Path, metadata: Mapping[str, Any] | None = None) -> Hints:
-    """Hints for weights that a host has already read: from the file's metadata, or a config.json beside it."""
-    path = Path(path)
-    hints = hints_from_note((metadata or {}).get(NOTE_KEY))
     beside = path.parent / "config.json"
     if hints == Hints() and path.name.startswith(WEIGHTS_NAME) and beside.is_file():
         hints = hints_from_config(read_json(beside), str(beside), path.parent.parent)
@@ -115,8 +110,8 @@ def _read_safetensors(path: Path, start: bytes, size: int) -> tuple[dict[str, Te
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    mapped = zipfile.is_zipfile(path)
     try:
+        mapped = zipfile.is_zipfile(path)
         loaded = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "weights" not in str(error).lower() and "unsupported" not in str(error).lower():
@@ -127,7 +122,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
             "so it was not loaded. Expected tensors only: get the .safetensors version, or, if you trust its "
             "origin, load it once elsewhere and save only its state_dict."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         raise CheckpointError(
             f"{path}: truncated or not a PyTorch weight file ({_first_line(error)}); download it again."
         ) from error

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import struct
 
 import pytest
@@ -13,7 +14,7 @@ import pixart
 from pixart.checkpoints import inspect_file, prepare, read_checkpoint
 from pixart.checkpoints.load import QUANTIZATION_SUFFIXES, load_transformer
 from pixart.config import TransformerConfig
-from pixart.errors import CheckpointError
+from pixart.errors import CheckpointError, PixArtError
 from pixart.model import PixArtTransformer
 from tests.support.checkpoint_factory import FORMATS, PREFIXES, stored_positions, tiny_weights, write
 
@@ -102,6 +103,16 @@ def test_alpha_256_from_a_diffusers_config(tmp_path):
     assert sigma.detection.variant == "sigma-256" and sigma.config.position_range == 32
 
 
+def test_a_converters_range_of_32_for_alpha_256_is_followed_and_said(tmp_path):
+    weights = tiny_weights(null_rows=None, pixels=256, position_range=32)
+    path = write("pipeline-folder", tmp_path, *weights)
+    (path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    found = inspect_file(path)
+    assert (found.variant, found.config.position_range) == ("alpha-256", 32)
+    assert any("variant=alpha-256 uses that" in reason for reason in found.reasons)
+    assert inspect_file(path, variant="alpha-256").config.position_range == 16
+
+
 def test_pipeline_folder_tells_the_family(tmp_path):
     path = write("pipeline-folder", tmp_path, *tiny_weights(null_rows=None, pixels=512))
     assert inspect_file(path).variant == "sigma-512" and inspect_file(path).family_known
@@ -179,6 +190,27 @@ def test_truncated_pth(tmp_path, keep, new):
     torch.save({"state_dict": tiny_weights()[2]}, path, _use_new_zipfile_serialization=new)
     os.truncate(path, int(keep * path.stat().st_size) if keep < 1 else keep)
     refused(path, "truncated", "download")
+
+
+@pytest.mark.parametrize("name", ["m.pth", "old.pth", "m.safetensors"])
+@pytest.mark.filterwarnings("ignore")
+def test_flipped_bytes_never_give_an_untyped_error(tmp_path, name):
+    original, path, rng = tiny_weights()[2], tmp_path / name, random.Random(0)
+    if name.endswith("pth"):
+        torch.save({"state_dict": original}, path, _use_new_zipfile_serialization=name == "m.pth")
+    else:
+        save_file(original, path)
+    data, refusals = path.read_bytes(), 0
+    for _ in range(30):
+        damaged = bytearray(data)
+        for _ in range(20):  # where headers, pickles and zip directories lie
+            damaged[rng.choice([rng.randrange(3000), -1 - rng.randrange(3000)])] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            inspect_file(path)  # bytes of a weight may change unseen
+        except PixArtError:
+            refusals += 1
+    assert refusals > 5
 
 
 def test_damaged_header(good):
