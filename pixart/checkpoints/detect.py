@@ -185,7 +185,7 @@ def _choose_family(sizes: dict, rows: int | None, hints: Hints, reasons: list[st
 
 def _choose_base(table: StoredPositions | None, hints: Hints, reasons: list[str]) -> int | None:
     if hints.base_size:
-        reasons.append(f"{hints.base_reason}: base size {hints.base_size} px.")
+        reasons.append(f"base size {hints.base_size} px: from {hints.where}.")
         return hints.base_size
     if table is not None and table.side in (16, 32, 64, 128):
         reasons.append(
@@ -240,7 +240,7 @@ def _contradictions(chosen: Variant, sizes: dict, rows: int | None, reasons: lis
 
 def _heads(hidden: int, chosen: Variant, hints: Hints, reasons: list[str]) -> int | None:
     if hints.num_heads:
-        reasons.append(f"{hints.num_heads} heads: read from {hints.heads_source}.")
+        reasons.append(f"{hints.num_heads} heads: read from {hints.where}.")
         return hints.num_heads
     if hidden == chosen.transformer.hidden_size:
         return chosen.transformer.num_heads
@@ -257,7 +257,8 @@ def _position_range(chosen: Variant, explicit: bool, hints: Hints, table: Stored
             reasons.append(f"position range {result:g} of {chosen.name}; the config's {hints.position_range:g} is overruled.")
         else:
             reasons.append(
-                f"position range {hints.position_range:g}: from {hints.range_source} ({chosen.name} has {result:g}; variant={chosen.name} uses that)."
+                f"position range {hints.position_range:g}: from {hints.where} "
+                f"({chosen.name} has {result:g}; variant={chosen.name} uses that)."
             )
             result = hints.position_range
     else:

@@ -30,18 +30,6 @@ class Hints:
     family_reason: str = ""
     where: str = "config.json"
 
-    @property
-    def heads_source(self) -> str:
-        return self.where
-
-    @property
-    def range_source(self) -> str:
-        return self.where
-
-    @property
-    def base_reason(self) -> str:
-        return f"{self.where} says so"
-
     def contradictions(self, found: Mapping[str, Any]) -> list[str]:
         """Sizes that differ from the weights' own."""
         return [

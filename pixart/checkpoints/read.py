@@ -18,7 +18,7 @@ from ..errors import CheckpointError
 from .hints import NOTE_KEY, Hints, hints_from_config, hints_from_note, read_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
 _KNOWN_STARTS = (
     (b"GGUF", "a GGUF file", "load it with ComfyUI-GGUF's own loader nodes; here expected .safetensors or .pth"),
     (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run `git lfs pull`, or download the file itself"),
@@ -169,7 +169,7 @@ def _read_folder(folder: Path, ema: bool) -> RawCheckpoint:
     else:
         found = sorted(f for f in weights.iterdir() if f.suffix in WEIGHT_SUFFIXES)
         preferred = [f for f in found if f.name.startswith(WEIGHTS_NAME)] or found
-        preferred = [f for f in preferred if f.suffix == ".safetensors"] or preferred
+        preferred = [f for f in preferred if f.suffix in (".safetensors", ".sft")] or preferred
         if len(preferred) > 1:
             preferred = [f for f in preferred if f.stem == WEIGHTS_NAME] or preferred
         if len(preferred) != 1:
