@@ -1,20 +1,17 @@
-"""Files: every format gives the same model, and a bad one gives an error that helps."""
+"""Files: every format gives the same model; what a host hands over is prepared the same way."""
 from __future__ import annotations
 
 import json
-import os
-import random
-import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import pixart
 from pixart.checkpoints import inspect_file, prepare, read_checkpoint
 from pixart.checkpoints.load import QUANTIZATION_SUFFIXES, load_transformer
 from pixart.config import TransformerConfig
-from pixart.errors import CheckpointError, PixArtError
+from pixart.errors import CheckpointError
 from pixart.model import PixArtTransformer
 from tests.support.checkpoint_factory import FORMATS, PREFIXES, stored_positions, tiny_weights, write
 
@@ -148,195 +145,6 @@ def test_companions_in_a_full_checkpoint_are_left_out(tmp_path):
     assert any("vae." in reason for reason in inspect_file(tmp_path / "full.safetensors").reasons)
 
 
-# Bad input
-
-
-def refused(path, *words, **options):
-    with pytest.raises(CheckpointError) as caught:
-        load_transformer(path, **options)
-    message = str(caught.value)
-    for word in (str(path), *words):
-        assert word in message, message
-    return message
-
-
-@pytest.fixture
-def good(tmp_path):
-    path = tmp_path / "good.safetensors"
-    save_file(tiny_weights()[2], path)
-    return path
-
-
-def test_missing_file(tmp_path):
-    refused(tmp_path / "nowhere.safetensors", "no such file")
-
-
-def test_empty_file(tmp_path):
-    (tmp_path / "e.safetensors").touch()
-    refused(tmp_path / "e.safetensors", "empty", "download")
-
-
-@pytest.mark.parametrize("keep", [4, 100, 5000, 0.5, 0.999])
-def test_truncated_safetensors(good, keep):
-    size = good.stat().st_size
-    os.truncate(good, int(keep * size) if keep < 1 else keep)
-    refused(good, "truncated", "download")
-
-
-@pytest.mark.parametrize("keep", [10, 0.5, 0.999])
-@pytest.mark.parametrize("new", [True, False])
-def test_truncated_pth(tmp_path, keep, new):
-    path = tmp_path / "t.pth"
-    torch.save({"state_dict": tiny_weights()[2]}, path, _use_new_zipfile_serialization=new)
-    os.truncate(path, int(keep * path.stat().st_size) if keep < 1 else keep)
-    refused(path, "truncated", "download")
-
-
-@pytest.mark.parametrize("name", ["m.pth", "old.pth", "m.safetensors"])
-@pytest.mark.filterwarnings("ignore")
-def test_flipped_bytes_never_give_an_untyped_error(tmp_path, name):
-    original, path, rng = tiny_weights()[2], tmp_path / name, random.Random(0)
-    if name.endswith("pth"):
-        torch.save({"state_dict": original}, path, _use_new_zipfile_serialization=name == "m.pth")
-    else:
-        save_file(original, path)
-    data, refusals = path.read_bytes(), 0
-    for _ in range(30):
-        damaged = bytearray(data)
-        for _ in range(20):  # where headers, pickles and zip directories lie
-            damaged[rng.choice([rng.randrange(3000), -1 - rng.randrange(3000)])] = rng.randrange(256)
-        path.write_bytes(damaged)
-        try:
-            inspect_file(path)  # bytes of a weight may change unseen
-        except PixArtError:
-            refusals += 1
-    assert refusals > 5
-
-
-def test_damaged_header(good):
-    data = bytearray(good.read_bytes())
-    data[9:40] = b"?" * 31
-    good.write_bytes(data)
-    refused(good, "header is damaged")
-
-
-class Payload:
-    """Runs code when unpickled the unsafe way."""
-
-    def __reduce__(self):
-        return os.system, ("touch /tmp/pixart_payload_ran",)
-
-
-@pytest.mark.parametrize("new", [True, False])
-def test_pickle_with_code_is_not_run(tmp_path, new):
-    path, flag = tmp_path / "evil.pth", "/tmp/pixart_payload_ran"
-    torch.save({"state_dict": tiny_weights()[2], "x": Payload()}, path, _use_new_zipfile_serialization=new)
-    refused(path, "could run code", "(posix.system)", "safetensors")
-    assert not os.path.exists(flag)
-
-
-@pytest.mark.parametrize(
-    "name, start, words",
-    [
-        ("m.gguf", b"GGUF\x03\0\0\0", ("GGUF", "ComfyUI-GGUF")),
-        ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\n", ("LFS pointer",)),
-        ("m.safetensors", b"<!DOCTYPE html><html>", ("web page",)),
-        ("m.pth", b"hello there, no weights", ("neither safetensors nor",)),
-        ("m.safetensors", b"\0" * 64, ("header",)),
-        ("m.safetensors", struct.pack("<Q", 2) + b"{}", ("no PixArt layers", "0 keys")),
-    ],
-)
-def test_not_weights_at_all(tmp_path, name, start, words):
-    (tmp_path / name).write_bytes(start)
-    refused(tmp_path / name, *words)
-
-
-@pytest.mark.parametrize(
-    "keys, kind, loader",
-    [
-        (["model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.middle_block.0.bias"], "SDXL", "UNETLoader"),
-        (["down_blocks.0.conv1.weight", "mid_block.conv1.weight", "time_embedding.linear_1.weight"], "UNet", "UNETLoader"),
-        (["transformer.blocks.0.attn.qkv.lora_A.weight", "transformer.blocks.0.attn.qkv.lora_B.weight"], "LoRA", "LoraLoaderModelOnly"),
-        (["lora_unet_blocks_0_attn_qkv.lora_down.weight"], "LoRA", "LoRA loader"),
-        (["encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.conv_in.weight", "quant_conv.weight"], "VAE", "VAELoader"),
-        (["taesd_decoder.1.weight"], "VAE", "VAELoader"),
-        (["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"], "T5", "load_text_encoder"),
-        (["text_model.encoder.layers.0.mlp.fc1.weight"], "CLIP", "T5"),
-        (["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"], "Flux", "UNETLoader"),
-        (["controlnet.0.copied_block.attn.qkv.weight", "base_model.t_block.1.weight"], "ControlNet", "transformer"),
-        (["blocks.0.cross_attn.kv_linear.weight", "blocks.0.mlp.inverted_conv.conv.weight"], "Sana", "UNETLoader"),
-        (["foo.weight", "bar.weight"], "no PixArt layers", "foo.weight"),
-    ],
-)  # fmt: skip
-def test_foreign_files_are_named(tmp_path, keys, kind, loader):
-    save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "f.safetensors")
-    refused(tmp_path / "f.safetensors", kind, loader)
-
-
-def test_all_problems_are_listed_at_once(good):
-    tensors = load_file(good)
-    del tensors["blocks.0.attn.proj.bias"], tensors["blocks.1.attn.proj.bias"], tensors["final_layer.scale_shift_table"]
-    tensors["blocks.0.mlp.fc2.bias"] = torch.zeros(3)
-    tensors["t_embedder.mlp.0.bias"] = torch.full((144,), float("nan"))
-    tensors["x_embedder.proj.weight"][0, 0, 0, 0] = float("inf")
-    tensors["banana"] = torch.zeros(1)
-    save_file(tensors, good)
-    refused(
-        good, "missing blocks.{0-1}.attn.proj.bias", "missing final_layer.scale_shift_table", "unknown key banana",
-        "blocks.0.mlp.fc2.bias has shape (3,), expected (144,)", "t_embedder.mlp.0.bias has 144 NaN",
-        "x_embedder.proj.weight has 1 NaN or infinite",
-    )  # fmt: skip
-
-
-def test_a_missing_block_is_named(good):
-    tensors = {key: value for key, value in load_file(good).items() if not key.startswith("blocks.0.")}
-    save_file(tensors, good)
-    refused(good, "missing blocks.0.attn.qkv.weight", "missing blocks.0.scale_shift_table")
-
-
-def test_last_blocks_missing_from_a_folder(tmp_path):
-    config, diffusers, original = tiny_weights()
-    left = {key: value for key, value in diffusers.items() if not key.startswith("transformer_blocks.1.")}
-    refused(write("diffusers-folder", tmp_path, config, left, original), "config.json says depth 2, the weights have 1")
-
-
-def test_config_of_another_model(tmp_path):
-    path = write("diffusers-folder", tmp_path, *tiny_weights())
-    (path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
-    refused(path, "FluxTransformer2DModel", "PixArtTransformer2DModel")
-    (path / "config.json").write_text("{nonsense")
-    assert "not readable as JSON" in str(pytest.raises(CheckpointError, load_transformer, path).value)
-
-
-def test_missing_shards_are_all_named(tmp_path):
-    path = write("diffusers-shards", tmp_path, *tiny_weights())
-    for shard in sorted(path.glob("*.safetensors"))[1:]:
-        shard.unlink()
-    refused(path, "00002-of-00003", "00003-of-00003", "2 of 3")
-
-
-def test_index_can_not_leave_its_folder(tmp_path):
-    path = write("diffusers-shards", tmp_path, *tiny_weights())
-    index = next(path.glob("*.index.json"))
-    index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
-    assert "outside its folder" in str(pytest.raises(CheckpointError, load_transformer, path).value)
-
-
-def test_folder_without_weights(tmp_path):
-    refused(tmp_path, "nothing", "diffusion_pytorch_model.safetensors")
-
-
-def test_integer_weights(good):
-    tensors = load_file(good)
-    tensors["blocks.0.mlp.fc1.weight"] = tensors["blocks.0.mlp.fc1.weight"].to(torch.int8)
-    save_file(tensors, good)
-    refused(good, "blocks.0.mlp.fc1.weight holds torch.int8")
-
-
-def test_contradicting_variant(good):
-    refused(good, "csize_embedder", variant="alpha-1024")
-
-
 # What a host hands over
 
 
@@ -383,7 +191,8 @@ def test_packed_weights_are_checked_by_rows_only():
 
 def test_quantization_extras_without_a_host_say_what_to_do(tmp_path):
     save_file(scaled(tiny_weights()[2]), tmp_path / "q.safetensors")
-    refused(tmp_path / "q.safetensors", "blocks.0.mlp.fc1.scale_weight", "PixArtModelLoader")
+    with pytest.raises(CheckpointError, match="(?s)blocks.0.mlp.fc1.scale_weight.*PixArtModelLoader"):
+        load_transformer(tmp_path / "q.safetensors")
 
 
 def test_prepare_leaves_the_given_dict_alone():
@@ -399,6 +208,6 @@ def test_tensors_without_storage_are_accepted():
     assert prepare(state, source="x").detection.config == config
 
 
-def test_read_checkpoint_maps_files_instead_of_reading_them(good):
-    raw = read_checkpoint(good)
-    assert raw.container == "safetensors" and raw.source == str(good)
+def test_read_checkpoint_names_its_container(tmp_path):
+    raw = read_checkpoint(write("safetensors", tmp_path, *tiny_weights()))
+    assert raw.container == "safetensors" and raw.source == str(tmp_path / "model.safetensors")
