@@ -57,7 +57,7 @@ class PixArtBlock(nn.Module):
         self.cross_attn = CrossAttention(hidden_size, num_heads, attention, operations, **factory)
         self.norm2 = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
         self.mlp = Mlp(hidden_size, mlp_hidden, operations, **factory)
-        self.scale_shift_table = nn.Parameter(torch.empty(6, hidden_size, **factory))
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size, **factory))
 
     def forward(self, inputs: BlockInputs) -> Tensor:
         """Returns the next hidden tokens, (B, N, D).
@@ -83,7 +83,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
         self.linear = operations.Linear(hidden_size, patch_size * patch_size * out_channels, bias=True, **factory)
-        self.scale_shift_table = nn.Parameter(torch.empty(2, hidden_size, **factory))
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, hidden_size, **factory))
 
     def forward(self, hidden: Tensor, timestep: Tensor) -> Tensor:
         """hidden: (B, N, D) in fp32; timestep: (B, D) -> (B, N, p*p*out_channels) in the timestep's dtype."""

@@ -2,9 +2,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from ..embeddings import position_table
 from ..model import PixArtTransformer
+
+PASS_GAIN = 0.3  # of a latent value in its own channels; small beside the positions, which keep LayerNorm's divisor steady
 
 
 @torch.no_grad()
@@ -30,3 +34,49 @@ def initialize_weights(model: PixArtTransformer) -> None:
     nn.init.normal_(model.final_layer.scale_shift_table, std=size**-0.5)
     nn.init.zeros_(model.final_layer.linear.weight)
     nn.init.zeros_(model.final_layer.linear.bias)
+
+
+@torch.no_grad()
+def pass_noise_through(model: PixArtTransformer) -> None:
+    """Makes a fresh model predict pure noise as itself.
+
+    A noise prediction is almost the input where noise is strong, and must be right to 1 / sigma there
+    before composition can be seen in the loss; from zero, small models spend most of their training on
+    that identity. So every latent value gets two channels of its own, where the positions are nearly
+    zero at any size (the slowest sines), and the output layer is fitted to read them back.
+    """
+    config = model.config
+    weight = model.x_embedder.proj.weight
+    values = weight[0].numel()  # of one patch
+    quarter = config.hidden_size // 4
+    channels = [start + quarter - 1 - i for start in (0, 2 * quarter) for i in range(values)]
+    weight.mul_(0.25)
+    weight[channels] = PASS_GAIN * torch.eye(values).reshape(values, *weight.shape[1:]).repeat(2, 1, 1, 1)
+    nn.init.zeros_(model.final_layer.scale_shift_table)
+    for layer in (model.t_embedder.mlp[2], model.t_block[1]):
+        nn.init.zeros_(layer.weight)
+    for block in model.blocks:
+        nn.init.zeros_(block.scale_shift_table)  # closed gates: at first every block is the identity
+    _fit_output(model)
+
+
+def _fit_output(model: PixArtTransformer, grid: tuple[int, int] = (16, 16), batch: int = 64) -> None:
+    """Least squares from the normalized embedding of noise to the noise, for the final layer's noise half."""
+    config = model.config
+    patch, channels = config.patch_size, config.in_channels
+    noise = torch.randn(batch, channels, grid[0] * patch, grid[1] * patch)
+    positions = position_table(*grid, config.hidden_size, config.position_range)
+    hidden = model.x_embedder(noise) + positions
+    features = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6).flatten(0, 1)
+    features = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
+    gram = features.T @ features + 1e-3 * torch.eye(features.shape[1], dtype=torch.float64)
+    solution = torch.linalg.solve(gram, features.T @ _patch_values(noise, patch).double()).float()
+    rows = solution.T.reshape(patch * patch, channels, -1)  # (p*p, C, D + 1)
+    out = model.final_layer.linear
+    out.weight.view(patch * patch, config.out_channels, -1)[:, :channels] = rows[..., :-1]
+    out.bias.view(patch * patch, config.out_channels)[:, :channels] = rows[..., -1]
+
+
+def _patch_values(latent: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B * tokens, p * p * C), in the order of the final layer's output."""
+    return latent.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1).flatten(0, 2).flatten(1)

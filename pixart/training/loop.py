@@ -19,7 +19,7 @@ from ..config import get_variant
 from ..model import PixArtTransformer
 from .data import bucket_sizes, draw_buckets, make_source
 from .diffusion import NoiseSchedule, sample_timesteps, training_loss
-from .initialize import initialize_weights
+from .initialize import initialize_weights, pass_noise_through
 from .recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ class Trainer:
             model.load_state_dict(start.state_dict())
         else:
             initialize_weights(model)
+            if self.recipe.pass_noise:
+                pass_noise_through(model)
         if self.recipe.compile_blocks:  # one graph serves every block and size; over twice as fast on a CPU
             for block in model.blocks:
                 block.compile(dynamic=True)

@@ -33,6 +33,7 @@ class Recipe:
     run_dir: str  # full state for resuming, and the log
     stages: tuple[Stage, ...]
     initialize: str | None = None  # start from these weights instead of random ones
+    pass_noise: bool = False  # begin as the identity on noise, see `initialize.pass_noise_through`
     seed: int = 0
     precision: str = "bf16"  # or "no" for fp32
     betas: tuple[float, float] = (0.9, 0.99)

@@ -1,0 +1,34 @@
+"""Positions and sinusoids against diffusers'."""
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import Timesteps, get_2d_sincos_pos_embed
+
+from pixart.embeddings import position_table, sinusoid
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 16), (8, 32), (64, 64), (37, 21)])
+@pytest.mark.parametrize("position_range", [16.0, 32.0])
+def test_positions_equal_diffusers(rows, columns, position_range):
+    # base_size / interpolation_scale is the range that coordinates run to
+    expected = get_2d_sincos_pos_embed(1152, (rows, columns), base_size=64, interpolation_scale=64 / position_range, output_type="np")
+    got = position_table(rows, columns, 1152, position_range)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, atol=3e-5)
+
+
+def test_positions_do_not_depend_on_resolution():
+    """Token (i, j) of a grid stands where token (2i, 2j) of the doubled grid stands."""
+    coarse = position_table(16, 24, 72, 32.0).reshape(16, 24, 72)
+    fine = position_table(32, 48, 72, 32.0).reshape(32, 48, 72)
+    torch.testing.assert_close(coarse, fine[::2, ::2])
+
+
+def test_sinusoid_equals_diffusers():
+    timesteps = torch.tensor([0.0, 1.0, 437.0, 999.0, 12.5])
+    expected = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(timesteps)
+    torch.testing.assert_close(sinusoid(timesteps), expected, atol=1e-4, rtol=0)
+
+
+def test_sinusoid_of_half_precision_timesteps_is_computed_in_fp32():
+    assert torch.equal(sinusoid(torch.tensor([437.0], dtype=torch.float16)), sinusoid(torch.tensor([437.0])))

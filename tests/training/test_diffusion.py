@@ -1,0 +1,84 @@
+"""The forward process and the loss against diffusers' scheduler and torch's distributions."""
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch.distributions import Normal, kl_divergence
+
+from pixart.training.diffusion import NoiseSchedule, gaussian_divergence, sample_timesteps, training_loss, variance_loss
+
+SCHEDULE = NoiseSchedule()
+REFERENCE = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", variance_type="fixed_small", clip_sample=False)
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    latent, noise = torch.randn(2, 4, 4, 4, 6, generator=generator).unbind(0)
+    return latent, noise, torch.tensor([0, 3, 400, 999])
+
+
+def test_added_noise_equals_diffusers():
+    latent, noise, timestep = batch()
+    torch.testing.assert_close(SCHEDULE.add_noise(latent, noise, timestep), REFERENCE.add_noise(latent, noise, timestep))
+
+
+@pytest.mark.parametrize("timestep", [1, 10, 500, 999])
+def test_posterior_equals_diffusers_step(timestep):
+    latent, noise, _ = batch()
+    t = torch.full((4,), timestep)
+    noisy = SCHEDULE.add_noise(latent, noise, t)
+    mean = SCHEDULE.posterior_mean(latent, noisy, t)
+    # with the true noise as prediction, the scheduler's step is the posterior's mean plus its deviation x noise
+    REFERENCE.set_timesteps(1000)
+    drawn = torch.randn(latent.shape, generator=torch.Generator().manual_seed(5))
+    step = REFERENCE.step(noise, timestep, noisy, generator=torch.Generator().manual_seed(5)).prev_sample
+    deviation = (0.5 * SCHEDULE.log_posterior[timestep]).exp()
+    torch.testing.assert_close(step, mean + deviation * drawn, atol=2e-4, rtol=1e-3)
+
+
+def test_divergence_equals_torch():
+    generator = torch.Generator().manual_seed(1)
+    mean1, mean2, log1, log2 = torch.randn(4, 50, generator=generator).unbind(0)
+    expected = kl_divergence(Normal(mean1, (0.5 * log1).exp()), Normal(mean2, (0.5 * log2).exp()))
+    torch.testing.assert_close(gaussian_divergence(mean1, log1, mean2, log2), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_perfect_prediction_has_no_loss_but_the_first_steps_likelihood():
+    latent, noise, timestep = batch()
+    lowest_variance = torch.full_like(noise, -1.0)  # the posterior's own
+    loss = variance_loss(SCHEDULE, noise, lowest_variance, latent, noise, timestep)
+    torch.testing.assert_close(loss[1:], torch.zeros(3), atol=1e-5, rtol=0)
+    likelihood = -Normal(latent, (0.5 * SCHEDULE.log_posterior[0]).exp()).log_prob(latent) / torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(loss[0], likelihood[0].mean(), atol=1e-3, rtol=1e-3)
+    noise_loss, _ = training_loss(SCHEDULE, torch.cat([noise, lowest_variance], 1), latent, noise, timestep)
+    assert noise_loss == 0
+
+
+def test_variance_loss_does_not_move_the_noise():
+    latent, noise, timestep = batch()
+    prediction = torch.randn(4, 8, 4, 6, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    _, variance = training_loss(SCHEDULE, prediction, latent, noise, timestep)
+    variance.backward()
+    assert prediction.grad[:, :4].abs().max() == 0
+    assert prediction.grad[:, 4:].abs().max() > 0
+
+
+def test_plain_loss_is_the_mean_square_and_the_weight_is_velocitys():
+    latent, noise, _ = batch()
+    timestep = torch.full((4,), 300)
+    predicted = noise + 0.1 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(3))
+    prediction = torch.cat([predicted, torch.zeros_like(noise)], 1)
+    plain, _ = training_loss(SCHEDULE, prediction, latent, noise, timestep, max_weight=1.0)
+    torch.testing.assert_close(plain, (predicted - noise).square().mean())
+    weighted, _ = training_loss(SCHEDULE, prediction, latent, noise, timestep, max_weight=1e9)
+    noisy, signal = SCHEDULE.add_noise(latent, noise, timestep), SCHEDULE.alphas_cumprod[300]
+
+    def velocity(eps):  # v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, x0 implied by eps
+        return signal.sqrt() * eps - (1 - signal).sqrt() * (noisy - (1 - signal).sqrt() * eps) / signal.sqrt()
+
+    torch.testing.assert_close(weighted, (velocity(predicted) - velocity(noise)).square().mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_timesteps_are_where_they_were_asked():
+    drawn = sample_timesteps(20000, mean=0.5, std=0.5, generator=torch.Generator().manual_seed(0))
+    assert drawn.min() >= 0 and drawn.max() <= 999
+    assert abs(drawn.float().median().item() - 1000 * torch.sigmoid(torch.tensor(0.5)).item()) < 10
