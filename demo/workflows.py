@@ -147,7 +147,7 @@ def image_to_image() -> Workflow:
     size = flow.add("PixArtResolution", "Size", 1, 2, base="256", width=256, height=256, batch_size=1)
     picture = flow.add("LoadImage", "Picture", 0, 3, image="pixart-scene.png")
     fitted = flow.add("PixArtCropToSize", "Fit to size", 1, 3, image=[picture, 0], width=[size, 1], height=[size, 2])
-    latent = flow.add("VAEEncode", "Encode", 2, 1, pixels=[fitted, 0], vae=[vae, 0])
+    latent = flow.add("VAEEncode", "Encode", 1, 4, pixels=[fitted, 0], vae=[vae, 0])
     flow.decode(flow.sample("Sampler", model, positive, negative, [latent, 0], denoise=0.8), vae, "pixart-img2img")
     return flow
 
@@ -164,7 +164,7 @@ def inpaint() -> Workflow:
     negative = flow.text("Negative prompt", t5, "", 300, 1)
     picture = flow.add("LoadImage", "Picture and mask", 0, 3, image="pixart-inpaint.png")
     encoded = flow.add("VAEEncode", "Encode", 1, 2, pixels=[picture, 0], vae=[vae, 0])
-    latent = flow.add("SetLatentNoiseMask", "Draw only the mask", 2, 1, samples=[encoded, 0], mask=[picture, 1])
+    latent = flow.add("SetLatentNoiseMask", "Draw only the mask", 1, 3, samples=[encoded, 0], mask=[picture, 1])
     flow.decode(flow.sample("Sampler", model, positive, negative, [latent, 0]), vae, "pixart-inpaint")
     return flow
 
