@@ -89,7 +89,7 @@ def draw_in_comfyui(given: argparse.Namespace) -> Path:
     workflow = graph.configured_workflow(graph.load(ROOT / "workflows/demo.json"), prompt)
     (base.folder / "user/default/workflows/demo.json").write_text(json.dumps(workflow), encoding="utf-8")
     say(f"Starting ComfyUI from {comfyui} (log: {WORK / 'host.log'})")
-    cpu = given.cpu or not host.has_accelerator(python)
+    cpu = given.cpu or host.accelerator(python) == "cpu"
     with host.Host(python, comfyui, base.folder, cpu=cpu, port=given.port, log=WORK / "host.log") as server:
         started = time.monotonic()
         client = server.client
@@ -121,7 +121,7 @@ def draw_standalone(given: argparse.Namespace) -> Path:
     """Draw with pixart.Pipeline in a process of the environment."""
     python = install(environment.standalone_profile())
     path = output_path(given)
-    device = "cpu" if given.cpu or not host.has_accelerator(python) else "cuda"
+    device = "cpu" if given.cpu else host.accelerator(python)
     command = [str(python), "-m", "demo.launch.standalone", given.prompt, "--output", str(path), "--device", device]
     for name in ("negative", "seed", "steps", "cfg", "width", "height"):
         command.append(f"--{name}={getattr(given, name)}")

@@ -7,7 +7,6 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from .host.files import choices, resolve
-from .host.progress import show_text
 from .host.schema import schema
 from .host.text_encoder import DEFAULT, DEVICES, PRECISIONS, load_t5
 from .host.tokens import encode
@@ -85,7 +84,6 @@ class PixArtTextEncode(io.ComfyNode):
                 ),
             ],
             outputs=[io.Conditioning.Output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -97,5 +95,4 @@ class PixArtTextEncode(io.ComfyNode):
                 "PixArt: a prompt has %d tokens, the limit is %d. Left out: %s",
                 encoded.count, max_tokens, encoded.cut,
             )  # fmt: skip
-        show_text(cls, encoded.describe())
         return io.NodeOutput(encoded.conditioning, ui=ui.PreviewText(encoded.describe()))

@@ -260,7 +260,7 @@ def fake_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(quickstart, "WORK", tmp_path / "work")
     monkeypatch.setattr(quickstart, "install", lambda profile: Path(sys.executable))
     monkeypatch.setattr(quickstart, "check_weights", lambda: None)
-    monkeypatch.setattr(host, "has_accelerator", lambda python: False)
+    monkeypatch.setattr(host, "accelerator", lambda python: "cpu")
     return tmp_path
 
 

@@ -123,10 +123,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def has_accelerator(python: Path) -> bool:
-    """Whether torch in that environment sees a GPU."""
-    code = "import torch, sys; sys.exit(0 if torch.accelerator.is_available() else 1)"
-    return subprocess.run([str(python), "-c", code], capture_output=True).returncode == 0
+def accelerator(python: Path) -> str:
+    """The device torch in that environment would compute on: cuda, mps, xpu ... or cpu."""
+    code = "import torch; a = torch.accelerator; print(a.current_accelerator().type if a.is_available() else 'cpu')"
+    answer = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
+    return answer.stdout.strip() if answer.returncode == 0 else "cpu"
 
 
 class Host:
