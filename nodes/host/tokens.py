@@ -40,13 +40,25 @@ def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
             f"This CLIP has the token streams {', '.join(tokens)}; expected a T5 ({STREAM}), by which PixArt reads "
             "captions. Load T5-v1.1-XXL with PixArtT5Loader, or CLIPLoader with type pixart."
         )
+    if getattr(clip.cond_stage_model, STREAM, True) is None:
+        raise TextEncoderError("This CLIP was loaded without its T5, by which PixArt reads captions. Use PixArtT5Loader.")
     words = [pair for row in tokens[STREAM] for pair in _without_end(row)]
     kept, cut = words[: max_tokens - 1], words[max_tokens - 1 :]
-    # Other streams (CLIP-L, CLIP-G of SD3 or Flux) would lengthen the states with what PixArt can't read.
-    stripped: dict[str, list] = {name: [] for name in tokens}
-    stripped[STREAM] = [[*kept, (END_ID, 1.0)]]
-    conditioning = clip.encode_from_tokens_scheduled(stripped)
+    # SD3's CLIP-L and CLIP-G states stand before T5's: left out where both may be empty, cut off in any case.
+    optional = {"l", "g"} if {"l", "g"} <= set(tokens) else set()
+    given = {name: [] if name in optional else rows for name, rows in tokens.items()}
+    given[STREAM] = [[*kept, (END_ID, 1.0)]]
+    length = len(given[STREAM][0])
+    conditioning = [_last(entry, length) for entry in clip.encode_from_tokens_scheduled(given)]
     return Encoded(conditioning, len(words) + 1, max_tokens, _words(clip, cut))
+
+
+def _last(entry: list, length: int) -> list:
+    """A conditioning entry with the last tokens only, its mask likewise."""
+    states, values = entry[0][:, -length:], dict(entry[1])
+    if values.get("attention_mask") is not None:
+        values["attention_mask"] = values["attention_mask"][..., -length:]
+    return [states, values]
 
 
 def _without_end(row: list[tuple]) -> list[tuple]:

@@ -133,6 +133,26 @@ def test_noise_schedule_is_pixarts(sigma) -> None:
     assert float(sampling.sigma_max) == pytest.approx(157.4, abs=0.05)
 
 
+def test_conditioning_for_a_controlnet_does_not_disturb(sigma) -> None:
+    """`cross_attn_controlnet`, which some ControlNets read instead of the prompt."""
+    positive = captions(4)
+    positive[0][1]["cross_attn_controlnet"] = torch.randn(1, 4, 16)
+    expected = sample(sigma, captions(4), captions(1, seed=1))
+    assert difference(sample(sigma, positive, captions(1, seed=1)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("node", ["LazyCache", "RescaleCFG"])
+def test_guidance_and_cache_nodes_of_the_host(sigma, node: str) -> None:
+    if node == "LazyCache":
+        arguments = dict(reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
+        patched = nodes_easycache.LazyCacheNode.execute(sigma, **arguments).result[0]
+    else:
+        patched = nodes_model_advanced.RescaleCFG().patch(sigma, 0.7)[0]
+    plain = sample(sigma, captions(4), captions(1, seed=1), steps=6)
+    assert difference(sample(patched, captions(4), captions(1, seed=1), steps=6), plain) > 1e-4
+    assert torch.equal(sample(sigma, captions(4), captions(1, seed=1), steps=6), plain)
+
+
 def test_easycache_skips_steps(counted) -> None:
     model, calls = counted
     execute = nodes_easycache.EasyCacheNode.execute

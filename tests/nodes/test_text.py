@@ -164,6 +164,35 @@ class TestXXL:
             assert options["model_options"]["load_device"] == torch.device("cpu")
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_t5_of_an_sd3_or_flux_clip(family: str, slim: Path) -> None:
+    """The host's real classes: padded T5 and CLIP-L streams; PixArt gets the same states as from its own loader."""
+    from types import SimpleNamespace
+
+    import comfy.sd
+    import comfy.text_encoders.flux as flux
+    import comfy.text_encoders.sd3_clip as sd3
+
+    made = {
+        "sd3": lambda: (sd3.sd3_clip(clip_l=True, clip_g=True, t5=True, dtype_t5=torch.float16), sd3.SD3Tokenizer),
+        "flux": lambda: (flux.flux_clip(dtype_t5=torch.float16), flux.FluxTokenizer),
+    }[family]()
+    weights = encoder.read_t5(slim)
+    narrow = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    options = {
+        "t5xxl_model_config": encoder.host_config(weights), "clip_l_model_config": narrow, "clip_g_model_config": narrow,
+        "dtype": torch.float16,
+    }  # fmt: skip
+    target = SimpleNamespace(clip=made[0], tokenizer=made[1], params={})
+    other = comfy.sd.CLIP(target, parameters=1, model_options=options)
+    other.cond_stage_model.t5xxl.load_sd(weights.tensors)
+    own = encoder._from_weights(slim, torch.float16, {}, False)
+    for prompt in ["", "a cat on a sofa, 4k", "word " * 300]:
+        expected = node(own, prompt, 120)
+        states, shown = node(other, prompt, 120)
+        assert torch.equal(states, expected[0]) and shown == expected[1]
+
+
 class TestEncoding:
     @pytest.mark.parametrize("prompt", [*PROMPTS, "a (red circle:1.4) above a (blue:0.5) square", "((star))"])
     def test_same_as_clip_text_encode(self, clip, prompt: str) -> None:
@@ -225,23 +254,17 @@ class TestEncoding:
         monkeypatch.setattr(clip.tokenizer, "tokenize_with_weights", padded)
         assert torch.equal(node(clip, PROMPTS[0])[0], expected)
 
-    def test_sd3_clip_gives_its_t5_part(self, clip, reference, monkeypatch) -> None:
-        """CLIP-L and CLIP-G states of an SD3 encoder are left out."""
-        tokenize = clip.tokenizer.tokenize_with_weights
-        seen = {}
-
-        def three_streams(text, return_word_ids=False, **kwargs):
-            return {"l": [[(49406, 1.0)] * 77], "g": [[(49406, 1.0)] * 77], **tokenize(text, return_word_ids, **kwargs)}
-
-        monkeypatch.setattr(clip.tokenizer, "tokenize_with_weights", three_streams)
-        original = clip.cond_stage_model.encode_token_weights
-        monkeypatch.setattr(clip.cond_stage_model, "encode_token_weights", lambda tokens: seen.update(tokens) or original(tokens))
-        node(clip, PROMPTS[0])
-        assert seen["l"] == seen["g"] == [] and len(seen["t5xxl"][0]) > 1
-
     def test_clip_without_t5_is_refused(self, clip, monkeypatch) -> None:
         monkeypatch.setattr(clip.tokenizer, "tokenize_with_weights", lambda *a, **k: {"l": [[(49406, 1.0)]]})
         with pytest.raises(errors.TextEncoderError, match="token streams l.*T5"):
+            node(clip, "a")
+
+    def test_clip_whose_t5_was_not_loaded_is_refused(self, clip, monkeypatch) -> None:
+        """SD3's from CLIP-L and CLIP-G alone: its tokenizer has the stream, its encoder gives zeros for it."""
+        from types import SimpleNamespace
+
+        monkeypatch.setattr(clip, "cond_stage_model", SimpleNamespace(t5xxl=None))
+        with pytest.raises(errors.TextEncoderError, match="without its T5"):
             node(clip, "a")
 
     def test_no_clip_is_refused(self) -> None:
