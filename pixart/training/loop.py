@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..model import PixArtTransformer
 from .data import bucket_sizes, draw_buckets, make_source
 from .diffusion import NoiseSchedule, sample_timesteps, training_loss
 from .initialize import initialize_weights, pass_noise_through
+from .optimizer import make_optimizers
 from .recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ def train(config_path: str | Path, resume: bool = True, stop_after: float | None
     trainer = Trainer(load_recipe(config_path))
     if resume:
         trainer.resume()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         trainer.run(stop_after)
     except KeyboardInterrupt:
@@ -43,8 +46,13 @@ def train(config_path: str | Path, resume: bool = True, stop_after: float | None
     return Path(trainer.recipe.output)
 
 
+def _interrupt(*_: object) -> None:
+    """A termination asked for is an interruption: what was learned is kept."""
+    raise KeyboardInterrupt
+
+
 class Trainer:
-    """Model, optimizer, EMA and data of one run."""
+    """Model, optimizers, EMA and data of one run."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -53,11 +61,8 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         model = self._new_model().to(self.accelerator.device)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.learning_rate(0), betas=recipe.betas, weight_decay=recipe.weight_decay,
-            fused=True,
-        )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        optimizers = make_optimizers(model, recipe)
+        self.model, *self.optimizers = self.accelerator.prepare(model, *optimizers)
         self.schedule = NoiseSchedule(self.accelerator.device)
         self.source = make_source(recipe)
         self.step = 0
@@ -121,10 +126,11 @@ class Trainer:
         losses = training_loss(self.schedule, prediction, latent, noise, timestep, self.recipe.max_loss_weight)
         self.accelerator.backward(sum(losses))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate(self.step)
+            optimizer.step()
+            optimizer.zero_grad()
         self.ema.update_parameters(self.bare_model)
         return losses[0].item(), losses[1].item(), float(norm)
 
@@ -154,7 +160,7 @@ class Trainer:
             "step": self.step,
             "model": self.bare_model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         self._state_path.parent.mkdir(parents=True, exist_ok=True)
         self._replace(self._state_path, lambda path: torch.save(state, path))
@@ -172,7 +178,8 @@ class Trainer:
         state = torch.load(self._state_path, map_location=self.accelerator.device, weights_only=True)
         self.bare_model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.step = state["step"]
         self.progress_note(f"resuming at step {self.step}")
 

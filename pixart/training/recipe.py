@@ -36,6 +36,7 @@ class Recipe:
     pass_noise: bool = False  # begin as the identity on noise, see `initialize.pass_noise_through`
     seed: int = 0
     precision: str = "bf16"  # or "no" for fp32
+    optimizer: str = "adamw"  # or "muon"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     warmup_steps: int = 300

@@ -65,8 +65,9 @@ def test_learns_what_the_caption_says(recipe_path):
     assert bright - dark > 0.2  # from noise alone, which says neither
 
 
-def test_interrupted_run_resumes_where_it_stopped(recipe_path):
-    config = recipe_path(steps=6)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_interrupted_run_resumes_where_it_stopped(recipe_path, optimizer):
+    config = recipe_path(steps=6, optimizer=optimizer)
     trainer = loop.Trainer(load_recipe(config))
     trainer.run(stop_after=0)  # one step
     trainer.save()
@@ -108,6 +109,19 @@ def test_learning_rate_warms_up_and_ends_where_it_should(recipe_path):
     recipe = load_recipe(recipe_path(stages=stages, warmup_steps=10))
     rates = [recipe.learning_rate(step) for step in (0, 9, 99, 100, 150, 199)]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 1.0, 0.5, 0.01])
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(recipe_path):
+    trainer = loop.Trainer(load_recipe(recipe_path(optimizer="muon")))
+    muon, adam = [{id(p) for group in o.param_groups for p in group["params"]} for o in trainer.optimizers]
+    named = dict(trainer.bare_model.named_parameters())
+    assert id(named["blocks.1.attn.qkv.weight"]) in muon and id(named["blocks.1.scale_shift_table"]) in adam
+    assert not muon & adam and len(muon) + len(adam) == len(named)
+
+
+def test_unknown_optimizer_is_refused(recipe_path):
+    with pytest.raises(ConfigError, match="sgd.*adamw"):
+        loop.Trainer(load_recipe(recipe_path(optimizer="sgd")))
 
 
 def test_fresh_weights_predict_nothing_and_blocks_begin_gated():
