@@ -31,6 +31,7 @@ WEIGHTS = {
     "text_encoders": ROOT / "demo/weights/pixart-demo-t5.safetensors",
     "vae": ROOT / "demo/weights/pixart-demo-vae.safetensors",
 }
+A_DAY = 86400.0  # a slow machine is no error; progress is shown, and Ctrl-C stops
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -93,10 +94,14 @@ def draw_in_comfyui(given: argparse.Namespace) -> Path:
     with host.Host(python, comfyui, base.folder, cpu=cpu, port=given.port, log=WORK / "host.log") as server:
         started = time.monotonic()
         client = server.client
-        entry = client.wait(client.queue(prompt, workflow), on_progress=show_progress)
-        picture = next(image for shown in entry["outputs"].values() for image in shown.get("images", []))
+        try:
+            entry = client.wait(client.queue(prompt, workflow), A_DAY, show_progress)
+            picture = next(image for shown in entry["outputs"].values() for image in shown.get("images", []))
+            content = client.image(picture)
+        except OSError as error:
+            raise LaunchError(f"ComfyUI stopped answering ({error}). The end of its log:\n{server.log_tail()}") from None
         path = output_path(given)
-        path.write_bytes(client.image(picture))
+        path.write_bytes(content)
         say(f"Drawn in {time.monotonic() - started:.1f} s, seed {given.seed}.")
         if given.serve:
             serve(server, path)

@@ -291,6 +291,14 @@ def test_a_refused_graph_is_one_line_and_exit_status_1(
     assert not (fake_world / "x.png").exists()
 
 
+def test_a_host_that_dies_while_drawing_shows_its_log(
+    fake_world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_DIES", "1")
+    assert quickstart.main(["x", "--output", str(fake_world / "x.png")]) == 1
+    assert "stopped answering" in (err := capsys.readouterr().err) and "Killed: out of memory" in err
+
+
 def test_missing_demo_models_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart, "WEIGHTS", {"vae": ROOT / "demo/weights/absent.safetensors"})
     assert quickstart.main(["x"]) == 1

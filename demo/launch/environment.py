@@ -32,7 +32,7 @@ class Profile:
 
     def fingerprint(self) -> str:
         """Hash of everything that decides what gets installed."""
-        digest = hashlib.sha256(sys.version.encode())
+        digest = hashlib.sha256()
         for file in (*self.files, REQUIREMENTS / "torch.txt"):
             digest.update(file.read_bytes())
         digest.update("\n".join(self.without_dependencies).encode())

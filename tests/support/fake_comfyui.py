@@ -40,6 +40,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if os.environ.get("FAKE_DIES"):
+            print("Killed: out of memory", flush=True)
+            os._exit(9)
         if os.environ.get("FAKE_REFUSES"):
             refusal = {"error": {"message": "bad graph"}, "node_errors": {"4": {"class_type": "X", "errors": [{"message": "m", "details": "d"}]}}}
             self.answer(json.dumps(refusal).encode(), 400)
