@@ -76,7 +76,8 @@ class TestBlockReplacement:
         from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
         node = SkipLayerGuidanceDiT
-        arguments = dict(model=sigma, double_layers="1", single_layers="", scale=3.0, start_percent=0.0, end_percent=1.0, rescaling_scale=0.0)
+        when = dict(start_percent=0.0, end_percent=1.0)
+        arguments = dict(model=sigma, double_layers="1", single_layers="", scale=3.0, rescaling_scale=0.0, **when)
         patched = node.execute(**arguments).result[0] if hasattr(node, "execute") else node().skip_guidance(**arguments)[0]
         assert difference(run(patched), run.plain) > 1e-3
 

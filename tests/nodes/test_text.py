@@ -77,7 +77,8 @@ class TestLoading:
 
     @pytest.mark.parametrize(
         ("precision", "dtype", "cosine"),
-        [("fp32", torch.float32, 0.9999), ("bf16", torch.bfloat16, 0.999), ("fp16", torch.float16, 0.9999), ("fp8_e4m3fn", torch.float8_e4m3fn, 0.97)],
+        [("fp32", torch.float32, 0.9999), ("bf16", torch.bfloat16, 0.999), ("fp16", torch.float16, 0.9999),
+         ("fp8_e4m3fn", torch.float8_e4m3fn, 0.97)],
     )  # fmt: skip
     def test_precision(self, precision: str, dtype: torch.dtype, cosine: float, reference, t5_file: Path) -> None:
         loaded = encoder.load_t5(str(t5_file), precision, "default")
