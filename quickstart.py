@@ -21,16 +21,12 @@ from pathlib import Path
 if sys.version_info < (3, 10):
     sys.exit("quickstart.py needs Python 3.10 or later; this is Python " + sys.version.split()[0] + ".")
 
+from demo import WEIGHTS  # noqa: E402
 from demo.launch import environment, graph, host  # noqa: E402
 from demo.launch.errors import LaunchError  # noqa: E402
 
 ROOT = Path(__file__).absolute().parent
 WORK = ROOT / ".quickstart"
-WEIGHTS = {
-    "diffusion_models": ROOT / "demo/weights/pixart-demo-transformer.safetensors",
-    "text_encoders": ROOT / "demo/weights/pixart-demo-t5.safetensors",
-    "vae": ROOT / "demo/weights/pixart-demo-vae.safetensors",
-}
 A_DAY = 86400.0  # a slow machine is no error; progress is shown, and Ctrl-C stops
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -80,7 +76,7 @@ def draw_in_comfyui(given: argparse.Namespace) -> Path:
     if comfyui is None:
         comfyui = host.pypi_comfyui(python, WORK)
     base = host.BaseDirectory(WORK / "base")
-    base.prepare(ROOT, {folder: [file] for folder, file in WEIGHTS.items()}, (ROOT / "demo/inputs").glob("*.png"))
+    base.prepare(ROOT, {}, (ROOT / "demo/inputs").glob("*.png"))
     prompt = graph.load(ROOT / "workflows/api/demo.json")
     settings = {
         "prompt": given.prompt, "negative": given.negative, "seed": given.seed, "steps": given.steps,
@@ -130,7 +126,7 @@ def draw_standalone(given: argparse.Namespace) -> Path:
     command = [str(python), "-m", "demo.launch.standalone", given.prompt, "--output", str(path), "--device", device]
     for name in ("negative", "seed", "steps", "cfg", "width", "height"):
         command.append(f"--{name}={getattr(given, name)}")
-    if subprocess.call(command, cwd=ROOT, env=dict(os.environ, HF_HUB_OFFLINE="1")) != 0:
+    if subprocess.call(command, cwd=ROOT, env=dict(os.environ, HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")) != 0:
         raise LaunchError("pixart.Pipeline failed; its message is above.")
     return path
 

@@ -110,7 +110,7 @@ def _link(source: Path, target: Path) -> None:
         target.symlink_to(source, target_is_directory=source.is_dir())
     except OSError:
         if source.is_dir():
-            skipped = shutil.ignore_patterns(".*", "__pycache__", "output", "runs", "tests", "weights")
+            skipped = shutil.ignore_patterns(".*", "__pycache__", "output", "runs", "tests")
             shutil.copytree(source, target, ignore=skipped)
         else:
             shutil.copyfile(source, target)
@@ -193,6 +193,7 @@ class Host:
     def _start(self) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="pixart-host-", ignore_cleanup_errors=True)
         environ = dict(os.environ, PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
+        environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads are ten times slower where others compute too
         for name in ("PYTHONPATH", "PYTHONHOME"):
             environ.pop(name, None)
         self.log.parent.mkdir(parents=True, exist_ok=True)
