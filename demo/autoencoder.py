@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import WEIGHTS
 from .scenes import render, sample_scene
 
 VAE_SCALE = 0.13025
 WIDTH = 64
 TRAIN_SIZES = ((256, 256), (304, 208), (208, 304), (352, 176), (176, 352), (128, 512), (512, 128))
+VAE_FILE = WEIGHTS["vae"]
 RESULTS = Path(__file__).parent / "results"
-WEIGHTS = Path(__file__).parent / "weights" / "pixart-demo-vae.safetensors"
 # Partly whitened colour statistics of 6,000 scenes, seen along the four axes of a tetrahedron: rows of
 # equal weight, |latent| <= 2.5 on scenes and <= 3.2 on any colour, before the decoder's tanh(x / 3) * 3.
 LATENT_MATRIX: tuple[tuple[float, float, float], ...] = (
@@ -130,7 +131,7 @@ def save_autoencoder(decoder: nn.Sequential, path: Path) -> None:
     path.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
-def load_decoder(path: Path = WEIGHTS) -> nn.Sequential:
+def load_decoder(path: Path = VAE_FILE) -> nn.Sequential:
     """The trained decoder of a file written by save_autoencoder, in fp32 and eval mode."""
     tensors, prefix = load_file(path), "taesd_decoder."
     decoder = _make_decoder()
@@ -252,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: train the decoder, then measure it."""
     parser = argparse.ArgumentParser(prog="python -m demo.autoencoder", description=main.__doc__)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, default=VAE_FILE)
     parser.add_argument("--state", type=Path, default=Path("runs/demo-vae.pt"), help="checkpoint to resume from")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)

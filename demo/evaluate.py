@@ -21,6 +21,7 @@ from pixart import Pipeline
 from pixart.model import PixArtTransformer
 from pixart.training.initialize import initialize_weights
 
+from . import WEIGHTS
 from .captions import Caption, caption
 from .contact_sheet import Entry, make_contact_sheet
 from .reader import Verdict, check
@@ -188,10 +189,9 @@ def format_report(report: dict) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: evaluate the demo model, or another transformer trained on its scenes."""
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=main.__doc__)
-    weights = FOLDER / "weights"
-    parser.add_argument("--transformer", type=Path, default=weights / "pixart-demo-transformer.safetensors")
-    parser.add_argument("--text-encoder", type=Path, default=weights / "pixart-demo-t5.safetensors")
-    parser.add_argument("--vae", type=Path, default=weights / "pixart-demo-vae.safetensors")
+    parser.add_argument("--transformer", type=Path, default=WEIGHTS["diffusion_models"])
+    parser.add_argument("--text-encoder", type=Path, default=WEIGHTS["text_encoders"])
+    parser.add_argument("--vae", type=Path, default=WEIGHTS["vae"])
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg", type=float, default=4.5)

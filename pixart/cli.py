@@ -15,9 +15,9 @@ from .errors import InputError, PixArtError, UnsupportedError
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
-    "transformer": DEMO_WEIGHTS / "pixart-demo-transformer.safetensors",
-    "text_encoder": DEMO_WEIGHTS / "pixart-demo-t5.safetensors",
-    "vae": DEMO_WEIGHTS / "pixart-demo-vae.safetensors",
+    "transformer": DEMO_WEIGHTS / "diffusion_models/pixart-demo-transformer.safetensors",
+    "text_encoder": DEMO_WEIGHTS / "text_encoders/pixart-demo-t5.safetensors",
+    "vae": DEMO_WEIGHTS / "vae/pixart-demo-vae.safetensors",
 }
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pixart import Pipeline
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+from .. import WEIGHTS
 
 
 def main() -> None:
@@ -24,9 +24,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     pipe = Pipeline.from_files(
-        transformer=WEIGHTS / "pixart-demo-transformer.safetensors",
-        text_encoder=WEIGHTS / "pixart-demo-t5.safetensors",
-        vae=WEIGHTS / "pixart-demo-vae.safetensors",
+        transformer=WEIGHTS["diffusion_models"],
+        text_encoder=WEIGHTS["text_encoders"],
+        vae=WEIGHTS["vae"],
         device=given.device,
     )
     images = pipe(

@@ -18,7 +18,7 @@ TOKENS_OF_FAMILY = {"alpha": 120, "sigma": 300}
 VAE_TITLES = {
     "sd1": "SD1 (scale 0.18215, e.g. sd-vae-ft-ema)",
     "sdxl": "SDXL (scale 0.13025)",
-    "demo": "the demo's own (demo/weights/pixart-demo-vae.safetensors)",
+    "demo": "the demo's own (demo/weights/vae/pixart-demo-vae.safetensors)",
 }
 
 

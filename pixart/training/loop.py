@@ -169,6 +169,7 @@ class Trainer:
     def _replace(path: Path, write) -> None:
         partial = path.with_name(path.name + ".partial")
         write(partial)
+        partial.chmod(0o644)  # safetensors writes files that only their owner can read
         partial.replace(path)
 
     def resume(self) -> None:

@@ -11,7 +11,7 @@ from demo.autoencoder import (
     LATENT_BIAS,
     LATENT_MATRIX,
     VAE_SCALE,
-    WEIGHTS,
+    VAE_FILE,
     build_decoder,
     build_encoder,
     encode,
@@ -91,14 +91,14 @@ def test_training_resumes_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_committed_decoder_reconstructs_heldout_scenes() -> None:
-    assert WEIGHTS.stat().st_size < 5e6
+    assert VAE_FILE.stat().st_size < 5e6
     assert measure_psnr(load_decoder(), count=3) > 30
 
 
 @pytest.mark.parametrize("size", [(80, 48), (32, 128)])
 def test_committed_file_agrees_with_diffusers_layers(size: tuple[int, int]) -> None:
     tiny = pytest.importorskip("diffusers").AutoencoderTiny()
-    tensors = load_file(WEIGHTS)
+    tensors = load_file(VAE_FILE)
     state = {}
     for key, value in tensors.items():
         part, _, rest = key.partition(".")

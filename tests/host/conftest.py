@@ -35,9 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     missing = [file for file in DEMO.values() if not file.is_file()]
     assert not missing, f"the demo models are missing: {missing}"
     second = save_random(tmp_path_factory.mktemp("models") / SECOND_MODEL, seed=1)
-    models = {name: [file] for name, file in DEMO.items()}
-    models["diffusion_models"].append(second)
-    launch.BaseDirectory(folder).prepare(ROOT, models, (ROOT / "demo/inputs").glob("*.png"))
+    launch.BaseDirectory(folder).prepare(ROOT, {"diffusion_models": [second]}, (ROOT / "demo/inputs").glob("*.png"))
     return folder
 
 

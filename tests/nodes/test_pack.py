@@ -4,10 +4,12 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.support import host
+from tests.support.demo import DEMO
 
 # id -> (inputs, outputs), as released; inputs may only be appended, since workflows store values by position
 NODES = {
@@ -93,3 +95,12 @@ def test_schema_arguments_of_newer_hosts_are_left_out(monkeypatch: pytest.Monkey
     made = host.pack_module("nodes.host.schema")
     monkeypatch.setattr(made, "_KNOWN", {"node_id", "display_name"})
     assert made.schema(node_id="X", display_name="Y", search_aliases=["z"], category="c").node_id == "X"
+
+
+def test_demo_models_are_offered_to_the_host_as_they_lie():
+    asyncio.run(host.load_pack().comfy_entrypoint())
+    folder_paths = sys.modules["folder_paths"]
+    for kind, path in DEMO.items():
+        assert path.name in folder_paths.get_filename_list(kind)
+        assert Path(folder_paths.get_full_path(kind, path.name)).samefile(path)
+        assert folder_paths.get_folder_paths(kind)[0] != str(path.parent)  # downloads go to the user's own folder

@@ -1,13 +1,9 @@
-"""Where the demo models lie; PIXART_DEMO_WEIGHTS names another folder, to test weights before they are committed."""
+"""The demo models, as the tests use them."""
 
-import os
 from pathlib import Path
 
+from demo import WEIGHTS as DEMO
+
+__all__ = ["DEMO", "ROOT", "SECOND_MODEL"]
 ROOT = Path(__file__).resolve().parents[2]
-WEIGHTS = Path(os.environ.get("PIXART_DEMO_WEIGHTS", ROOT / "demo" / "weights"))
-DEMO = {
-    "diffusion_models": WEIGHTS / "pixart-demo-transformer.safetensors",
-    "text_encoders": WEIGHTS / "pixart-demo-t5.safetensors",
-    "vae": WEIGHTS / "pixart-demo-vae.safetensors",
-}
 SECOND_MODEL = "second.safetensors"  # random, made when the host starts
