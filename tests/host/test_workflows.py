@@ -132,7 +132,8 @@ def test_a_note_says_where_every_file_comes_from_and_belongs(stem: str) -> None:
     for node in ui["nodes"]:
         if node["type"] in LOADERS:
             assert node["widgets_values"][0] in note
-            assert f"models/{LOADERS[node['type']]}" in note
+            parent = "demo/weights" if "demo" in node["widgets_values"][0] else "models"
+            assert f"{parent}/{LOADERS[node['type']]}" in note
 
 
 @pytest.mark.parametrize("stem", RELEASED)
