@@ -8,7 +8,9 @@ from pathlib import Path
 
 from .errors import ConfigError
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+_PACKAGE = Path(__file__).resolve().parent
+# pip puts the configs inside the package; in the repository they lie beside it
+CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 HEAD_DIM = 72  # every PixArt of the zoo; the head count can't be read from the weights
 
 
