@@ -87,8 +87,9 @@ class BaseDirectory:
         for name, files in models.items():
             for file in files:
                 _link(file, self.folder / "models" / name / file.name)
-        for file in inputs:
-            _link(file, self.folder / "input" / file.name)
+        for file in inputs:  # newer hosts refuse links that lead out of the input folder
+            (self.folder / "input" / file.name).unlink(missing_ok=True)
+            shutil.copyfile(file, self.folder / "input" / file.name)
         for file in (pack / "workflows").glob("*.json"):
             shutil.copyfile(file, self.folder / "user/default/workflows" / file.name)
         settings = self.folder / "user/default/comfy.settings.json"
