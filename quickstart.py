@@ -22,7 +22,7 @@ if sys.version_info < (3, 10):
     sys.exit("quickstart.py needs Python 3.10 or later; this is Python " + sys.version.split()[0] + ".")
 
 from demo import WEIGHTS  # noqa: E402
-from demo.launch import environment, graph, host  # noqa: E402
+from demo.launch import checkout, environment, graph, host  # noqa: E402
 from demo.launch.errors import LaunchError  # noqa: E402
 
 ROOT = Path(__file__).absolute().parent
@@ -71,11 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw_in_comfyui(given: argparse.Namespace) -> Path:
     """Start a ComfyUI, queue the demo workflow and save its picture."""
-    comfyui = host.find_comfyui(ROOT)
+    comfyui = checkout.find_comfyui(ROOT)
     python = install(environment.host_profile(comfyui))
     if comfyui is None:
-        comfyui = host.pypi_comfyui(python, WORK)
-    base = host.BaseDirectory(WORK / "base")
+        comfyui = checkout.pypi_comfyui(python, WORK)
+    base = checkout.BaseDirectory(WORK / "base")
     base.prepare(ROOT, {}, (ROOT / "demo/inputs").glob("*.png"))
     prompt = graph.load(ROOT / "workflows/api/demo.json")
     settings = {
@@ -133,7 +133,7 @@ def draw_standalone(given: argparse.Namespace) -> Path:
 
 def run_tests(arguments: list[str]) -> int:
     """Install the test extras and run pytest; its exit status."""
-    comfyui = host.find_comfyui(ROOT)
+    comfyui = checkout.find_comfyui(ROOT)
     python = install(environment.test_profile(comfyui, ROOT))
     install_browser()
     return subprocess.call([str(python), "-m", "pytest", *arguments], cwd=ROOT)
@@ -163,7 +163,10 @@ def check_weights() -> None:
     """Stop early when the clone lacks the demo models."""
     missing = [str(file.relative_to(ROOT)) for file in WEIGHTS.values() if not file.is_file()]
     if missing:
-        raise LaunchError(f"the demo models are missing: {', '.join(missing)}. They are part of the repository: restore them with git checkout -- demo/weights")
+        raise LaunchError(
+            f"the demo models are missing: {', '.join(missing)}. They are part of the repository: "
+            "restore them with git checkout -- demo/weights"
+        )
 
 
 def output_path(given: argparse.Namespace) -> Path:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .launch import host
+from .launch import checkout, host
 from .launch.client import ComfyClient
 from .launch.errors import LaunchError
 
@@ -118,10 +118,10 @@ def stand_ins(folder: Path, file: Path) -> None:
 def main() -> None:
     """Write a picture beside every workflow."""
     python = Path(sys.executable)
-    comfyui = host.find_comfyui(ROOT) or host.pypi_comfyui(python, ROOT / ".quickstart")
+    comfyui = checkout.find_comfyui(ROOT) or checkout.pypi_comfyui(python, ROOT / ".quickstart")
     files = sorted((ROOT / "workflows").glob("*.json"))
     with tempfile.TemporaryDirectory() as folder:
-        base = host.BaseDirectory(Path(folder))
+        base = checkout.BaseDirectory(Path(folder))
         base.prepare(ROOT, {}, (ROOT / "demo/inputs").glob("*.png"))
         for file in files:
             stand_ins(base.folder, file)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .launch import host
+from .launch import checkout, host
 from .launch.workflow_ui import Placement, to_ui
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,8 +212,8 @@ def _dump(path: Path, value: Any) -> None:
 def main() -> None:
     """Start the host that quickstart.py would use and write workflows/."""
     python = Path(sys.executable)
-    comfyui = host.find_comfyui(ROOT) or host.pypi_comfyui(python, ROOT / ".quickstart")
-    base = host.BaseDirectory(ROOT / ".quickstart" / "base")
+    comfyui = checkout.find_comfyui(ROOT) or checkout.pypi_comfyui(python, ROOT / ".quickstart")
+    base = checkout.BaseDirectory(ROOT / ".quickstart" / "base")
     base.prepare(ROOT, {})
     with host.Host(python, comfyui, base.folder, cpu=True) as server:
         write(ROOT / "workflows", server.client.get_json("/object_info"))

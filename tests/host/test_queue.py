@@ -129,7 +129,7 @@ def lora(path: Path, keys: str, strength: float) -> None:
     generator = torch.Generator().manual_seed(3)
     targets = {
         "native": {"diffusion_model.blocks.0.attn.qkv": (width, 3 * width), "diffusion_model.blocks.0.mlp.fc2": (4 * width, width)},
-        "peft": {"base_model.model.transformer_blocks.0.attn1.to_q": (width, width), "base_model.model.transformer_blocks.0.attn1.to_v": (width, width)},
+        "peft": {f"base_model.model.transformer_blocks.0.attn1.to_{part}": (width, width) for part in "qv"},
     }  # fmt: skip
     tensors = {}
     for name, (inputs, outputs) in targets[keys].items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from demo.launch import environment
+from demo.launch import checkout, environment
 from demo.launch import host as launch
 from tests.support.demo import ROOT
 
@@ -25,7 +25,7 @@ PROMPT = "a red circle above a blue square"
 @pytest.fixture(autouse=True)
 def installed() -> None:
     """Skips where quickstart.py would have to install first."""
-    profiles = (environment.host_profile(launch.find_comfyui(ROOT)), environment.standalone_profile())
+    profiles = (environment.host_profile(checkout.find_comfyui(ROOT)), environment.standalone_profile())
     if not all(environment.Environment(ROOT / ".venv").is_ready(profile) for profile in profiles):
         pytest.skip("the environment was not made by quickstart.py --test")
 

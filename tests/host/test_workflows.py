@@ -50,7 +50,10 @@ def problems(graph: dict[str, Any], object_info: dict[str, Any]) -> Iterator[str
                     yield f"{number} {kind}: {name} is missing"
                 continue
             given = node["inputs"][name]
-            problem = link_problem(given, wanted, graph, object_info) if isinstance(given, list) else value_problem(given, wanted, options, (kind, name))
+            if isinstance(given, list):
+                problem = link_problem(given, wanted, graph, object_info)
+            else:
+                problem = value_problem(given, wanted, options, (kind, name))
             if problem:
                 yield f"{number} {kind}.{name}: {problem}"
 

@@ -44,7 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             print("Killed: out of memory", flush=True)
             os._exit(9)
         if os.environ.get("FAKE_REFUSES"):
-            refusal = {"error": {"message": "bad graph"}, "node_errors": {"4": {"class_type": "X", "errors": [{"message": "m", "details": "d"}]}}}
+            node = {"class_type": "X", "errors": [{"message": "m", "details": "d"}]}
+            refusal = {"error": {"message": "bad graph"}, "node_errors": {"4": node}}
             self.answer(json.dumps(refusal).encode(), 400)
             return
         (Path(option("--base-directory")) / "queued.json").write_text(json.dumps(body), encoding="utf-8")
