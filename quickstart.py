@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("quickstart.py needs Python 3.10 or later; this is Python " + sys.version.split()[0] + ".")
 
 from demo import WEIGHTS  # noqa: E402

@@ -16,7 +16,9 @@ MASK_TOP = 0.54  # everything below, as a fraction of the height, is drawn anew
 
 def main() -> None:
     """Draw both pictures."""
-    scene = Scene((SceneObject("red", "circle", "medium", 0.5, 0.27, 0.2), SceneObject("yellow", "square", "medium", 0.5, 0.75, 0.2)), "above", "white")
+    circle = SceneObject("red", "circle", "medium", 0.5, 0.27, 0.2)
+    square = SceneObject("yellow", "square", "medium", 0.5, 0.75, 0.2)
+    scene = Scene((circle, square), "above", "white")
     picture = (render(scene, SIZE, SIZE) * 255).round().astype(np.uint8)
     FOLDER.mkdir(exist_ok=True)
     Image.fromarray(picture).save(FOLDER / "pixart-scene.png")

@@ -175,7 +175,11 @@ def batch() -> Workflow:
     model, t5, vae = flow.loaders("demo")
     negative = flow.text("Negative prompt", t5, "", 300, 3)
     size = flow.add("PixArtResolution", "Size", 1, 4, base="256", width=256, height=256, batch_size=1)
-    prompts = ("a red circle", "a green triangle left of a yellow square", "a large blue cross above a small orange circle on a gray background")
+    prompts = (
+        "a red circle",
+        "a green triangle left of a yellow square",
+        "a large blue cross above a small orange circle on a gray background",
+    )
     for row, prompt in enumerate(prompts):
         positive = flow.text(f"Prompt {row + 1}", t5, prompt, 300, row)
         sampled = flow.sample(f"Sampler {row + 1}", model, positive, negative, [size, 0], row)

@@ -16,8 +16,8 @@ import urllib.error
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .client import ComfyClient
 from .checkout import PACK
+from .client import ComfyClient
 from .errors import LaunchError
 
 PROBE_NODE = "PixArtModelLoader"
