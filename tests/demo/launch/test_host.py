@@ -119,9 +119,10 @@ def test_a_port_in_use_is_named(tmp_path: Path, base: Path) -> None:
 
 
 KEEPER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from demo.launch import host
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 with host.signals_raise(), host.Host(Path(sys.executable), Path(sys.argv[1]), Path(sys.argv[2]), cpu=True):
     print("up", flush=True)
     time.sleep(100)
