@@ -1,4 +1,5 @@
-"""The frontend in headless Chromium, and pictures of workflows taken there: `python -m demo.screenshots` writes workflows/*.jpg.
+"""The frontend in headless Chromium, and pictures of workflows taken there: `python -m demo.screenshots [STEM ...]` writes
+workflows/*.jpg.
 
 Workflows of the demo models show the graph after a run; the others, whose weights are not here, before one.
 """
@@ -41,6 +42,7 @@ FRAME = """([scale, x, y]) => {
 HIDE_MINIMAP = "async () => { await window.app.extensionManager.setting.set('Comfy.Minimap.Visible', false); }"
 RUN_BUTTON = "[data-testid='queue-button'], .comfyui-queue-button button"
 PICTURE_WIDTH = 1600
+PATIENCE = 300_000  # milliseconds; the page loads hundreds of scripts from a host that may be busy
 WITH_WEIGHTS = ("demo", "img2img", "inpaint", "batch")
 
 
@@ -61,8 +63,9 @@ def frontend(url: str, width: int = 1920, height: int = 1080) -> Iterator[Page]:
         browser = engine.chromium.launch(executable_path=binary, args=FLAGS)
         try:
             page = browser.new_page(viewport={"width": width, "height": height})
+            page.set_default_timeout(PATIENCE)
             page.goto(url)
-            page.wait_for_function(READY, timeout=120_000)
+            page.wait_for_function(READY)
             yield page
         finally:
             browser.close()
@@ -116,10 +119,11 @@ def stand_ins(folder: Path, file: Path) -> None:
 
 
 def main() -> None:
-    """Write a picture beside every workflow."""
+    """Write a picture beside every workflow, or beside those named as arguments."""
+    wanted = sys.argv[1:]
     python = Path(sys.executable)
     comfyui = checkout.find_comfyui(ROOT) or checkout.pypi_comfyui(python, ROOT / ".quickstart")
-    files = sorted((ROOT / "workflows").glob("*.json"))
+    files = [file for file in sorted((ROOT / "workflows").glob("*.json")) if not wanted or file.stem in wanted]
     with tempfile.TemporaryDirectory() as folder:
         base = checkout.BaseDirectory(Path(folder))
         base.prepare(ROOT, {}, (ROOT / "demo/inputs").glob("*.png"))

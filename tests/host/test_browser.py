@@ -58,7 +58,7 @@ def test_every_node_is_known_to_the_frontend(page: Any) -> None:
 
 def test_the_demo_graph_is_queued_by_a_click(page: Any, server: Host, client: ComfyClient) -> None:
     page.reload()  # no dialogs left from other graphs
-    page.wait_for_function(screenshots.READY, timeout=120_000)
+    page.wait_for_function(screenshots.READY)
     graph = read("demo.json")
     page.evaluate(screenshots.LOAD, graph)
     run = screenshots.click_run(page, client)
