@@ -115,7 +115,7 @@ class Trainer:
 
     def _train_step(self, stage, size, rng, noise_generator) -> tuple[float, float, float]:
         device = self.accelerator.device
-        batch = self.source.batch(size, stage.batch_size, rng)
+        batch = self.source.batch(size, max(1, stage.batch_size // self.accelerator.num_processes), rng)
         latent = batch.latent.to(device)
         timestep = sample_timesteps(len(latent), stage.timestep_mean, stage.timestep_std, noise_generator).to(device)
         noise = torch.randn(latent.shape, generator=noise_generator).to(device)
@@ -176,7 +176,7 @@ class Trainer:
         """Goes on from `run_dir`, if a state is there."""
         if not self._state_path.exists():
             return
-        state = torch.load(self._state_path, map_location=self.accelerator.device, weights_only=True)
+        state = torch.load(self._state_path, map_location="cpu", weights_only=True)  # each loader moves what is its own
         self.bare_model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):

@@ -15,7 +15,7 @@ class Stage:
 
     base_size: int  # pixels; the bins of the variant's base size are scaled to this
     steps: int
-    batch_size: int  # per process
+    batch_size: int  # over all processes, which share it evenly
     learning_rate: float
     final_learning_rate: float | None = None  # reached linearly at the stage's end; None stays constant
     timestep_mean: float = 0.0  # timesteps are 1000 * sigmoid(normal(mean, std)): where composition is decided
