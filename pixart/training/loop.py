@@ -4,7 +4,10 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from tqdm import tqdm
 from ..attention import dense_attention, torch_attention
 from ..checkpoints import load_transformer
 from ..config import get_variant
+from ..errors import UnsupportedError
 from ..model import PixArtTransformer
 from .data import bucket_sizes, draw_buckets, make_source
 from .diffusion import NoiseSchedule, sample_timesteps, training_loss
@@ -26,6 +30,7 @@ from .recipe import Recipe, load_recipe
 
 logger = logging.getLogger(__name__)
 LOG_EVERY = 25
+MAX_SKIPPED = 20
 
 
 def train(config_path: str | Path, resume: bool = True, stop_after: float | None = None) -> Path:
@@ -37,18 +42,24 @@ def train(config_path: str | Path, resume: bool = True, stop_after: float | None
     trainer = Trainer(load_recipe(config_path))
     if resume:
         trainer.resume()
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with _signals(trainer.ask_to_stop):
         trainer.run(stop_after)
-    except KeyboardInterrupt:
-        trainer.progress_note("interrupted; saving")
     trainer.save()
     return Path(trainer.recipe.output)
 
 
-def _interrupt(*_: object) -> None:
-    """A termination asked for is an interruption: what was learned is kept."""
-    raise KeyboardInterrupt
+@contextmanager
+def _signals(handler: Callable[..., None]) -> Iterator[None]:
+    """Ctrl-C and termination end a run after its step, so that what was learned is kept whole."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Trainer:
@@ -66,6 +77,8 @@ class Trainer:
         self.schedule = NoiseSchedule(self.accelerator.device)
         self.source = make_source(recipe)
         self.step = 0
+        self._skipped = 0
+        self._stop_asked = False
 
     def _new_model(self) -> PixArtTransformer:
         attention = dense_attention if self.accelerator.device.type == "cpu" else torch_attention
@@ -85,6 +98,10 @@ class Trainer:
     @property
     def bare_model(self) -> PixArtTransformer:
         return self.accelerator.unwrap_model(self.model)
+
+    def ask_to_stop(self, *_: object) -> None:
+        """The run ends after the step it is in; several processes agree on which."""
+        self._stop_asked = True
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -109,7 +126,8 @@ class Trainer:
                 losses = []
             if self.step % self.recipe.save_every == 0:
                 self.save()
-            if stop_after is not None and self._agreed(time.monotonic() - begin > stop_after):
+            late = stop_after is not None and time.monotonic() - begin > stop_after
+            if self._agreed(late or self._stop_asked):
                 break
         progress.close()
 
@@ -126,13 +144,25 @@ class Trainer:
         losses = training_loss(self.schedule, prediction, latent, noise, timestep, self.recipe.max_loss_weight)
         self.accelerator.backward(sum(losses))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self._update(bool(torch.isfinite(norm)))
+        return losses[0].item(), losses[1].item(), float(norm)
+
+    def _update(self, finite: bool) -> None:
+        """One step of the optimizers and the EMA; gradients that are not finite are skipped, and many are an error."""
+        self._skipped = 0 if finite else self._skipped + 1
+        if self._skipped > MAX_SKIPPED:
+            raise UnsupportedError(
+                f"{self._skipped} steps in a row before step {self.step} had gradients that are not finite. The weights "
+                'from before them are kept; lower the learning rate, or train with precision "no" (fp32).'
+            )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate(self.step)
-            optimizer.step()
+            if finite:
+                optimizer.step()
             optimizer.zero_grad()
-        self.ema.update_parameters(self.bare_model)
-        return losses[0].item(), losses[1].item(), float(norm)
+        if finite:
+            self.ema.update_parameters(self.bare_model)
 
     def _agreed(self, flag: bool) -> bool:
         """True in every process once any says so; all must leave the loop at the same step."""
@@ -152,7 +182,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         weights = {k: v.half().cpu().contiguous() for k, v in self.ema.module.state_dict().items()}
-        metadata = {"format": "pt", "pixart_variant": self.recipe.variant, "step": str(self.step), "license": "Apache-2.0"}
+        metadata = {"format": "pt", "step": str(self.step), "license": "Apache-2.0"}
         output = Path(self.recipe.output)
         output.parent.mkdir(parents=True, exist_ok=True)
         self._replace(output, lambda path: save_file(weights, path, metadata=metadata))

@@ -12,7 +12,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     """One or two optimizers that share a learning rate.
 
     muon: Jordan and others, "Muon", 2024, with steps scaled to AdamW's size (Liu and others, "Muon is
-    scalable for LLM training", 2025). On the demo it needed about a third of AdamW's steps.
+    scalable for LLM training", 2025).
     """
     adam = {"lr": recipe.learning_rate(0), "betas": recipe.betas, "weight_decay": recipe.weight_decay, "fused": True}
     if recipe.optimizer == "adamw":

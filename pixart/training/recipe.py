@@ -74,6 +74,8 @@ def load_recipe(path: str | Path) -> Recipe:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"Can't read the training recipe {path}: {error}. Expected a JSON file like configs/train/demo.json.")
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; expected an object like configs/train/demo.json.")
     stages = values.get("stages") or []
     if not stages:
         raise ConfigError(f"{path}: no stages; expected a list with base_size, steps, batch_size, learning_rate.")

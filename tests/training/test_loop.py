@@ -1,5 +1,7 @@
 """A run on a tiny model: it learns, resumes to the bit, buckets by size, and refuses bad recipes."""
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from pixart.bins import bin_table
 from pixart.checkpoints import load_transformer
 from pixart.config import TransformerConfig, Variant
-from pixart.errors import ConfigError
+from pixart.errors import ConfigError, UnsupportedError
 from pixart.training import data, loop
 from pixart.training.data import Batch, bucket_sizes, draw_buckets
 from pixart.training.initialize import initialize_weights, pass_noise_through
@@ -165,3 +167,31 @@ def test_passing_noise_predicts_noise_as_itself_at_any_size():
         with torch.no_grad():
             predicted = model(noise, torch.full((4,), 900), torch.randn(4, 3, 8))[:, :4]
         assert (predicted - noise).square().mean() < 0.01
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_many_are_an_error(recipe_path):
+    trainer = loop.Trainer(load_recipe(recipe_path()))
+    before = {name: value.clone() for name, value in trainer.bare_model.state_dict().items()}
+    for parameter in trainer.bare_model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    for _ in range(loop.MAX_SKIPPED):
+        trainer._update(finite=False)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.bare_model.state_dict().items())
+    with pytest.raises(UnsupportedError, match="not finite.*learning rate"):
+        trainer._update(finite=False)
+
+
+def test_termination_ends_the_run_after_its_step_and_saves(recipe_path, monkeypatch):
+    class Terminated(TwoPictures):
+        def batch(self, *given):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().batch(*given)
+
+    monkeypatch.setattr(loop, "make_source", Terminated)
+    handler = signal.getsignal(signal.SIGTERM)
+    config = recipe_path(steps=6)
+    loop.train(config)
+    resumed = loop.Trainer(load_recipe(config))
+    resumed.resume()
+    assert resumed.step == 1
+    assert signal.getsignal(signal.SIGTERM) is handler
