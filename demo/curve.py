@@ -1,4 +1,8 @@
-"""The training curve of the demo's transformer: `python -m demo.curve` copies the run's log and plots it."""
+"""The training curve of the demo's transformer: `python -m demo.curve LOG...` joins logs, keeps and plots them.
+
+A run that goes on from the weights of another is added behind it:
+`python -m demo.curve demo/results/training.jsonl runs/demo-continued/log.jsonl`.
+"""
 from __future__ import annotations
 
 import argparse
@@ -21,6 +25,15 @@ def read_log(path: Path) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
+def join(logs: list[list[dict]]) -> list[dict]:
+    """One log of runs that follow each other; each counts its steps from where the one before ended."""
+    joined: list[dict] = []
+    for rows in logs:
+        done = joined[-1]["step"] if joined else 0
+        joined += [{**row, "step": row["step"] + done} for row in rows]
+    return joined
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Noise and variance loss against steps, with the stages' sizes."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
@@ -41,8 +54,8 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("log", type=Path, nargs="?", default=Path("runs/demo/log.jsonl"))
-    rows = read_log(parser.parse_args().log)
+    parser.add_argument("logs", type=Path, nargs="*", default=[Path("runs/demo/log.jsonl")])
+    rows = join([read_log(log) for log in parser.parse_args().logs])
     (RESULTS / "training.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     plot(rows, RESULTS / "training.png")
 
