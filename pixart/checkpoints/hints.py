@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 from ..errors import CheckpointError
 
+logger = logging.getLogger(__name__)
 TRANSFORMER_CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")
 FAMILY_OF_PIPELINE = {"PixArtAlphaPipeline": "alpha", "PixArtSigmaPipeline": "sigma"}
 FAMILY_OF_SCALE = {0.18215: "alpha", 0.13025: "sigma"}
 NOTE_KEY = "pixart"  # safetensors metadata, or an entry of a .pth: JSON of the fields below
 PIXELS_PER_LATENT = 8
+LARGEST = 1_000_000  # beyond this a size or scale is no measure of a model but damage
 _DIFFUSERS_SIZES = {"num_layers": "depth", "in_channels": "in_channels", "out_channels": "out_channels",
                     "patch_size": "patch_size", "caption_channels": "caption_channels"}  # fmt: skip
 
@@ -47,9 +50,13 @@ def hints_from_config(config: Mapping[str, Any], source: str, folder: Path | Non
             f"{source}: config.json describes a {kind}; expected {TRANSFORMER_CLASSES[0]}. "
             "Choose the `transformer` folder of a PixArt pipeline."
         )
-    sample, patch = config.get("sample_size", 128), config.get("patch_size", 2)
-    heads, head_dim = config.get("num_attention_heads", 16), config.get("attention_head_dim", 72)
-    scale = config.get("interpolation_scale") or max(sample // 64, 1)  # diffusers' own default
+    sample, patch = _count(config, "sample_size", 128, source), _count(config, "patch_size", 2, source)
+    heads, head_dim = _count(config, "num_attention_heads", 16, source), _count(config, "attention_head_dim", 72, source)
+    scale = config.get("interpolation_scale")
+    if scale is None:
+        scale = max(sample // 64, 1)  # diffusers' own default
+    elif not _is_measure(scale):
+        raise CheckpointError(_wrong_value(source, "interpolation_scale", scale, "a number above 0"))
     sizes = [(ours, config[theirs]) for theirs, ours in _DIFFUSERS_SIZES.items() if config.get(theirs) is not None]
     sizes.append(("hidden_size", heads * head_dim))
     if config.get("use_additional_conditions") is not None:
@@ -70,18 +77,57 @@ def hints_from_note(note: str | Mapping[str, Any] | None) -> Hints:
             return Hints()
     if not isinstance(note, Mapping):
         return Hints()
-    known = {name: note[name] for name in ("num_heads", "base_size", "position_range", "family") if note.get(name)}
+    known = {}
+    for name, is_valid in _NOTE_FIELDS.items():
+        value = note.get(name)
+        if value is not None and is_valid(value):
+            known[name] = value
+        elif value is not None:
+            logger.warning("The note in the file says %s %.40r, which no PixArt has; it is not used.", name, value)
+    if not known:
+        return Hints()
     return Hints(**known, family_reason="a note in the file says so", where="a note in the file")
+
+
+def _count(config: Mapping[str, Any], name: str, default: int, source: str) -> int:
+    """A whole number above 0 of a config.json; raises CheckpointError for anything else, null too."""
+    value = config.get(name, default)
+    if not _is_count(value):
+        raise CheckpointError(_wrong_value(source, name, value, "a whole number above 0"))
+    return value
+
+
+def _wrong_value(source: str, name: str, value: Any, expected: str) -> str:
+    found = json.dumps(value)
+    found = found if len(found) <= 40 else found[:37] + "..."
+    return f"{source}: config.json says {name} {found}; expected {expected}. Download it again, or choose the weight file itself."
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
+
+
+def _is_measure(value: Any) -> bool:
+    """A number above 0 that later arithmetic can't overflow; NaN compares false."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 / LARGEST <= value <= LARGEST
+
+
+_NOTE_FIELDS = {
+    "num_heads": _is_count,
+    "base_size": _is_count,
+    "position_range": _is_measure,
+    "family": lambda value: isinstance(value, str) and value in FAMILY_OF_PIPELINE.values(),
+}
 
 
 def _family_of_pipeline(folder: Path) -> tuple[str | None, str]:
     """Family by the pipeline's class, else by its VAE's scale."""
     index = read_json(folder / "model_index.json", required=False)
     kind = index.get("_class_name")
-    if kind in FAMILY_OF_PIPELINE:
+    if isinstance(kind, str) and kind in FAMILY_OF_PIPELINE:
         return FAMILY_OF_PIPELINE[kind], f"model_index.json says {kind}"
     scale = read_json(folder / "vae" / "config.json", required=False).get("scaling_factor")
-    family = FAMILY_OF_SCALE.get(scale)
+    family = FAMILY_OF_SCALE.get(scale) if isinstance(scale, float) else None
     return family, f"the folder's VAE has scaling_factor {scale}" if family else ""
 
 

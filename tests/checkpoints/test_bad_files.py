@@ -173,6 +173,51 @@ def test_config_of_another_model(tmp_path):
     assert "not readable as JSON" in str(pytest.raises(CheckpointError, load_transformer, path).value)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("sample_size", None), ("sample_size", "128"), ("sample_size", 0), ("sample_size", 10**400), ("patch_size", 0),
+        ("patch_size", [2]), ("num_attention_heads", True), ("attention_head_dim", -72), ("interpolation_scale", 0),
+        ("interpolation_scale", "x"), ("interpolation_scale", float("nan")), ("sample_size", {"a": ["b"] * 99}),
+    ],
+)  # fmt: skip
+def test_config_with_values_of_no_model(tmp_path, field, value):
+    path = write("diffusers-folder", tmp_path, *tiny_weights())
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, field: value}))
+    assert len(refused(path, f"config.json says {field} ", "above 0")) < 400
+
+
+@pytest.mark.parametrize("value", [[0.13025], {"a": 1}, "x", None])
+def test_odd_values_beside_a_pipeline_tell_nothing(tmp_path, value):
+    path = write("pipeline-folder", tmp_path, *tiny_weights(null_rows=None))
+    expected = inspect_file(path / "transformer")
+    (path / "model_index.json").write_text(json.dumps({"_class_name": value}))
+    (path / "vae").mkdir()
+    (path / "vae" / "config.json").write_text(json.dumps({"scaling_factor": value}))
+    found = inspect_file(path)
+    assert not found.family_known and (found.family, found.config) == (expected.family, expected.config)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        {"num_heads": "x"}, {"num_heads": 0}, {"position_range": "z"}, {"position_range": float("nan")}, {"position_range": 10**400},
+        {"base_size": "y"}, {"base_size": [1024]}, {"base_size": True}, {"family": "gamma"}, {"family": ["alpha"]},
+    ],
+)  # fmt: skip
+def test_note_with_values_of_no_model_is_not_used(good, note, caplog):
+    expected = inspect_file(good)
+    save_file(load_file(good), good, metadata={"pixart": json.dumps(note)})
+    assert inspect_file(good) == expected
+    assert any(next(iter(note)) in message and "not used" in message for message in caplog.messages)
+
+
+def test_the_sound_part_of_a_note_is_used(good):
+    save_file(load_file(good), good, metadata={"pixart": json.dumps({"base_size": 512, "num_heads": "x"})})
+    assert inspect_file(good).base_size == 512
+
+
 def test_missing_shards_are_all_named(tmp_path):
     path = write("diffusers-shards", tmp_path, *tiny_weights())
     for shard in sorted(path.glob("*.safetensors"))[1:]:
