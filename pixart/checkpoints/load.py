@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import TransformerConfig, get_variant
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from ..model import PixArtTransformer
 from .detect import AUTO, Detection, Origin, examine
 from .foreign import name_foreign
@@ -24,6 +24,7 @@ QUANTIZATION_SUFFIXES = (
 COMPANIONS = (  # other models in one checkpoint file
     "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "vae.", "model_ema.",
 )  # fmt: skip
+COMPUTING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,13 @@ def load_transformer(
     """A PixArt transformer from any of its formats, in eval mode, without gradients.
 
     dtype: default is the file's own (bfloat16 for fp8 files, which plain layers can't compute in).
-    The result has `.detection`, the report. Raises CheckpointError; never a partly loaded model.
+    The result has `.detection`, the report. Raises CheckpointError, or UnsupportedError for a dtype
+    other than float32, bfloat16 and float16; never a partly loaded model.
     """
+    if dtype is not None and dtype not in COMPUTING_DTYPES:
+        raise UnsupportedError(
+            f"dtype is {dtype}, in which plain layers can't compute; expected torch.float32, torch.bfloat16 or torch.float16."
+        )
     prepared = prepare_file(path, variant, ema)
     stored = getattr(torch, prepared.detection.dtype)
     target = dtype or (stored if stored.itemsize > 1 else torch.bfloat16)

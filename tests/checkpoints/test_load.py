@@ -11,7 +11,7 @@ import pixart
 from pixart.checkpoints import inspect_file, prepare, read_checkpoint
 from pixart.checkpoints.load import QUANTIZATION_SUFFIXES, load_transformer
 from pixart.config import TransformerConfig
-from pixart.errors import CheckpointError
+from pixart.errors import CheckpointError, UnsupportedError
 from pixart.model import PixArtTransformer
 from tests.support.checkpoint_factory import FORMATS, PREFIXES, stored_positions, tiny_weights, write
 
@@ -83,6 +83,13 @@ def test_dtype_is_the_files_or_the_asked_for(tmp_path, dtype):
     model = load_transformer(tmp_path / "m.safetensors")
     assert {p.dtype for p in model.parameters()} == {dtype} and model.detection.dtype == str(dtype)[6:]
     assert {p.dtype for p in load_transformer(tmp_path / "m.safetensors", dtype=torch.float32).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, "float16"])
+def test_dtypes_without_layers_are_refused(tmp_path, dtype):
+    save_file(tiny_weights()[2], tmp_path / "m.safetensors")
+    with pytest.raises(UnsupportedError, match="expected torch.float32, torch.bfloat16 or torch.float16"):
+        load_transformer(tmp_path / "m.safetensors", dtype=dtype)
 
 
 def test_fp8_file_is_computed_in_bf16(tmp_path):
