@@ -108,7 +108,7 @@ def _call_replacement(replacement: Callable[[dict, dict], dict], inputs: BlockIn
             hidden=args["img"],
             context=args["txt"],
             modulation=args["vec"],
-            context_mask=args.get("attn_mask"),
+            context_mask=args.get("attn_mask", inputs.context_mask),
             attention_options=args.get("transformer_options", inputs.attention_options),
         )
         return {"img": block(changed), "txt": args["txt"]}

@@ -64,6 +64,15 @@ class TestBlockReplacement:
         assert difference(run(patched), run.plain) > 1e-3
         assert torch.equal(run(sigma), run.plain)
 
+    def test_mask_stays_where_a_replacement_leaves_it_out(self, sigma, run) -> None:
+        patched = sigma.clone()
+
+        def replacement(args, extra):
+            return extra["original_block"]({name: args[name] for name in ("img", "txt", "vec")})
+
+        patched.set_model_patch_replace(replacement, "dit", "double_block", 1)
+        assert torch.equal(run(patched), run.plain)
+
     def test_changed_arguments_reach_the_block(self, sigma, run) -> None:
         for name in ("img", "txt", "vec"):
             patched = sigma.clone()
