@@ -20,7 +20,18 @@ class CaptionStates(comfy.conds.CONDRegular):
 
 
 class CaptionMask(comfy.conds.CONDRegular):
-    """Which tokens are real, bool (B, M). Without padding the batch has no mask, which every attention likes best."""
+    """Which tokens are real, bool (B, M). Without padding the batch has no mask, which every attention likes best.
+
+    all_real: no token is padding. Known from the start, since asking a GPU at every step would stall it.
+    """
+
+    def __init__(self, cond: Tensor, all_real: bool = False) -> None:
+        super().__init__(cond)
+        self.all_real = all_real
+
+    def _copy_with(self, cond: Tensor) -> CaptionMask:
+        """The host repeats and slices masks: what was all real stays so."""
+        return self.__class__(cond, self.all_real)
 
     def can_concat(self, other: CaptionMask) -> bool:
         """The states decide."""
@@ -28,21 +39,23 @@ class CaptionMask(comfy.conds.CONDRegular):
 
     def concat(self, others: list[CaptionMask]) -> Tensor | None:
         """(sum of B, longest M), or None if every token is real."""
-        mask = torch.cat(_padded([self.cond, *(other.cond for other in others)]))
-        return None if bool(mask.all()) else mask
+        masks = [self, *others]
+        if all(mask.all_real and mask.cond.shape[1] == self.cond.shape[1] for mask in masks):
+            return None
+        return torch.cat(_padded([mask.cond for mask in masks]))
 
 
-def caption_mask(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+def caption_mask(states: Tensor, attention_mask: Tensor | None) -> CaptionMask:
     """The mask an encoder returned, fitted to the states (B, M, C); tokens it doesn't cover are real.
 
     ConditioningConcat lengthens the states but not the mask.
     """
-    mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    mask = torch.ones(states.shape[:2], dtype=torch.bool)
     if attention_mask is not None:
-        given = attention_mask.reshape(-1, attention_mask.shape[-1]).to(states.device) != 0
+        given = attention_mask.reshape(-1, attention_mask.shape[-1]).cpu() != 0
         length = min(given.shape[-1], mask.shape[-1])
         mask[:, :length] = given[:, :length]
-    return mask
+    return CaptionMask(mask.to(states.device), all_real=bool(mask.all()))
 
 
 def _padded(tensors: list[Tensor]) -> list[Tensor]:

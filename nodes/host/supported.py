@@ -16,7 +16,7 @@ from ...pixart.checkpoints.detect import Detection
 from ...pixart.config import TransformerConfig
 from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.model import PIXELS_PER_LATENT
-from .conds import CaptionMask, CaptionStates, caption_mask
+from .conds import CaptionStates, caption_mask
 from .transformer import HostTransformer
 from .vae_hint import vae_warning
 
@@ -45,7 +45,7 @@ class PixArtModel(comfy.model_base.PixArt):
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
         states = self._captions(kwargs.get("cross_attn"))
         out["c_crossattn"] = CaptionStates(states)
-        out["context_mask"] = CaptionMask(caption_mask(states, kwargs.get("attention_mask")))
+        out["context_mask"] = caption_mask(states, kwargs.get("attention_mask"))
         height, width = (side * PIXELS_PER_LATENT for side in kwargs["noise"].shape[-2:])
         self._check_size(width, height)
         self._warn_once(vae_warning(self.detection.vae))

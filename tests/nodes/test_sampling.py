@@ -65,6 +65,30 @@ def test_batching_changes_nothing(sigma, monkeypatch: pytest.MonkeyPatch) -> Non
     assert difference(together, apart) < 1e-5
 
 
+class TestWhetherAMaskIsNeeded:
+    """On the meta device a look at the values, which would stall a GPU at every step, raises."""
+
+    def mask(self, tokens: int, all_real: bool):
+        conds = host.pack_module("nodes.host.conds")
+        return conds.CaptionMask(torch.ones(1, tokens, dtype=torch.bool, device="meta"), all_real).process_cond(batch_size=2)
+
+    def test_is_known_without_looking(self) -> None:
+        assert self.mask(5, True).concat([self.mask(5, True), self.mask(5, True)]) is None
+        assert self.mask(5, True).concat([]) is None
+        assert self.mask(5, True).concat([self.mask(3, True)]).shape == (4, 5)
+        assert self.mask(5, True).concat([self.mask(5, False)]).shape == (4, 5)
+        assert self.mask(5, False).concat([]).shape == (2, 5)
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [(None, [1, 1, 1]), ([[1, 1, 1]], [1, 1, 1]), ([[1, 1, 0]], [1, 1, 0]), ([[1, 1]], [1, 1, 1]), ([[0, 1, 1, 0]], [0, 1, 1])],
+    )
+    def test_is_decided_from_the_encoders_mask(self, given, expected: list) -> None:
+        conds = host.pack_module("nodes.host.conds")
+        found = conds.caption_mask(torch.zeros(1, 3, 8), None if given is None else torch.tensor(given))
+        assert found.cond.tolist() == [[bool(real) for real in expected]] and found.all_real == all(expected)
+
+
 def test_batch_of_latents_and_prompts(counted) -> None:
     model, calls = counted
     out = sample(model, captions(6, batch=2), captions(2, seed=1), torch.zeros(4, 4, 8, 8), steps=1)
