@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FREQUENCY_SIZE = 256  # sinusoid channels of timesteps and sizes, in every PixArt
+DEVICES_WITH_FP64 = ("cpu", "cuda", "meta")  # MPS has none, nor have some XPUs
 
 
 def sinusoid(values: Tensor, size: int = FREQUENCY_SIZE, max_period: float = 10000.0) -> Tensor:
@@ -29,9 +30,7 @@ def position_table(
     """
     y = torch.arange(rows, dtype=torch.float32, device=device) * (position_range / rows)
     x = torch.arange(columns, dtype=torch.float32, device=device) * (position_range / columns)
-    quarter = hidden_size // 4
-    exponents = torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter
-    frequencies = (10000.0**-exponents).to(device=device, dtype=torch.float32)
+    frequencies = position_frequencies(hidden_size // 4, y.device)
 
     def encode(coordinate: Tensor) -> Tensor:  # (n,) -> (n, hidden_size / 2)
         angles = coordinate[:, None] * frequencies[None]
@@ -40,6 +39,13 @@ def position_table(
     by_row = encode(y)[:, None].expand(rows, columns, -1)
     by_column = encode(x)[None, :].expand(rows, columns, -1)
     return torch.cat([by_column, by_row], dim=-1).reshape(rows * columns, hidden_size)
+
+
+def position_frequencies(count: int, device: torch.device) -> Tensor:
+    """10000^(-i/count), (count,) in fp32; made on the device, as a copy to it would wait and can't be captured."""
+    dtype = torch.float64 if device.type in DEVICES_WITH_FP64 else torch.float32
+    exponents = torch.arange(count, dtype=dtype, device=device) / count
+    return torch.exp(-math.log(10000.0) * exponents).float()
 
 
 class PatchEmbedder(nn.Module):

@@ -4,6 +4,9 @@ import pytest
 import torch
 from diffusers.models.embeddings import Timesteps, get_2d_sincos_pos_embed
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pixart import embeddings
 from pixart.embeddings import position_table, sinusoid
 
 
@@ -22,6 +25,42 @@ def test_positions_do_not_depend_on_resolution():
     coarse = position_table(16, 24, 72, 32.0).reshape(16, 24, 72)
     fine = position_table(32, 48, 72, 32.0).reshape(32, 48, 72)
     torch.testing.assert_close(coarse, fine[::2, ::2])
+
+
+class OnlyOn(TorchDispatchMode):
+    """Refuses every operation whose result lies on another device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert out.device.type == self.device, f"{function} on {out.device}"
+        return out
+
+
+def test_positions_are_made_on_their_device():
+    """A copy from the CPU would make a GPU wait at every step, and is illegal in a CUDA graph."""
+    with OnlyOn("meta"):
+        assert position_table(4, 6, 72, 32.0, device="meta").shape == (24, 72)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_positions_can_be_captured_in_a_cuda_graph():
+    position_table(4, 6, 72, 32.0, device="cuda")  # first use may allocate
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        table = position_table(4, 6, 72, 32.0, device="cuda")
+    graph.replay()
+    torch.testing.assert_close(table.cpu(), position_table(4, 6, 72, 32.0), atol=1e-5, rtol=0)
+
+
+def test_devices_without_fp64_get_nearly_the_same_positions(monkeypatch):
+    assert "mps" not in embeddings.DEVICES_WITH_FP64
+    expected = position_table(64, 64, 1152, 32.0)
+    monkeypatch.setattr(embeddings, "DEVICES_WITH_FP64", ())
+    torch.testing.assert_close(position_table(64, 64, 1152, 32.0), expected, atol=2e-5, rtol=0)
 
 
 def test_sinusoid_equals_diffusers():
