@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -11,9 +12,9 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
-from ...pixart.bins import nearest_bin
+from ...pixart.bins import MAX_SIDE, Bin, base_sizes, nearest_bin
 from ...pixart.checkpoints.detect import Detection
-from ...pixart.config import TransformerConfig
+from ...pixart.config import TransformerConfig, get_variant, variant_names
 from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.model import PIXELS_PER_LATENT
 from .conds import CaptionStates, caption_mask
@@ -75,15 +76,18 @@ class PixArtModel(comfy.model_base.PixArt):
 
     def _check_size(self, width: int, height: int) -> None:
         """One warning per model for sizes far from those it was trained at."""
-        base = self.detection.base_size
-        if base is None:
-            return
-        fit = nearest_bin(base, width, height)
-        area = (width * height) / (fit.width * fit.height)
-        ratio = (height / width) / fit.ratio
-        if not 1 / FAR_AREA <= area <= FAR_AREA or not 1 / FAR_RATIO <= ratio <= FAR_RATIO:
+        base, family = self.detection.base_size, self.detection.family
+        if base in base_sizes():
+            bases, trained = [base], f"this model was trained at (base {base})"
+        else:
+            bases = _bases_of(family)
+            shown = ", ".join(map(str, bases))
+            trained = f"any PixArt of family {family} was trained at (bases {shown}; this file doesn't tell its own)"
+        bins = [nearest_bin(each, min(width, MAX_SIDE), min(height, MAX_SIDE)) for each in bases]
+        if all(_is_far(width, height, fit) for fit in bins):
+            fit = min(bins, key=lambda fit: abs(math.log(width * height / (fit.width * fit.height))))
             self._warn_once(
-                f"{width}x{height} is far from the sizes this model was trained at (base {base}): expect repeated or "
+                f"{width}x{height} is far from the sizes {trained}: expect repeated or "
                 f"broken content. The nearest is {fit.width}x{fit.height}; PixArtResolution makes such latents.",
             )
 
@@ -92,6 +96,17 @@ class PixArtModel(comfy.model_base.PixArt):
         if text and text not in self._warned:
             self._warned.add(text)
             log.warning("PixArt: %s", text)
+
+
+def _bases_of(family: str) -> list[int]:
+    """Base sizes, in pixels, that models of a family were released for."""
+    return sorted({variant.base_size for variant in map(get_variant, variant_names()) if variant.family == family})
+
+
+def _is_far(width: int, height: int, fit: Bin) -> bool:
+    area = (width * height) / (fit.width * fit.height)
+    ratio = (height / width) / fit.ratio
+    return not 1 / FAR_AREA <= area <= FAR_AREA or not 1 / FAR_RATIO <= ratio <= FAR_RATIO
 
 
 class _Supported:

@@ -269,6 +269,22 @@ def test_sizes_far_from_the_bins_warn_once(alpha_1024_file, caplog) -> None:
     assert len(near) == 1 and "1024x1024" in near[0] and "PixArtResolution" in near[0]
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "nearest"),
+    [(64, 64, "256x256"), (4096, 4096, "2048x2048"), (4096, 256, "2048x512"), (256, 256, None), (640, 384, None), (2048, 2048, None)],
+)
+def test_sizes_of_a_model_of_unknown_base(sigma, caplog, width: int, height: int, nearest: str | None) -> None:
+    """Far from the bins of every Σ there is; near one of them it may be right."""
+    assert sigma.model.detection.base_size is None
+    with caplog.at_level(logging.WARNING):
+        sigma.model._check_size(width, height)
+    found = [message for message in caplog.messages if "far from the sizes" in message]
+    assert len(found) == (nearest is not None)
+    if nearest:
+        assert "any PixArt of family sigma" in found[0] and "bases 256, 512, 1024, 2048" in found[0]
+        assert nearest in found[0] and "this model was trained at" not in found[0]
+
+
 @pytest.mark.parametrize(("file", "latent_format"), [("sigma_file", "SDXL"), ("alpha_1024_file", "SD15")])
 def test_latent_format_follows_the_family(file: str, latent_format: str, request) -> None:
     model = host_models.load_model(request.getfixturevalue(file))
