@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PixArtError, OSError) as error:
         sys.stderr.write(f"pixart: {error}\n")
         return USER_ERROR
+    except ImportError as error:
+        sys.stderr.write(f"pixart: {_advise_on_import(error, given.command)}\n")
+        return USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("pixart: interrupted\n")
         return INTERRUPTED
@@ -150,6 +153,16 @@ def _train(given: argparse.Namespace) -> None:
 
     written = train(given.config, resume=not given.restart, stop_after=given.stop_after)
     sys.stdout.write(f"{written}\n")
+
+
+def _advise_on_import(error: ImportError, command: str) -> str:
+    """What to do about a module that can't be imported; the demo's are in the repository alone."""
+    missing = (error.name or "").partition(".")[0]
+    if missing == "demo":
+        return f"{command} needs the repository's demo folder, which is not here; run it in the repository's root."
+    if isinstance(error, ModuleNotFoundError) and missing:
+        return f"{command} needs the Python package {missing}, which is not installed: `pip install \".[pipeline]\"` in the repository."
+    return f"{command} can't import what it needs ({error}): `pip install \".[pipeline]\"` in the repository."
 
 
 def _parts(given: argparse.Namespace) -> dict[str, Path]:

@@ -121,6 +121,25 @@ def test_train_calls_the_loop(tmp_path, capsys, monkeypatch):
     assert calls == [(Path("recipe.json"), {"resume": False, "stop_after": 5.0})]
 
 
+def test_train_without_accelerate_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    for name in [name for name in sys.modules if name.startswith("pixart.training.loop")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.main(["train", "recipe.json"]) == 2
+    said = capsys.readouterr().err
+    assert "accelerate" in said and "pip install" in said and said.count("\n") == 1
+
+
+def test_train_outside_the_repository_says_where_to_run(tmp_path):
+    pytest.importorskip("accelerate")
+    (tmp_path / "pixart").symlink_to(ROOT / "pixart")
+    recipe = json.loads((ROOT / "configs/train/demo.json").read_text())
+    (tmp_path / "r.json").write_text(json.dumps({**recipe, "run_dir": str(tmp_path / "run"), "initialize": None}))
+    code = "import sys; sys.path = [p for p in sys.path if p != sys.argv[1]]; from pixart import cli; sys.exit(cli.main(['train', 'r.json']))"
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 2 and "repository's root" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_module_runs_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "pixart", "inspect", str(tmp_path / "absent.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
