@@ -135,7 +135,8 @@ def test_train_outside_the_repository_says_where_to_run(tmp_path):
     (tmp_path / "pixart").symlink_to(ROOT / "pixart")
     recipe = json.loads((ROOT / "configs/train/demo.json").read_text())
     (tmp_path / "r.json").write_text(json.dumps({**recipe, "run_dir": str(tmp_path / "run"), "initialize": None}))
-    code = "import sys; sys.path = [p for p in sys.path if p != sys.argv[1]]; from pixart import cli; sys.exit(cli.main(['train', 'r.json']))"
+    code = "import sys; sys.path.remove(sys.argv[1]) if sys.argv[1] in sys.path else None\n"
+    code += "from pixart import cli; sys.exit(cli.main(['train', 'r.json']))"
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 2 and "repository's root" in done.stderr and "Traceback" not in done.stderr
 
