@@ -100,7 +100,7 @@ def _shapes(path: str) -> dict[str, tuple[int, ...]]:
 def _from_weights(path: Path, dtype: torch.dtype | None, options: dict[str, Any], disable_dynamic: bool) -> Any:
     """A CLIP with the sizes of the weights."""
     weights = read_t5(path)
-    dtype = dtype or next(iter(weights.tensors.values())).dtype
+    dtype = dtype or weights.tensors["shared.weight"].dtype
     options = {**options, "dtype": dtype, "t5xxl_model_config": host_config(weights)}
     target = SimpleNamespace(
         clip=pixart_t5.pixart_te(dtype_t5=dtype), tokenizer=tokenizer_class(weights, _tokenizer_file(path)), params={}

@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import TextEncoderError, UnsupportedError
@@ -101,7 +101,11 @@ def _weight_files(path: Path) -> tuple[list[Path], dict]:
 
 
 def _shards(index: Path) -> list[Path]:
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    weight_map = _read_json(index).get("weight_map")
+    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise TextEncoderError(f"{index} names shards outside its folder: {', '.join(outside)}. Download it again.")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise TextEncoderError(
@@ -113,9 +117,12 @@ def _shards(index: Path) -> list[Path]:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise TextEncoderError(f"{path} can't be read as JSON ({error}). Download it again.") from None
+    if not isinstance(values, dict):
+        raise TextEncoderError(f"{path} holds a {type(values).__name__}, expected an object. Download it again.")
+    return values
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -127,12 +134,24 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                     if not DECODER_KEYS.match(key):
                         yield key, file.get_tensor(key)
         else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            yield from _tensors_only(path, torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)))
+    except TextEncoderError:
+        raise
+    except Exception as error:  # torch's unpickler raises anything on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TextEncoderError(
             f"{path} ({path.stat().st_size} bytes) is damaged or incomplete: {reason}. Download it again."
         ) from None
+
+
+def _tensors_only(path: Path, loaded: object) -> list[tuple[str, Tensor]]:
+    """The entries of a pickled state dict; raises TextEncoderError for anything else."""
+    if not isinstance(loaded, dict):
+        raise TextEncoderError(f"{path} holds a {type(loaded).__name__}, expected T5 weights by name. Give another file.")
+    strangers = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise TextEncoderError(f"{path}: {', '.join(strangers[:6])} is no tensor; expected T5 weights only.")
+    return list(loaded.items())
 
 
 def _strip(raw: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:

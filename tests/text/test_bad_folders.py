@@ -1,0 +1,58 @@
+"""Folders and pickles that are not what they say: refused by name, never read from outside the folder."""
+import json
+
+import pytest
+import torch
+
+from pixart import load_text_encoder
+from pixart.errors import TextEncoderError
+from tests.support.tiny_text import save_t5_folder, tiny_t5
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A T5 folder without its weight file, whose state dict is in `folder.state`."""
+    model = tiny_t5()
+    made = save_t5_folder(model, tmp_path / "t5")
+    for file in made.glob("*.safetensors*"):
+        file.unlink()
+    return made, {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def test_shards_outside_the_folder_are_refused(folder):
+    made, state = folder
+    torch.save(state, made.parent / "out.bin")
+    index = {"weight_map": {key: "../out.bin" for key in state}}
+    (made / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(TextEncoderError, match=r"outside its folder: \.\./out\.bin"):
+        load_text_encoder(made)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": []}'])
+def test_index_of_another_form(folder, content):
+    made, _ = folder
+    (made / "pytorch_model.bin.index.json").write_text(content)
+    with pytest.raises(TextEncoderError, match="pytorch_model.bin.index.json"):
+        load_text_encoder(made)
+
+
+def test_pickle_of_the_old_kind_loads(folder):
+    made, state = folder
+    torch.save(state, made / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert load_text_encoder(made).width == 32
+
+
+@pytest.mark.parametrize("content, found", [([1, 2], "holds a list"), ({"shared.weight": "text"}, "shared.weight is no tensor")])
+def test_pickle_of_something_else(folder, content, found):
+    made, _ = folder
+    torch.save(content, made / "pytorch_model.bin")
+    with pytest.raises(TextEncoderError, match=f"pytorch_model.bin.*{found}"):
+        load_text_encoder(made)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 50, b"\x80\x02"])
+def test_damaged_pickle(folder, content):
+    made, _ = folder
+    (made / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(TextEncoderError, match="pytorch_model.bin.*damaged or incomplete"):
+        load_text_encoder(made)
