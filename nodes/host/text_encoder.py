@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES
 from ...pixart.errors import TextEncoderError, UnsupportedError
 from ...pixart.text.tokenizer import find_tokenizer
-from ...pixart.text.weights import T5Weights, read_t5
+from ...pixart.text.weights import T5Weights, check_pickled, read_t5
 from .tokenizer import tokenizer_class
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
 }
 DEVICES = (DEFAULT, "cpu")
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 XXL_KEY, XXL_ROWS = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight", 10240
 XXL_VOCABULARY = 32128  # UMT5, which doesn't fit, has 256384
 ACTIVATIONS = {"gated-gelu": "gelu_pytorch_tanh", "relu": "relu"}
@@ -71,6 +72,8 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
     quantized = any(key.endswith(QUANTIZATION_SUFFIXES) for key in shapes)
     if not packed and not (is_xxl and (precision == DEFAULT or quantized)):
         return None
+    if Path(path).suffix.lower() in PICKLED:
+        check_pickled(Path(path))  # the host's own message would name neither the file nor what it is
     if precision != DEFAULT:
         log.warning("PixArt: %s keeps the precision of its file; %s was asked for.", path, precision)
     clip = comfy.sd.load_clip(
@@ -85,7 +88,17 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
             f"{path} is a {type(clip.cond_stage_model).__name__}; expected a T5 encoder. "
             "PixArt reads captions with T5-v1.1-XXL; give its .safetensors file or its Hugging Face folder."
         )
+    if is_xxl and not quantized:
+        _check_keys(path, set(clip.cond_stage_model.t5xxl.transformer.state_dict()) - set(shapes))
     return clip
+
+
+def _check_keys(path: str, missing: set[str]) -> None:
+    """The host's loader only logs missing keys, and goes on with whatever was in memory."""
+    if missing:
+        raise TextEncoderError(
+            f"{path}: not a whole T5 encoder; missing keys: {', '.join(sorted(missing)[:6])}. Download it again."
+        )
 
 
 def _shapes(path: str) -> dict[str, tuple[int, ...]]:

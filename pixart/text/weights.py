@@ -148,10 +148,16 @@ def _tensors_only(path: Path, loaded: object) -> list[tuple[str, Tensor]]:
     """The entries of a pickled state dict; raises TextEncoderError for anything else."""
     if not isinstance(loaded, dict):
         raise TextEncoderError(f"{path} holds a {type(loaded).__name__}, expected T5 weights by name. Give another file.")
+    loaded = loaded["state_dict"] if isinstance(loaded.get("state_dict"), dict) else loaded
     strangers = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
     if strangers:
         raise TextEncoderError(f"{path}: {', '.join(strangers[:6])} is no tensor; expected T5 weights only.")
     return list(loaded.items())
+
+
+def check_pickled(path: Path) -> None:
+    """Raises TextEncoderError unless the .pth, .pt or .bin file is a sound pickle of a T5 encoder's tensors."""
+    _strip(dict(_read_tensors(path)), path)
 
 
 def _strip(raw: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:

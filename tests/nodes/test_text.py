@@ -325,3 +325,27 @@ class TestBadFiles:
     def test_names_outside_the_menu(self, models: Path) -> None:
         with pytest.raises(errors.PixArtError, match="not in the folder text_encoders"):
             text_nodes.PixArtT5Loader.execute(t5_name="../x", precision="default", device="default")
+
+    @pytest.mark.parametrize("content", [b"", b"junk" * 50], ids=["empty", "junk"])
+    @pytest.mark.parametrize("name", ["t5.pth", "t5.bin"])
+    def test_damaged_pickles(self, name: str, content: bytes, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(content)
+        assert "damaged or incomplete" in self.refused(tmp_path / name)
+
+    def test_pickle_of_another_model(self, tmp_path: Path) -> None:
+        torch.save({"state_dict": {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2, 2)}}, tmp_path / "t5.pth")
+        assert "a CLIP text encoder" in self.refused(tmp_path / "t5.pth")
+
+    def test_xxl_with_a_missing_key_is_never_partly_loaded(self, slim: Path, tmp_path: Path, monkeypatch) -> None:
+        import comfy.sd
+
+        state = load_file(slim)
+        del state["encoder.block.7.layer.0.SelfAttention.q.weight"]
+        save_file(state, tmp_path / "t5xxl.safetensors")
+        config = {"t5xxl_model_config": encoder.host_config(encoder.read_t5(slim)), "dtype": torch.float16}
+        host_loader = comfy.sd.load_clip
+        monkeypatch.setattr(comfy.sd, "detect_te_model", lambda state_dict: comfy.sd.TEModel.T5_XXL)
+        monkeypatch.setattr(
+            comfy.sd, "load_clip", lambda ckpt_paths, clip_type, **_: host_loader(ckpt_paths, clip_type=clip_type, model_options=config)
+        )
+        assert "encoder.block.7.layer.0.SelfAttention.q.weight" in self.refused(tmp_path / "t5xxl.safetensors")
