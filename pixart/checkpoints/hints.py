@@ -31,6 +31,7 @@ class Hints:
     position_range: float | None = None
     family: str | None = None
     family_reason: str = ""
+    ema: bool = False  # the weights are an average over training
     where: str = "config.json"
 
     def contradictions(self, found: Mapping[str, Any]) -> list[str]:
@@ -116,6 +117,7 @@ _NOTE_FIELDS = {
     "num_heads": _is_count,
     "base_size": _is_count,
     "position_range": _is_measure,
+    "ema": lambda value: isinstance(value, bool),
     "family": lambda value: isinstance(value, str) and value in FAMILY_OF_PIPELINE.values(),
 }
 
