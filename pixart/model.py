@@ -106,8 +106,9 @@ class PixArtTransformer(nn.Module):
         if not self.config.micro_condition:
             return embedded
         if size is None:
-            pixels = [side * PIXELS_PER_LATENT for side in latent_size]
-            size = torch.tensor([pixels], device=timestep.device).expand(timestep.shape[0], 2)
+            # Filled on the device: a tensor from a list would wait for a copy in every step.
+            sides = [torch.full_like(timestep, side * PIXELS_PER_LATENT, dtype=torch.float32) for side in latent_size]
+            size = torch.stack(sides, dim=1)
         size = size.float()
         ratio = size[:, :1] / size[:, 1:]
         return embedded + torch.cat([self.csize_embedder(size, dtype), self.ar_embedder(ratio, dtype)], dim=-1)
