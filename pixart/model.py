@@ -106,9 +106,7 @@ class PixArtTransformer(nn.Module):
         if not self.config.micro_condition:
             return embedded
         if size is None:
-            # Filled on the device: a tensor from a list would wait for a copy in every step.
-            sides = [torch.full_like(timestep, side * PIXELS_PER_LATENT, dtype=torch.float32) for side in latent_size]
-            size = torch.stack(sides, dim=1)
+            size = pixel_size(timestep, *latent_size)
         size = size.float()
         ratio = size[:, :1] / size[:, 1:]
         return embedded + torch.cat([self.csize_embedder(size, dtype), self.ar_embedder(ratio, dtype)], dim=-1)
@@ -157,6 +155,15 @@ class PixArtTransformer(nn.Module):
             outside = sorted(i for i in hooks or () if not 0 <= i < config.depth)
             if outside:
                 raise InputError(f"{name} names block(s) {outside}; this model has blocks 0..{config.depth - 1}.")
+
+
+def pixel_size(timestep: Tensor, height: int, width: int) -> Tensor:
+    """(B, 2), height and width in pixels of a latent of this size; timestep: (B,).
+
+    Filled on the device: a tensor made from a list would be copied there, and waited for, in every step.
+    """
+    sides = [torch.full_like(timestep, side * PIXELS_PER_LATENT, dtype=torch.float32) for side in (height, width)]
+    return torch.stack(sides, dim=1)
 
 
 def pad_to_patches(latent: Tensor, patch_size: int) -> Tensor:
