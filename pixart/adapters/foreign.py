@@ -12,10 +12,10 @@ MODELS = (
     (("down_blocks_", "up_blocks_", "input_blocks_", "output_blocks_", "mid_block_"), "Stable Diffusion (a UNet)"),
     (("double_blocks_", "single_blocks_", "single_transformer_blocks_"), "Flux or a relative of it"),
     (("joint_blocks_", "joint_transformer_blocks_", "attn_add_q_proj", "attn_add_k_proj"), "SD3, AuraFlow or Qwen-Image"),
+    (("text_model_",), "a CLIP text encoder"),
+    (("_self_attn_q_proj", "_self_attn_qkv_proj", "_mlp_gate_proj"), "a language model"),
     (("_self_attn_q_", "_self_attn_k_", "_self_attn_v_"), "Wan or Cosmos"),
-    (("_self_attn_q_proj", "_self_attn_qkv_proj", "_mlp_gate_proj"), "a language model or CLIP"),
     (("attention_qkv", "attention_to_q", "feed_forward_w1"), "Lumina or Z-Image"),
-    (("text_model_", "lora_te"), "a CLIP text encoder"),
 )
 SHOWN = 3
 
