@@ -3,7 +3,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .guidance import PixArtPAG
 from .host.demo_models import offer_demo_models
+from .lora import PixArtLoraLoader
 from .model import PixArtModelLoader
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
 from .text import PixArtT5Loader, PixArtTextEncode
@@ -15,6 +17,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtResolution,
     PixArtCropToSize,
     PixArtSizeCondition,
+    PixArtLoraLoader,
+    PixArtPAG,
 )
 
 

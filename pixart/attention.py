@@ -61,9 +61,14 @@ class SelfAttention(nn.Module):
             )
             self.norm = operations.LayerNorm(hidden_size, **factory)
 
-    def forward(self, hidden: Tensor, grid: tuple[int, int], options: Any = None) -> Tensor:
-        """hidden: (B, rows*columns, D) -> the same shape."""
+    def forward(self, hidden: Tensor, grid: tuple[int, int], options: Any = None, identity: bool = False) -> Tensor:
+        """hidden: (B, rows*columns, D) -> the same shape.
+
+        identity: each token attends to itself alone (perturbed attention, arXiv:2403.17377, section 4.2).
+        """
         q, k, v = self.qkv(hidden).chunk(3, dim=-1)
+        if identity:
+            return self.proj(v)
         if self.ratio > 1:
             k, v = self._compress(k, grid), self._compress(v, grid)
         return self.proj(self.attention(q, k, v, heads=self.num_heads, options=options))

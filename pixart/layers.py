@@ -21,6 +21,7 @@ class BlockInputs:
     modulation: Tensor  # (B, 6, D), fp32, the same for every block
     grid: tuple[int, int]  # token rows and columns
     attention_options: Any = None
+    identity_attention: bool = False  # self-attention without mixing of tokens, for perturbed-attention guidance
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class PixArtBlock(nn.Module):
         table = cast_table(self.scale_shift_table, inputs.modulation)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (table + inputs.modulation).chunk(6, dim=1)
         attn_in = modulate(self.norm1(hidden), shift_attn, scale_attn).to(dtype)
-        hidden = hidden + gate_attn * self.attn(attn_in, inputs.grid, options)
+        hidden = hidden + gate_attn * self.attn(attn_in, inputs.grid, options, inputs.identity_attention)
         hidden = hidden + self.cross_attn(hidden.to(dtype), context, inputs.context_mask, options)
         mlp_in = modulate(self.norm2(hidden), shift_mlp, scale_mlp).to(dtype)
         return hidden + gate_mlp * self.mlp(mlp_in)

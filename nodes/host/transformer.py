@@ -17,6 +17,8 @@ from ...pixart.model import PixArtTransformer, pixel_size
 from .attention import host_attention
 
 Block = Callable[[BlockInputs], Tensor]
+# transformer_options: numbers of blocks whose self-attention does not mix tokens; on top of any replacement of the block
+IDENTITY_ATTENTION = "pixart_identity_attention"
 ReplacedBlocks = Mapping[tuple[str, int], Callable[[dict, dict], dict]]
 
 
@@ -81,12 +83,15 @@ class HostTransformer(PixArtTransformer):
 def _block_wrappers(depth: int, options: dict[str, Any]) -> dict[int, Callable[[BlockInputs, Block], Tensor]]:
     """One wrapper per block: says which block is running, and calls the host's replacement if there is one."""
     replaced: ReplacedBlocks = options.get("patches_replace", {}).get("dit", {})
+    perturbed = options.get(IDENTITY_ATTENTION, ())
 
     def wrapper(index: int) -> Callable[[BlockInputs, Block], Tensor]:
         replacement = replaced.get(("double_block", index))
 
         def run(inputs: BlockInputs, block: Block) -> Tensor:
             inputs.attention_options["block_index"] = index  # our own copy of transformer_options
+            if index in perturbed:
+                inputs = replace(inputs, identity_attention=True)
             return block(inputs) if replacement is None else _call_replacement(replacement, inputs, block)
 
         return run

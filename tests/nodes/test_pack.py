@@ -1,4 +1,4 @@
-"""The pack as the host sees it: six nodes, their inputs and outputs, help pages, and no failure without a host."""
+"""The pack as the host sees it: its nodes, their inputs and outputs, help pages, and no failure without a host."""
 from __future__ import annotations
 
 import asyncio
@@ -19,6 +19,8 @@ NODES = {
     "PixArtResolution": (["base", "width", "height", "batch_size"], ["LATENT", "INT", "INT"]),
     "PixArtCropToSize": (["image", "width", "height"], ["IMAGE"]),
     "PixArtSizeCondition": (["conditioning", "width", "height"], ["CONDITIONING"]),
+    "PixArtLoraLoader": (["model", "lora_name", "strength"], ["MODEL", "CLIP"]),
+    "PixArtPAG": (["model", "kind", "blocks", "scale", "start_percent", "end_percent"], ["MODEL"]),
 }
 
 
@@ -47,6 +49,11 @@ def test_choices(nodes: dict) -> None:
     assert t5["device"][1]["options"] == ["default", "cpu"]
     base = nodes["PixArtResolution"].INPUT_TYPES()["required"]["base"][1]["options"]
     assert base == ["256", "512", "1024", "2048", "2880", "4096"]
+
+
+def test_optional_inputs(nodes: dict) -> None:
+    found = {name: list(node.INPUT_TYPES().get("optional", {})) for name, node in nodes.items()}
+    assert {name: inputs for name, inputs in found.items() if inputs} == {"PixArtLoraLoader": ["clip", "strength_clip"]}
 
 
 def test_every_node_explains_itself(nodes: dict) -> None:
