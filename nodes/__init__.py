@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .controlnet import PixArtControlNetLoader, PixArtHED
 from .host.demo_models import offer_demo_models
 from .model import PixArtModelLoader
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
@@ -15,6 +16,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtResolution,
     PixArtCropToSize,
     PixArtSizeCondition,
+    PixArtControlNetLoader,
+    PixArtHED,
 )
 
 
