@@ -4,6 +4,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .controlnet import PixArtControlNetLoader, PixArtHED
+from .few_steps import PixArtOneStep, PixArtTimesteps
 from .host.demo_models import offer_demo_models
 from .model import PixArtModelLoader
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
@@ -18,6 +19,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtSizeCondition,
     PixArtControlNetLoader,
     PixArtHED,
+    PixArtTimesteps,
+    PixArtOneStep,
 )
 
 
