@@ -9,6 +9,7 @@ from .host.demo_models import offer_demo_models
 from .model import PixArtModelLoader
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
 from .text import PixArtT5Loader, PixArtTextEncode
+from .vae import PixArtConsistencyDecoder
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtModelLoader,
@@ -21,6 +22,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtHED,
     PixArtTimesteps,
     PixArtOneStep,
+    PixArtConsistencyDecoder,
 )
 
 
