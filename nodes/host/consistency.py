@@ -29,7 +29,9 @@ class ConsistencyDecoder:
         self.device = device
         self.output_device = management.intermediate_device()
         self.patcher = comfy.model_patcher.ModelPatcher(
-            vae.module, load_device=device, offload_device=management.vae_offload_device()
+            torch.nn.ModuleList([vae.module]),  # the patcher sets `device`, which diffusers' classes don't let be set
+            load_device=device,
+            offload_device=management.vae_offload_device(),
         )
 
     def decode(self, samples: Tensor, **_: Any) -> Tensor:

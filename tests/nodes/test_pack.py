@@ -1,4 +1,4 @@
-"""The pack as the host sees it: six nodes, their inputs and outputs, help pages, and no failure without a host."""
+"""The pack as the host sees it: its nodes, their inputs and outputs, help pages, and no failure without a host."""
 from __future__ import annotations
 
 import asyncio
@@ -19,6 +19,11 @@ NODES = {
     "PixArtResolution": (["base", "width", "height", "batch_size"], ["LATENT", "INT", "INT"]),
     "PixArtCropToSize": (["image", "width", "height"], ["IMAGE"]),
     "PixArtSizeCondition": (["conditioning", "width", "height"], ["CONDITIONING"]),
+    "PixArtControlNetLoader": (["control_net_name"], ["CONTROL_NET"]),
+    "PixArtHED": (["image", "hed_name"], ["IMAGE"]),
+    "PixArtTimesteps": (["model", "timesteps"], ["SIGMAS"]),
+    "PixArtOneStep": (["model", "timestep"], ["SAMPLER", "SIGMAS"]),
+    "PixArtConsistencyDecoder": (["vae_name"], ["VAE"]),
 }
 
 
