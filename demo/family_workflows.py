@@ -75,7 +75,8 @@ def sa_solver() -> Workflow:
         s_noise=1.0, predictor_order=2, corrector_order=2, use_pece=False, simple_order_2=True,
     )  # fmt: skip
     steps = flow.add("BasicScheduler", "Steps", 1, 4, model=[model, 0], scheduler="sgm_uniform", steps=25, denoise=1.0)
-    flow.decode(flow.sample_custom("Sampler", model, positive, negative, [size, 0], [solver, 0], [steps, 0], cfg=3.0), vae, "pixart-sa-solver")
+    sampled = flow.sample_custom("Sampler", model, positive, negative, [size, 0], [solver, 0], [steps, 0], cfg=3.0)
+    flow.decode(sampled, vae, "pixart-sa-solver")
     return flow
 
 
@@ -91,14 +92,17 @@ def controlnet() -> Workflow:
     picture = flow.add("LoadImage", "Picture", 0, 4, image="pixart-scene.png")
     fitted = flow.add("PixArtCropToSize", "Fit to size", 1, 3, image=[picture, 0], width=[size, 1], height=[size, 2])
     edges = flow.load("PixArtHED", "Edges", 1, 4, "hed_name", HED, image=[fitted, 0])
-    flow.decode(flow.sample("Sampler", model, *flow.control([positive, negative], control, edges, vae), [size, 0]), vae, "pixart-controlnet")
+    sampled = flow.sample("Sampler", model, *flow.control([positive, negative], control, edges, vae), [size, 0])
+    flow.decode(sampled, vae, "pixart-controlnet")
     return flow
 
 
 def demo_controlnet() -> Workflow:
     """The same with the demo's own ControlNet, which reads the host's Canny edges."""
     note = "pixart-demo-controlnet.safetensors -> demo/weights/controlnet\n"
-    flow = Workflow(DEMO, DEMO_NOTE + note + "\nThe picture is demo/inputs/pixart-scene.png; put it, or your own, in ComfyUI's input folder.")
+    flow = Workflow(
+        DEMO, DEMO_NOTE + note + "\nThe picture is demo/inputs/pixart-scene.png; put it, or your own, in ComfyUI's input folder."
+    )
     model, t5, vae = flow.loaders("demo")
     positive = flow.text("Prompt", t5, "a green triangle above a yellow square", 300, 0)
     negative = flow.text("Negative prompt", t5, "", 300, 1)
@@ -164,7 +168,8 @@ def consistency_decoder() -> Workflow:
 def inpaint_released() -> Workflow:
     """Only the masked part of a picture drawn anew, by Σ-1024."""
     weights = sigma("PixArt-Sigma-XL-2-1024-MS.pth")
-    flow = Workflow(weights, weights.note() + "\n\nPaint a mask on the picture (right click); it is cropped to the trained size nearest to 1024x1024.")
+    advice = "\n\nPaint a mask on the picture (right click); both are cropped to the trained size nearest to 1024x1024."
+    flow = Workflow(weights, weights.note() + advice)
     model, t5, vae = flow.loaders("sigma-1024")
     positive = flow.text("Prompt", t5, PROMPT, 300, 0)
     negative = flow.text("Negative prompt", t5, "", 300, 1)

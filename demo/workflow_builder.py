@@ -150,8 +150,8 @@ class Workflow:
     ) -> str:
         """Some of 20 steps with the defaults of PixArt-Σ; the first part adds the noise, `leftover` keeps what is left of it."""
         return self.add(
-            "KSamplerAdvanced", title, 2, row, model=[model, 0], add_noise="disable" if start else "enable", noise_seed=0, steps=20, cfg=4.5,
-            sampler_name="dpmpp_2m", scheduler="sgm_uniform", positive=[texts[0], 0], negative=[texts[1], 0], latent_image=latent,
+            "KSamplerAdvanced", title, 2, row, model=[model, 0], add_noise="disable" if start else "enable", noise_seed=0, steps=20,
+            cfg=4.5, sampler_name="dpmpp_2m", scheduler="sgm_uniform", positive=[texts[0], 0], negative=[texts[1], 0], latent_image=latent,
             start_at_step=start, end_at_step=end, return_with_leftover_noise="enable" if leftover else "disable",
         )  # fmt: skip
 

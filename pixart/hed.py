@@ -81,7 +81,9 @@ def prepare_hed(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tens
     problems += [f"NaN or infinite values in {key}" for key, value in tensors.items() if not value.isfinite().all()]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(f"{source}: not the HED network ({shown}). Give ControlNetHED.pth from PixArt-alpha/PixArt-alpha on Hugging Face.")
+        raise CheckpointError(
+            f"{source}: not the HED network ({shown}). Give ControlNetHED.pth from PixArt-alpha/PixArt-alpha on Hugging Face."
+        )
     return tensors
 
 
