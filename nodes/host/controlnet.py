@@ -52,7 +52,8 @@ class PixArtControl(comfy.controlnet.ControlNet):
             control_model, load_device=load_device, latent_format=comfy.latent_formats.LatentFormat(), extra_conds=[]
         )
         self.source = source
-        self._model: Any = None  # of the running sampler
+        self._model: Any = None  # of the running sampler, and the transformer in it
+        self._base: HostTransformer | None = None
         self._hints: dict[tuple[int, int], Tensor] = {}  # latent size -> encoded hint, kept for one run
 
     def copy(self) -> PixArtControl:
@@ -78,17 +79,18 @@ class PixArtControl(comfy.controlnet.ControlNet):
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Checks that model and ControlNet belong together, before the first step."""
         super().pre_run(model, percent_to_timestep_function)
-        if not isinstance(model.diffusion_model, HostTransformer):
+        network = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)  # within torch.compile's wrapper
+        if not isinstance(network, HostTransformer):
             raise InputError(
                 f"The ControlNet {self.source} is for PixArt models loaded by PixArtModelLoader, this one is a "
-                f"{type(model.diffusion_model).__name__}; load the model with PixArtModelLoader or choose its own ControlNet."
+                f"{type(network).__name__}; load the model with PixArtModelLoader or choose its own ControlNet."
             )
-        self.control_model.check_fits(model.diffusion_model.config)
-        self._model = model
+        self.control_model.check_fits(network.config)
+        self._model, self._base = model, network
 
     def cleanup(self) -> None:
         """Nothing of a run outlives it."""
-        self._model = None
+        self._model = self._base = None
         self._hints = {}
         super().cleanup()
 
@@ -106,7 +108,7 @@ class PixArtControl(comfy.controlnet.ControlNet):
         return self.control_merge({"input": residuals}, previous, output_dtype=None)
 
     def _residuals(self, x_noisy, t, cond, batched_number, transformer_options) -> list[Tensor]:
-        base: HostTransformer = self._model.diffusion_model
+        base = self._base
         sampling = self.model_sampling_current
         dtype = getattr(self._model, "manual_cast_dtype", None) or self._model.get_dtype()
 
@@ -124,7 +126,7 @@ class PixArtControl(comfy.controlnet.ControlNet):
         return self.control_model(inputs, base.embed_latent(placed(self._hint(x_noisy, batched_number))))
 
     def _checked_text(self, states: Tensor) -> Tensor:
-        expected = self._model.diffusion_model.config.caption_channels
+        expected = self._base.config.caption_channels
         if states.shape[-1] != expected:
             raise InputError(
                 f"The text for the ControlNet is {states.shape[-1]} wide; expected T5 states of width {expected}. "
@@ -153,7 +155,7 @@ class PixArtControl(comfy.controlnet.ControlNet):
         others = management.loaded_models(only_currently_used=True)
         latent = self.vae.encode(resize_and_crop(image, width, height).movedim(1, -1))
         management.load_models_gpu(others)
-        expected = (self._model.diffusion_model.config.in_channels, rows, columns)
+        expected = (self._base.config.in_channels, rows, columns)
         if tuple(latent.shape[1:]) != expected:
             raise InputError(
                 f"The VAE made a latent of shape {tuple(latent.shape[1:])} of the ControlNet's hint; expected {expected}. "
