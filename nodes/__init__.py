@@ -4,11 +4,14 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .guidance import PixArtPAG
+from .controlnet import PixArtControlNetLoader, PixArtHED
+from .few_steps import PixArtOneStep, PixArtTimesteps
 from .host.demo_models import offer_demo_models
 from .lora import PixArtLoraLoader
 from .model import PixArtModelLoader
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
 from .text import PixArtT5Loader, PixArtTextEncode
+from .vae import PixArtConsistencyDecoder
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtModelLoader,
@@ -19,6 +22,11 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtSizeCondition,
     PixArtLoraLoader,
     PixArtPAG,
+    PixArtControlNetLoader,
+    PixArtHED,
+    PixArtTimesteps,
+    PixArtOneStep,
+    PixArtConsistencyDecoder,
 )
 
 

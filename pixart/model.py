@@ -82,24 +82,48 @@ class PixArtTransformer(nn.Module):
         """
         self._check(latent, timestep, context, context_mask, size, block_wrappers, block_residuals)
         height, width = latent.shape[-2:]
-        patches = pad_to_patches(latent, self.config.patch_size)
-        grid = (patches.shape[-2] // self.config.patch_size, patches.shape[-1] // self.config.patch_size)
-        dtype = latent.dtype
+        inputs, embedded_time = self.embed(latent, timestep, context, context_mask, size, attention_options)
+        hidden = self._run_blocks(inputs, block_wrappers or {}, block_residuals or {})
+        return self.unembed(hidden, embedded_time, inputs.grid)[..., :height, :width]
 
-        hidden = self.x_embedder(patches).float()  # (B, N, D); the residual stream is fp32, see PixArtBlock
-        hidden = hidden + position_table(*grid, self.config.hidden_size, self.config.position_range, hidden.device)
-        embedded_time = self._embed_time(timestep, size, (height, width), dtype)  # (B, D)
+    def embed(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None = None,
+        size: Tensor | None = None,
+        attention_options: Any = None,
+    ) -> tuple[BlockInputs, Tensor]:
+        """What the first block sees, and the embedded time (B, D), which the final layer needs too."""
+        dtype = latent.dtype
+        embedded_time = self._embed_time(timestep, size, latent.shape[-2:], dtype)  # (B, D)
         inputs = BlockInputs(
-            hidden=hidden,
+            hidden=self.embed_latent(latent),
             context=self.y_embedder(context.to(dtype)),
             context_mask=None if context_mask is None else context_mask.bool(),
             modulation=self.t_block(embedded_time).float().unflatten(-1, (6, -1)),
-            grid=grid,
+            grid=self._grid(latent),
             attention_options=attention_options,
         )
-        hidden = self._run_blocks(inputs, block_wrappers or {}, block_residuals or {})
-        tokens = self.final_layer(hidden, embedded_time)
-        return self._unpatchify(tokens, grid)[..., :height, :width]
+        return inputs, embedded_time
+
+    def embed_latent(self, latent: Tensor) -> Tensor:
+        """Patches with their positions, (B, N, D); a ControlNet's hint enters here too. fp32, see PixArtBlock."""
+        hidden = self.x_embedder(pad_to_patches(latent, self.config.patch_size)).float()
+        positions = position_table(
+            *self._grid(latent), self.config.hidden_size, self.config.position_range, hidden.device
+        )
+        return hidden + positions
+
+    def unembed(self, hidden: Tensor, embedded_time: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The last block's output as a latent, (B, out_channels, rows * patch, columns * patch)."""
+        return self._unpatchify(self.final_layer(hidden, embedded_time), grid)
+
+    def _grid(self, latent: Tensor) -> tuple[int, int]:
+        """Token rows and columns, those that are padded to whole patches included."""
+        patch = self.config.patch_size
+        return -(-latent.shape[-2] // patch), -(-latent.shape[-1] // patch)
 
     def _embed_time(self, timestep: Tensor, size: Tensor | None, latent_size: tuple[int, int], dtype) -> Tensor:
         embedded = self.t_embedder(timestep, dtype)

@@ -62,11 +62,9 @@ class HostTransformer(PixArtTransformer):
         transformer_options: dict[str, Any],
     ) -> Tensor:
         height, width = x.shape[-2:]
-        if size is None and self.config.micro_condition:
-            size = pixel_size(timesteps, height, width)  # of the latent before it is padded
-        padded = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size,) * 2, padding_mode="replicate")
+        padded, size = self._padded(x, timesteps, size)
         tokens = padded.shape[-2] * padded.shape[-1] // self.patch_size**2
-        options = {**transformer_options, "total_blocks": self.config.depth, "block_type": "double"}
+        options = self._block_options(transformer_options)
         out = super().forward(
             padded,
             timesteps,
@@ -78,6 +76,31 @@ class HostTransformer(PixArtTransformer):
             attention_options=options,
         )
         return out[:, : self.config.in_channels, :height, :width]
+
+    def first_block(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None,
+        size: Tensor | None,
+        transformer_options: dict[str, Any],
+    ) -> BlockInputs:
+        """What block 1 would see without control: where a ControlNet branches off. Arguments as in `forward`."""
+        padded, size = self._padded(x, timesteps, size)
+        options = self._block_options(transformer_options)
+        inputs, _ = self.embed(padded, timesteps, context, context_mask, size, options)
+        hidden = _block_wrappers(1, options)[0](inputs, self.blocks[0])
+        return replace(inputs, hidden=hidden)
+
+    def _padded(self, x: Tensor, timesteps: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The latent in whole patches, and the size of the picture before that, for α-1024."""
+        if size is None and self.config.micro_condition:
+            size = pixel_size(timesteps, *x.shape[-2:])
+        return comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size,) * 2, padding_mode="replicate"), size
+
+    def _block_options(self, transformer_options: dict[str, Any]) -> dict[str, Any]:
+        return {**transformer_options, "total_blocks": self.config.depth, "block_type": "double"}
 
 
 def _block_wrappers(depth: int, options: dict[str, Any]) -> dict[int, Callable[[BlockInputs, Block], Tensor]]:

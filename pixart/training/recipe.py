@@ -47,6 +47,7 @@ class Recipe:
     max_loss_weight: float = 1.0  # noise loss is weighted by min(1/alpha_bar, this); 1 is the plain loss
     align_weight: float = 0.0  # of the auxiliary loss, see `alignment.py`; 0 is without
     align_block: int = 0  # whose tokens are aligned
+    control_blocks: int = 0  # train a ControlNet of so many blocks beside `initialize`; 0 trains the transformer
     save_every: int = 250
     compile_blocks: bool = False  # torch.compile, which needs a C++ compiler
 

@@ -8,14 +8,23 @@ from typing import Any
 
 import pytest
 
+from demo.family_workflows import FAMILY_WORKFLOWS
 from demo.workflows import WORKFLOWS
 from tests.support.demo import ROOT
 
 FOLDER = ROOT / "workflows"
-STEMS = ("demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch")
-LOADERS = {"PixArtModelLoader": "diffusion_models", "PixArtT5Loader": "text_encoders", "VAELoader": "vae"}
+FAMILY = tuple(FAMILY_WORKFLOWS)  # few steps, ControlNet and the like; each has settings of its own
+STEMS = ("demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch", *FAMILY)
+LOADERS = {
+    "PixArtModelLoader": "diffusion_models", "PixArtT5Loader": "text_encoders", "VAELoader": "vae", "PixArtControlNetLoader": "controlnet",
+    "PixArtHED": "controlnet", "PixArtConsistencyDecoder": "vae", "CheckpointLoaderSimple": "checkpoints",
+}  # fmt: skip
 RELEASED = tuple(stem for stem in STEMS if stem.startswith(("sigma", "alpha")))
-FILE_MENUS = {("PixArtModelLoader", "model_name"), ("PixArtT5Loader", "t5_name"), ("VAELoader", "vae_name"), ("LoadImage", "image")}
+FILE_MENUS = {
+    ("PixArtModelLoader", "model_name"), ("PixArtT5Loader", "t5_name"), ("VAELoader", "vae_name"), ("LoadImage", "image"),
+    ("PixArtControlNetLoader", "control_net_name"), ("PixArtHED", "hed_name"), ("PixArtConsistencyDecoder", "vae_name"),
+    ("CheckpointLoaderSimple", "ckpt_name"),
+}  # fmt: skip
 
 
 def read(name: str) -> dict[str, Any]:
@@ -165,7 +174,7 @@ def test_released_models_use_their_own_size_tokens_and_vae(stem: str) -> None:
     assert ("sdxl" in inputs["VAELoader"]["vae_name"]) == (variant.vae == "sdxl")
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if stem not in FAMILY])
 def test_sampling_defaults(stem: str) -> None:
     for node in read(f"api/{stem}.json").values():
         if node["class_type"] == "KSampler":
@@ -179,3 +188,28 @@ def test_every_workflow_has_its_picture(stem: str) -> None:
     picture = FOLDER / f"{stem}.jpg"
     assert picture.read_bytes()[:2] == b"\xff\xd8"
     assert picture.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(
+    ("stem", "kind", "expected"),
+    [
+        ("lcm", "KSampler", {"steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple"}),
+        ("lcm", "ModelSamplingDiscrete", {"sampling": "lcm", "zsnr": False}),
+        ("dmd", "PixArtOneStep", {"timestep": 400}),
+        ("dmd", "SamplerCustom", {"cfg": 1.0, "add_noise": True}),
+        ("sa-solver", "SamplerSASolver", {"predictor_order": 2, "corrector_order": 2, "eta": 1.0, "simple_order_2": True}),
+        ("sa-solver", "BasicScheduler", {"steps": 25, "scheduler": "sgm_uniform", "denoise": 1.0}),
+        ("sa-solver", "SamplerCustom", {"cfg": 3.0}),
+        ("controlnet", "ControlNetApplyAdvanced", {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}),
+    ],
+)
+def test_settings_of_the_family(stem: str, kind: str, expected: dict[str, Any]) -> None:
+    (inputs,) = (node["inputs"] for node in read(f"api/{stem}.json").values() if node["class_type"] == kind)
+    assert expected.items() <= inputs.items()
+
+
+def test_two_stages_meet_at_the_same_step() -> None:
+    first, second = (node["inputs"] for node in read("api/900m-two-stage.json").values() if node["class_type"] == "KSamplerAdvanced")
+    assert first["end_at_step"] == second["start_at_step"] == 12 and first["steps"] == second["steps"] == 20
+    assert (first["add_noise"], second["add_noise"]) == ("enable", "disable")
+    assert (first["return_with_leftover_noise"], second["return_with_leftover_noise"]) == ("enable", "disable")

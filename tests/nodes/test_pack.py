@@ -21,6 +21,11 @@ NODES = {
     "PixArtSizeCondition": (["conditioning", "width", "height"], ["CONDITIONING"]),
     "PixArtLoraLoader": (["model", "lora_name", "strength"], ["MODEL", "CLIP"]),
     "PixArtPAG": (["model", "kind", "blocks", "scale", "start_percent", "end_percent"], ["MODEL"]),
+    "PixArtControlNetLoader": (["control_net_name"], ["CONTROL_NET"]),
+    "PixArtHED": (["image", "hed_name"], ["IMAGE"]),
+    "PixArtTimesteps": (["model", "timesteps"], ["SIGMAS"]),
+    "PixArtOneStep": (["model", "timestep"], ["SAMPLER", "SIGMAS"]),
+    "PixArtConsistencyDecoder": (["vae_name"], ["VAE"]),
 }
 
 

@@ -1,0 +1,185 @@
+"""What workflows are made of: weights with their origin, and API graphs that grow node by node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .launch.workflow_ui import Placement
+
+HUGGING_FACE = "https://huggingface.co"
+T5_XXL = "t5xxl_fp16.safetensors"
+T5_URL = f"{HUGGING_FACE}/comfyanonymous/flux_text_encoders/resolve/main/{T5_XXL}"
+PROMPT = "a lighthouse on a cliff at dusk, warm light in its windows, waves below, oil painting"
+DEMO_NOTE = """The demo models of this pack, small and trained from scratch on coloured shapes.
+They lie in its folder demo/weights, which it offers to ComfyUI; nothing has to be moved:
+
+pixart-demo-transformer.safetensors -> demo/weights/diffusion_models
+pixart-demo-t5.safetensors -> demo/weights/text_encoders
+pixart-demo-vae.safetensors -> demo/weights/vae
+"""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file beside a model's three, and where it comes from; `url` is empty for folders and files without an address."""
+
+    name: str
+    url: str
+    directory: str
+    page: str = ""  # for the note, where there is no single file to download
+
+    def note(self) -> str:
+        """Folder and origin."""
+        return f"{self.name} -> models/{self.directory}\n{self.url or self.page}"
+
+    def models(self) -> list[dict[str, str]]:
+        """What the missing-models dialog needs."""
+        return [{"name": self.name, "url": self.url, "directory": self.directory}] if self.url else []
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The three files of a model and where they come from."""
+
+    transformer: str
+    transformer_url: str
+    t5: str
+    t5_url: str
+    vae: str
+    vae_url: str
+    transformer_page: str = ""  # for the note, where the transformer is a folder
+
+    def models(self, kind: str) -> list[dict[str, str]]:
+        """What the missing-models dialog needs, for the loader node `kind`; nothing for files without an address."""
+        name, url, directory = {
+            "PixArtModelLoader": (self.transformer, self.transformer_url, "diffusion_models"),
+            "PixArtT5Loader": (self.t5, self.t5_url, "text_encoders"),
+            "VAELoader": (self.vae, self.vae_url, "vae"),
+        }.get(kind, ("", "", ""))
+        return [{"name": name, "url": url, "directory": directory}] if url else []
+
+    def note(self) -> str:
+        """Origin and folder of each file."""
+        rows = (
+            (self.transformer, self.transformer_url or self.transformer_page, "diffusion_models"),
+            (self.t5, self.t5_url, "text_encoders"),
+            (self.vae, self.vae_url, "vae"),
+        )
+        return "Weights, and the folder each belongs in:\n\n" + "\n\n".join(f"{n} -> models/{d}\n{u}" for n, u, d in rows)
+
+
+DEMO = Weights("pixart-demo-transformer.safetensors", "", "pixart-demo-t5.safetensors", "", "pixart-demo-vae.safetensors", "")
+
+
+def released(repository: str, file: str, vae: str, vae_repository: str) -> Weights:
+    """Weights the PixArt authors published, with the T5 and VAE they were trained on."""
+    return Weights(
+        file, f"{HUGGING_FACE}/{repository}/resolve/main/{file}", T5_XXL, T5_URL,
+        vae, f"{HUGGING_FACE}/{vae_repository}/resolve/main/{vae}",
+    )  # fmt: skip
+
+
+def sigma(file: str) -> Weights:
+    """A PixArt-Σ checkpoint with the SDXL autoencoder."""
+    return released("PixArt-alpha/PixArt-Sigma", file, "sdxl_vae.safetensors", "stabilityai/sdxl-vae")
+
+
+def alpha(file: str) -> Weights:
+    """A PixArt-α checkpoint with the SD1 autoencoder."""
+    return released(
+        "PixArt-alpha/PixArt-alpha", file, "vae-ft-ema-560000-ema-pruned.safetensors", "stabilityai/sd-vae-ft-ema-original"
+    )
+
+
+def folder_of(base: Weights, repository: str) -> Weights:
+    """`base` with the transformer of a diffusers repository, as a folder of the repository's name."""
+    name = repository.split("/")[1]
+    return replace(base, transformer=name, transformer_url="", transformer_page=f"{HUGGING_FACE}/{repository} (the folder transformer)")
+
+
+@dataclass
+class Workflow:
+    """An API graph that grows node by node, with the place of every node on the canvas."""
+
+    weights: Weights
+    note: str
+    graph: dict[str, dict[str, Any]] = field(default_factory=dict)
+    places: dict[str, Placement] = field(default_factory=dict)
+
+    def add(self, kind: str, title: str, column: int, row: int, **inputs: Any) -> str:
+        """Add a node; a link is written as [id, output]. The new node's id."""
+        number = str(len(self.graph) + 1)
+        self.graph[number] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
+        self.places[number] = Placement(column, row, self.weights.models(kind))
+        return number
+
+    def load(self, kind: str, title: str, column: int, row: int, widget: str, file: File, **inputs: Any) -> str:
+        """A loader node of a file beside the model's three; the note names it."""
+        number = self.add(kind, title, column, row, **{widget: file.name}, **inputs)
+        self.places[number] = Placement(column, row, file.models())
+        self.note += f"\n\n{file.note()}"
+        return number
+
+    def loaders(self, variant: str, vae: bool = True) -> tuple[str, str, str]:
+        """The model, text encoder and VAE nodes; without `vae` the last is ""."""
+        model = self.add(
+            "PixArtModelLoader", "PixArt model", 0, 0,
+            model_name=self.weights.transformer, variant=variant, weight_dtype="default",
+        )  # fmt: skip
+        t5 = self.add("PixArtT5Loader", "T5 text encoder", 0, 1, t5_name=self.weights.t5, precision="default", device="default")
+        return model, t5, self.add("VAELoader", "VAE", 0, 2, vae_name=self.weights.vae) if vae else ""
+
+    def text(self, title: str, clip: str, text: str, tokens: int, row: int) -> str:
+        """A prompt."""
+        return self.add("PixArtTextEncode", title, 1, row, clip=[clip, 0], text=text, max_tokens=tokens)
+
+    def sample(
+        self, title: str, model: str, positive: str | list[Any], negative: str | list[Any], latent: list[Any], row: int = 0, **other: Any
+    ) -> str:
+        """A KSampler with the defaults of PixArt-Σ: DPM-Solver++ 2M, 20 steps, guidance 4.5."""
+        settings = {"seed": 0, "steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform"} | other
+        settings.setdefault("denoise", 1.0)
+        return self.add(
+            "KSampler", title, 2, row, model=[model, 0], positive=link(positive), negative=link(negative),
+            latent_image=latent, **settings,
+        )  # fmt: skip
+
+    def sample_part(
+        self, title: str, model: str, texts: tuple[str, str], latent: list[Any], start: int, end: int, leftover: bool = False, row: int = 0
+    ) -> str:
+        """Some of 20 steps with the defaults of PixArt-Σ; the first part adds the noise, `leftover` keeps what is left of it."""
+        return self.add(
+            "KSamplerAdvanced", title, 2, row, model=[model, 0], add_noise="disable" if start else "enable", noise_seed=0, steps=20,
+            cfg=4.5, sampler_name="dpmpp_2m", scheduler="sgm_uniform", positive=[texts[0], 0], negative=[texts[1], 0], latent_image=latent,
+            start_at_step=start, end_at_step=end, return_with_leftover_noise="enable" if leftover else "disable",
+        )  # fmt: skip
+
+    def sample_custom(
+        self, title: str, model: str, positive: str, negative: str, latent: list[Any], sampler: list[Any], sigmas: list[Any], cfg: float
+    ) -> str:
+        """A SamplerCustom with its own sampler and sigmas."""
+        return self.add(
+            "SamplerCustom", title, 2, 0, model=[model, 0], add_noise=True, noise_seed=0, cfg=cfg, positive=[positive, 0],
+            negative=[negative, 0], sampler=sampler, sigmas=sigmas, latent_image=latent,
+        )  # fmt: skip
+
+    def control(self, texts: list[str], control: str, hint: str, vae: str) -> tuple[list[Any], list[Any]]:
+        """Links to prompt and negative prompt under a ControlNet."""
+        applied = self.add(
+            "ControlNetApplyAdvanced", "Apply ControlNet", 2, 1, positive=[texts[0], 0], negative=[texts[1], 0], control_net=[control, 0],
+            image=[hint, 0], vae=[vae, 0], strength=1.0, start_percent=0.0, end_percent=1.0,
+        )  # fmt: skip
+        return [applied, 0], [applied, 1]
+
+    def decode(self, samples: str, vae: str, prefix: str, row: int = 0, tiled: bool = False) -> None:
+        """Decode and save."""
+        tiles = {"tile_size": 1024, "overlap": 128, "temporal_size": 64, "temporal_overlap": 8} if tiled else {}
+        kind = "VAEDecodeTiled" if tiled else "VAEDecode"
+        image = self.add(kind, "Decode", 3, row, samples=[samples, 0], vae=[vae, 0], **tiles)
+        self.add("SaveImage", "Save", 4, row, images=[image, 0], filename_prefix=prefix)
+
+
+def link(source: str | list[Any]) -> list[Any]:
+    """A node's first output, or the link that was given."""
+    return source if isinstance(source, list) else [source, 0]
