@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError, TextEncoderError, UnsupportedError
+from .packed import PRECISIONS
+from .quantize import choose_precision, fill_layers, replace_linears
 from .tokenizer import WHERE_TO_GET, Tokenizer, find_tokenizer, from_sentencepiece, load_tokenizer
-from .weights import EMBEDDING_ALIAS, T5Weights, read_t5, text_encoder_folder
+from .weights import T5Weights, read_t5, text_encoder_folder
 
 logger = logging.getLogger(__name__)
 
@@ -109,27 +111,34 @@ def load_text_encoder(
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    precision: str | None = None,
 ) -> TextEncoder:
-    """Loads a T5 encoder from a Hugging Face folder (sharded too, or a pipeline's) or a .safetensors file.
+    """Loads a T5 encoder from a Hugging Face folder (sharded, quantized, or a pipeline's) or a weight file.
 
     tokenizer: folder, tokenizer.json or spiece.model; default: inside the file or folder, or beside it.
-    dtype: fp32, bf16 or fp16 (default: as stored). Raises TextEncoderError saying what to do.
+    dtype: fp32, bf16 or fp16 (default: as stored). precision: int8, nf4, fp4 or fp8_e4m3fn for the linear layers,
+    which then compute in bf16, whatever dtype says. Raises TextEncoderError or UnsupportedError saying what to do.
     """
     path = Path(path)
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise UnsupportedError(f"T5 can't run in {dtype}; expected float32, bfloat16 or float16.")
+    if precision not in (None, *PRECISIONS):
+        raise UnsupportedError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
     weights = read_t5(path, dtype)
-    found = _find_tokenizer(weights, tokenizer)
+    precision = choose_precision(weights, precision)
+    found = find_tokenizer_of(weights, tokenizer)
     if found.size > weights.config["vocab_size"]:
         raise TextEncoderError(
             f"{found.source} has {found.size} tokens, but {path} has embeddings for {weights.config['vocab_size']}: "
             f"they don't belong together. {WHERE_TO_GET}"
         )
     logger.info("T5 from %s: %s; tokenizer %s", path, weights.config, found.source)
-    return TextEncoder(_build(weights).to(device), found)
+    model = _build_quantized(weights, precision, device) if precision else _build(weights).to(device)
+    return TextEncoder(model, found)
 
 
-def _find_tokenizer(weights: T5Weights, given: str | Path | None) -> Tokenizer:
+def find_tokenizer_of(weights: T5Weights, given: str | Path | None) -> Tokenizer:
+    """The tokenizer that was given, or that comes with the weights; raises TextEncoderError if there is none."""
     path = weights.path
     if given is not None:
         return load_tokenizer(given)
@@ -148,7 +157,22 @@ def _find_tokenizer(weights: T5Weights, given: str | Path | None) -> Tokenizer:
 
 
 def _build(weights: T5Weights) -> nn.Module:
-    """T5EncoderModel holding the tensors themselves; all missing, unknown and misshapen keys raise at once."""
+    """T5EncoderModel holding the tensors themselves."""
+    model = _empty_model(weights)
+    model.load_state_dict(dict(weights.stream()), strict=False, assign=True)
+    return _finish(model, weights)
+
+
+def _build_quantized(weights: T5Weights, precision: str, device: torch.device | str) -> nn.Module:
+    """The same with quantized linear layers, on `device`; never holds more than one layer unquantized."""
+    model = _empty_model(weights)
+    replace_linears(model)
+    others = fill_layers(model, weights, precision, device)
+    model.load_state_dict(others, strict=False, assign=True)
+    return _finish(model, weights)
+
+
+def _empty_model(weights: T5Weights) -> nn.Module:
     try:
         from transformers import T5Config, T5EncoderModel
     except ImportError:
@@ -156,19 +180,14 @@ def _build(weights: T5Weights) -> nn.Module:
 
     try:
         with torch.device("meta"):
-            model = T5EncoderModel(T5Config(**weights.config))
+            return T5EncoderModel(T5Config(**weights.config))
     except (ValueError, KeyError) as error:
         raise TextEncoderError(f"{weights.path}: transformers can't build this T5: {error}") from None
-    expected = {key: value.shape for key, value in model.state_dict().items() if key != EMBEDDING_ALIAS}
-    problems = [f"missing {key}" for key in expected if key not in weights.tensors]
-    problems += [f"unknown {key}" for key in weights.tensors if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(value.shape)}, expected {tuple(expected[key])}"
-        for key, value in weights.tensors.items()
-        if key in expected and value.shape != expected[key]
-    ]
-    if problems:
-        raise TextEncoderError(f"{weights.path} is not a complete T5 encoder: {'; '.join(problems)}.")
-    model.load_state_dict(weights.tensors, strict=False, assign=True)
+
+
+def _finish(model: nn.Module, weights: T5Weights) -> nn.Module:
     model.set_input_embeddings(model.shared)
+    empty = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
+    if empty:  # `read_t5` has checked the names: only an unknown transformers can get here
+        raise TextEncoderError(f"{weights.path}: this transformers wants weights that no T5 has: {', '.join(empty[:6])}.")
     return model.eval().requires_grad_(False)
