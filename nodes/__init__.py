@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .host.demo_models import offer_demo_models
 from .model import PixArtModelLoader
+from .prompts import PixArtLoadPrompt, PixArtNegative, PixArtSavePrompt
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
 from .text import PixArtT5Loader, PixArtTextEncode
 
@@ -15,6 +16,9 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtResolution,
     PixArtCropToSize,
     PixArtSizeCondition,
+    PixArtNegative,
+    PixArtSavePrompt,
+    PixArtLoadPrompt,
 )
 
 

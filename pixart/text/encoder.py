@@ -2,67 +2,31 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import InputError, TextEncoderError, UnsupportedError
-from .packed import PRECISIONS
+from .embeddings import TextEmbeddings, concatenate
+from .names import PRECISIONS
+from .prompt_file import fingerprint
 from .quantize import choose_precision, fill_layers, replace_linears
-from .tokenizer import WHERE_TO_GET, Tokenizer, find_tokenizer, from_sentencepiece, load_tokenizer
-from .weights import T5Weights, read_t5, text_encoder_folder
+from .tokenizer import WHERE_TO_GET, Tokenizer, find_tokenizer, from_sentencepiece, load_tokenizer, tokenizer_places
+from .weights import T5Weights, read_t5
 
+__all__ = ["TextEmbeddings", "TextEncoder", "concatenate", "load_text_encoder"]
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TextEmbeddings:
-    """T5 states of a batch of prompts."""
-
-    states: Tensor  # (B, M, C)
-    mask: Tensor  # (B, M) bool, True for a real token
-    token_counts: tuple[int, ...] = ()  # of the whole prompts, end token included, before any cut
-    truncated: tuple[str, ...] = ()  # the words cut from each prompt, "" if none
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextEmbeddings:
-        """The same on another device, and in another dtype."""
-        return replace(self, states=self.states.to(device, dtype), mask=self.mask.to(device))
-
-    def repeat(self, count: int) -> TextEmbeddings:
-        """Every prompt `count` times, neighbours together."""
-        return TextEmbeddings(
-            self.states.repeat_interleave(count, dim=0),
-            self.mask.repeat_interleave(count, dim=0),
-            tuple(tokens for tokens in self.token_counts for _ in range(count)),
-            tuple(words for words in self.truncated for _ in range(count)),
-        )
-
-
-def concatenate(first: TextEmbeddings, second: TextEmbeddings) -> TextEmbeddings:
-    """One batch of both; the shorter is padded, and the mask hides the padding."""
-    longest = max(first.states.shape[1], second.states.shape[1])
-    padded = []
-    for part in (first, second):
-        extra = longest - part.states.shape[1]
-        padded.append((F.pad(part.states, (0, 0, 0, extra)), F.pad(part.mask, (0, extra))))
-    states, masks = zip(*padded)
-    return TextEmbeddings(
-        torch.cat(states),
-        torch.cat(masks),
-        first.token_counts + second.token_counts,
-        first.truncated + second.truncated,
-    )
 
 
 class TextEncoder:
     """A T5 encoder and its tokenizer."""
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, precision: str | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.precision = precision or str(model.shared.weight.dtype).removeprefix("torch.")
 
     @property
     def width(self) -> int:
@@ -73,6 +37,12 @@ class TextEncoder:
     def device(self) -> torch.device:
         """Where the encoder runs."""
         return self.model.shared.weight.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names these weights in this precision, for prompt files."""
+        norm = self.model.encoder.final_layer_norm.weight
+        return fingerprint(self.model.shared.weight, norm, self.model.config.num_layers, self.precision)
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Moves the encoder, and returns it."""
@@ -134,7 +104,7 @@ def load_text_encoder(
         )
     logger.info("T5 from %s: %s; tokenizer %s", path, weights.config, found.source)
     model = _build_quantized(weights, precision, device) if precision else _build(weights).to(device)
-    return TextEncoder(model, found)
+    return TextEncoder(model, found, precision)
 
 
 def find_tokenizer_of(weights: T5Weights, given: str | Path | None) -> Tokenizer:
@@ -144,12 +114,7 @@ def find_tokenizer_of(weights: T5Weights, given: str | Path | None) -> Tokenizer
         return load_tokenizer(given)
     if weights.sentencepiece is not None:
         return from_sentencepiece(weights.sentencepiece, f"{path} (spiece_model)")
-    if path.is_dir():
-        folder = text_encoder_folder(path)
-        places = [path, folder, folder.parent]
-    else:
-        places = [path.with_suffix(""), path.parent, path.parent.parent / "tokenizer"]
-    for place in places:
+    for place in tokenizer_places(path):
         found = find_tokenizer(place)
         if found is not None:
             return load_tokenizer(found)

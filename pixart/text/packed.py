@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import TextEncoderError, UnsupportedError
+from .names import FP4, INT8, NF4
 
 if TYPE_CHECKING:
     from .files import StoredTensor
 
-INT8, NF4, FP4, FP8 = "int8", "nf4", "fp4", "fp8_e4m3fn"
-STORED_PRECISIONS = (INT8, NF4, FP4)  # that a file can hold
-PRECISIONS = (*STORED_PRECISIONS, FP8)  # that layers can be brought to while loading
 FORMAT_KEY, FORMAT = "pixart_quantization", 1  # in config.json of folders written here
 WEIGHT, SCALES, STATE = "packed", "scales", "quant_state"
 # part -> how its name goes on after the layer's: in files of bitsandbytes, and in a state dict of ours (CLIPSave)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import TextEncoderError, UnsupportedError
-from .packed import FP8, INT8, PRECISIONS, SCALES, STATE, WEIGHT, check_parts, read_state
+from .names import FP4, FP8, INT8, NF4, PRECISIONS
+from .packed import SCALES, STATE, WEIGHT, check_parts, read_state
 from .weights import T5Weights
 
 COMPUTE = torch.bfloat16
@@ -136,7 +137,7 @@ def _quantize_4bit(functional: ModuleType, weight: Tensor, precision: str, devic
     return {
         WEIGHT: torch.cat(packed),
         "absmax": absmax,
-        "quant_map": state.code,
+        "quant_map": state.code.clone(),
         "nested_absmax": nested.absmax,
         "nested_quant_map": nested.code.clone(),
         STATE: torch.tensor(list(json.dumps(blob).encode()), dtype=torch.uint8),
@@ -162,6 +163,7 @@ def fill_layers(
     device: where to quantize; home: where to keep the results (default: there). Layers that the file has quantized are
     taken as they are; others in such a file stay bf16.
     """
+    check_available(weights, precision)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     home = device if home is None else home
     for name, parts in weights.stream_packed():
@@ -189,6 +191,12 @@ def choose_precision(weights: T5Weights, wanted: str | None) -> str | None:
             f"{weights.precision}, or give the original weights."
         )
     return weights.precision or (wanted if wanted in PRECISIONS else None)
+
+
+def check_available(weights: T5Weights, precision: str) -> None:
+    """Raises unless bitsandbytes is here, where the precision needs it: int8 does for quantizing alone."""
+    if precision in (NF4, FP4) or (precision == INT8 and weights.precision is None):
+        bitsandbytes(precision)
 
 
 def bitsandbytes(precision: str) -> ModuleType:

@@ -143,7 +143,7 @@ class TestXXL:
         weights = encoder.read_t5(slim)
         options = {"t5xxl_model_config": encoder.host_config(weights), "dtype": torch.float16}
         theirs = comfy.sd.load_clip([str(slim)], clip_type=comfy.sd.CLIPType.PIXART, model_options=options)
-        ours = encoder._from_weights(slim, torch.float16, {}, False)
+        ours = encoder._from_weights(slim, "fp16", {}, False)
         for prompt in ["", "a (red:1.3) cat on a sofa, 4k"]:
             assert theirs.tokenize(prompt) == ours.tokenize(prompt)
             expected = host_nodes.CLIPTextEncode().encode(theirs, prompt)[0][0][0]
@@ -187,7 +187,7 @@ def test_t5_of_an_sd3_or_flux_clip(family: str, slim: Path) -> None:
     target = SimpleNamespace(clip=made[0], tokenizer=made[1], params={})
     other = comfy.sd.CLIP(target, parameters=1, model_options=options)
     other.cond_stage_model.t5xxl.load_sd(weights.tensors)
-    own = encoder._from_weights(slim, torch.float16, {}, False)
+    own = encoder._from_weights(slim, "fp16", {}, False)
     for prompt in ["", "a cat on a sofa, 4k", "word " * 300]:
         expected = node(own, prompt, 120)
         states, shown = node(other, prompt, 120)
