@@ -89,13 +89,7 @@ def load_text_encoder(
     dtype: fp32, bf16 or fp16 (default: as stored). precision: int8, nf4, fp4 or fp8_e4m3fn for the linear layers,
     which then compute in bf16, whatever dtype says. Raises TextEncoderError or UnsupportedError saying what to do.
     """
-    path = Path(path)
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        raise UnsupportedError(f"T5 can't run in {dtype}; expected float32, bfloat16 or float16.")
-    if precision not in (None, *PRECISIONS):
-        raise UnsupportedError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
-    weights = read_t5(path, dtype)
-    precision = choose_precision(weights, precision)
+    weights, precision = open_weights(path, dtype, precision)
     found = find_tokenizer_of(weights, tokenizer)
     if found.size > weights.config["vocab_size"]:
         raise TextEncoderError(
@@ -103,8 +97,24 @@ def load_text_encoder(
             f"they don't belong together. {WHERE_TO_GET}"
         )
     logger.info("T5 from %s: %s; tokenizer %s", path, weights.config, found.source)
-    model = _build_quantized(weights, precision, device) if precision else _build(weights).to(device)
-    return TextEncoder(model, found, precision)
+    return TextEncoder(build_model(weights, precision, device), found, precision)
+
+
+def open_weights(
+    path: str | Path, dtype: torch.dtype | None = None, precision: str | None = None
+) -> tuple[T5Weights, str | None]:
+    """What `build_model` needs, checked but not read; arguments and errors as above."""
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise UnsupportedError(f"T5 can't run in {dtype}; expected float32, bfloat16 or float16.")
+    if precision not in (None, *PRECISIONS):
+        raise UnsupportedError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    weights = read_t5(Path(path), dtype)
+    return weights, choose_precision(weights, precision)
+
+
+def build_model(weights: T5Weights, precision: str | None, device: torch.device | str = "cpu") -> nn.Module:
+    """The encoder alone, transformers' T5EncoderModel."""
+    return _build_quantized(weights, precision, device) if precision else _build(weights).to(device)
 
 
 def find_tokenizer_of(weights: T5Weights, given: str | Path | None) -> Tokenizer:

@@ -28,7 +28,7 @@ PARTS = {
     "nested_quant_map": (r"weight\.nested_quant_map", r"nested_quant_map"),
     STATE: (r"weight\.quant_state\.bitsandbytes__(?:nf4|fp4)", r"quant_state"),
 }
-_PATTERNS = {part: re.compile(rf"(.+)\.(?:{'|'.join(names)})") for part, names in PARTS.items()}
+_PATTERNS = {part: re.compile(rf"(.+?)\.(?:{'|'.join(names)})") for part, names in PARTS.items()}
 _FORMAT_MARK = ".weight_format"  # of int8 layers; there is one layout only
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes knows
 

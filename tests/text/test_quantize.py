@@ -51,7 +51,7 @@ def test_wide_layer_of_the_real_shape_stays_close():
     """Rows as wide as XXL's, against plain fp32."""
     weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)) / 64
     x = torch.randn(5, 4096, generator=torch.Generator().manual_seed(1))
-    for precision, floor in {"int8": 0.9995, "nf4": 0.99, "fp4": 0.98, "fp8_e4m3fn": 0.999}.items():
+    for precision, floor in {"int8": 0.9995, "nf4": 0.99, "fp4": 0.98, "fp8_e4m3fn": 0.998}.items():
         layer = QuantizedLinear(4096, 64)
         layer.quantize(weight, precision, "cpu")
         cosine = torch.cosine_similarity(layer(x), x @ weight.T, dim=-1)
