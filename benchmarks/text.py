@@ -1,4 +1,4 @@
-"""T5 at every precision: load seconds and peak, resident bytes, seconds per prompt, cosine to fp32; ours beside transformers + bitsandbytes.
+"""T5 at every precision: load seconds and peak, resident bytes, seconds per prompt, cosine to fp32; beside plain transformers.
 
 `python -m benchmarks text` measures each case in a fresh process on random weights of the XXL shape (fewer layers with
 --layers, which the report says) and writes results/text.{json,md,png}. Memory is read from /proc (Linux), and from the
@@ -186,7 +186,8 @@ def resident(model: Any) -> int:
     seen = resident_bytes(model)
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        parts = [] if state is None else [state.absmax, state.code, getattr(state.state2, "absmax", None), getattr(state.state2, "code", None)]
+        parts = [] if state is None else [state.absmax, state.code]
+        parts += [getattr(getattr(state, "state2", None), name, None) for name in ("absmax", "code")]
         parts.append(getattr(parameter, "SCB", None))
         seen += sum(part.nbytes for part in parts if part is not None)
     return seen

@@ -22,7 +22,8 @@ class TextResult:
 def write_text_results(folder: Path, results: list[TextResult], shape: dict[str, Any], device: str, note: str) -> None:
     """text.json, text.md and text.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {**machine(), **{name: _version(name) for name in ("transformers", "bitsandbytes", "safetensors")}, "device": device, "note": note}
+    versions = {name: _version(name) for name in ("transformers", "bitsandbytes", "safetensors")}
+    facts = {**machine(), **versions, "device": device, "note": note}
     data = {"machine": facts, "shape": shape, "results": [asdict(result) for result in results]}
     (folder / "text.json").write_text(json.dumps(_rounded(data), indent=1) + "\n", encoding="utf-8")
     (folder / "text.md").write_text(text_markdown(results, shape, facts), encoding="utf-8")
@@ -39,15 +40,16 @@ def text_markdown(results: list[TextResult], shape: dict[str, Any], facts: dict[
         "`python -m pixart quantize`, `transformers` is plain from_pretrained with bitsandbytes, which leaves `wo` unquantized. "
         "Written by `python -m benchmarks text`.",
         "",
-        "| precision | loader | load s | load peak GiB | resident GiB | peak / resident | 20 tokens s | 300 tokens s | cosine to fp32, 20 / 300 tokens |",
+        "| precision | loader | load s | load peak GiB | resident GiB | peak / resident | 20 tokens s | 300 tokens s "
+        "| cosine to fp32, 20 / 300 tokens |",
         "|---|---|---|---|---|---|---|---|---|",
         *map(_row, results),
         "",
         "Peaks are private memory above that before loading (on CUDA the card's), without pages of mapped files, which the system takes "
         "back when it needs them: a peak below the resident size means that weights stay mapped. Cosines are the lowest over all tokens.",
         "",
-        f"Machine: {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['threads']} thread(s); torch {facts['torch']}, "
-        f"transformers {facts['transformers']}, bitsandbytes {facts['bitsandbytes']}. {facts['note']}".rstrip(),
+        f"Machine: {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['threads']} thread(s); "
+        f"torch {facts['torch']}, transformers {facts['transformers']}, bitsandbytes {facts['bitsandbytes']}. {facts['note']}".rstrip(),
     ]
     return "\n".join(lines) + "\n"
 

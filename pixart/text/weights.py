@@ -1,6 +1,7 @@
 """T5 encoder weights from a Hugging Face folder or a single file; every size is read from the weights."""
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ POSITIONS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weigh
 QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 TOKENIZER_KEY = "spiece_model"  # ComfyUI's place for a SentencePiece model inside a weight file
 IGNORED = ("logit_scale", "scaled_fp8")
-SCALED_FP8 = (".scale_weight", ".weight_scale", ".comfy_quant")
+SCALED_FP8 = (".scale_weight", ".weight_scale")  # ComfyUI's two spellings: the true weight is the stored one times this
+FP8_EXTRAS = (".scale_input", ".input_scale")  # for products in fp8, which are not taken here
+FP8_MARK, FP8_FORMATS = ".comfy_quant", ("float8_e4m3fn", "float8_e5m2")
 # config.json fields that shapes don't show, and those that they do
 FREE_FIELDS = ("layer_norm_epsilon", "relative_attention_max_distance", "feed_forward_proj")
 SHAPE_FIELDS = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
@@ -52,11 +55,15 @@ class T5Weights:
     precision: str | None = None  # of the quantized layers: int8, nf4 or fp4
     sentencepiece: bytes | None = None
     ignored: list[str] = field(default_factory=list)
+    scales: dict[str, StoredTensor] = field(default_factory=dict)  # of a scaled fp8 file: weight's name -> its scale
 
     def raw(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of what is not quantized, one at a time as stored; raises TextEncoderError for NaN."""
+        """(name, tensor) of what is not quantized, one at a time as stored, scaled fp8 in bf16; raises TextEncoderError for NaN."""
         for name, stored in self.stored.items():
-            yield name, self._sound(name, stored.read())
+            value = self._sound(name, stored.read())
+            if name in self.scales:
+                value = (value.float() * self._sound(self.scales[name].key, self.scales[name].read()).float()).bfloat16()
+            yield name, value
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """The same in `dtype`."""
@@ -88,6 +95,7 @@ def read_t5(path: Path, dtype: torch.dtype | None = None) -> T5Weights:
     raw = {stored.key: stored for file in files for stored in stored_tensors(file)}
     model = raw.pop(TOKENIZER_KEY, None)
     stored, ignored = _strip(raw, path)
+    stored, scales = _split_scales(stored, path)
     stored, layers = packed.split(stored, path)
     shapes = {name: each.shape for name, each in stored.items()}
     shapes |= {f"{layer}.weight": packed.shape_of(parts, f"{path}: {layer}") for layer, parts in layers.items()}
@@ -98,7 +106,7 @@ def read_t5(path: Path, dtype: torch.dtype | None = None) -> T5Weights:
         dtype = torch.bfloat16 if layers else _main_dtype(stored)
     precision = packed.precision_of(next(iter(layers.values()))) if layers else None
     tokenizer = None if model is None else model.read().numpy().tobytes()
-    return T5Weights(path, stored, layers, config, dtype, precision, tokenizer, ignored)
+    return T5Weights(path, stored, layers, config, dtype, precision, tokenizer, ignored, scales)
 
 
 def expected_shapes(config: dict[str, int | float | str]) -> dict[str, tuple[int, ...]]:
@@ -157,11 +165,36 @@ def _strip(raw: dict[str, StoredTensor], path: Path) -> tuple[dict[str, StoredTe
     if EMBEDDING_ALIAS in tensors:
         tensors.setdefault(EMBEDDING, tensors[EMBEDDING_ALIAS])
         del tensors[EMBEDDING_ALIAS]
-    if prefix + "scaled_fp8" in raw or any(key.endswith(SCALED_FP8) for key in tensors):
-        raise UnsupportedError(f"{path} is a scaled fp8 file, made for ComfyUI's loader; give an fp16 or bf16 T5.")
     if POSITIONS.replace("block.0", "block.1") in tensors:
         raise UnsupportedError(f"{path} is a UMT5 (every block has its own positions); PixArt uses T5.")
     return tensors, ignored
+
+
+def _split_scales(
+    tensors: dict[str, StoredTensor], path: Path
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """(tensors, scales by weight) of ComfyUI's scaled fp8 files; refuses its other quantizations."""
+    plain, scales = {}, {}
+    for name, stored in tensors.items():
+        mark = next((end for end in SCALED_FP8 if name.endswith(end)), None)
+        if mark is not None and torch.Size(stored.shape).numel() == 1:
+            scales[name.removesuffix(mark) + ".weight"] = stored
+        elif mark is not None or (name.endswith(FP8_MARK) and not _is_fp8(stored)):
+            raise UnsupportedError(
+                f"{path}: {name} is of a quantization made for ComfyUI's own loader; here expected scaled fp8 with one scale a "
+                "weight. Give an fp16 or bf16 T5."
+            )
+        elif not name.endswith((*FP8_EXTRAS, FP8_MARK)):
+            plain[name] = stored
+    return plain, scales
+
+
+def _is_fp8(mark: StoredTensor) -> bool:
+    try:
+        found = json.loads(bytes(mark.read().to(torch.uint8).tolist()))
+        return found["format"] in FP8_FORMATS
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _sizes(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, int | float | str]:

@@ -211,7 +211,8 @@ class TestFiles:
         save(encode(clip))
         name = "mine_00001.safetensors [output]"
         first = nodes.PixArtLoadPrompt.fingerprint_inputs(name)
-        core.save_prompts(places / "output/prompts/mine_00001.safetensors", core.TextEmbeddings(torch.zeros(1, 9, 32), torch.ones(1, 9) > 0))
+        other = core.TextEmbeddings(torch.zeros(1, 9, 32), torch.ones(1, 9) > 0)
+        core.save_prompts(places / "output/prompts/mine_00001.safetensors", other)
         assert nodes.PixArtLoadPrompt.fingerprint_inputs(name) != first and nodes.PixArtLoadPrompt.validate_inputs(name) is True
 
     def test_what_a_file_can_t_keep_is_refused(self, clip, places: Path) -> None:

@@ -97,7 +97,8 @@ def test_loras_for_t5_leave_packed_weights_alone(t5: Path) -> None:
     first = states(clip)
     state = clip.cond_stage_model.state_dict()
     name = "encoder.block.0.layer.0.SelfAttention.q"
-    lora = {f"text_encoders.t5xxl.transformer.{name}.lora_up.weight": torch.ones(64, 2), f"text_encoders.t5xxl.transformer.{name}.lora_down.weight": torch.ones(2, 32)}  # fmt: skip
+    shapes = {"up": (64, 2), "down": (2, 32)}
+    lora = {f"text_encoders.t5xxl.transformer.{name}.lora_{end}.weight": torch.ones(shape) for end, shape in shapes.items()}
     import comfy.sd
 
     _, patched = comfy.sd.load_lora_for_models(None, clip, lora, 1.0, 1.0)

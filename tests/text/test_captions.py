@@ -12,7 +12,8 @@ from pixart.text.captions import prepare
 AWKWARD = [
     "a red circle", "", "   ", "A Cat, sitting on a MAT.", "<b>bold</b> and <i>thin</i> letters", "<p>one<br/>two</p><script>x()</script>",
     "Tom &amp; Jerry &quot;quoted&quot;", "&lt;div&gt;escaped&lt;/div&gt;", "see https://example.com/a/b?c=d for more",
-    "www.site.org/page and http://x.net", "mail me@example.com now", "photo by @someone on site.com", "a%20cat%21+and+a+dog",
+    "www.site.org/page and http://x.net",
+    "mail me@example.com now", "photo by @someone on site.com", "a%20cat%21+and+a+dog",
     "🦊 a fox 🌲 in a forest ✨", "画像 a picture 図", "한국어 and русский текст", "日本語だけ", "file_name.jpg of IMG_20230101_123456.png",
     "this-is-my-cute-cat", "this_is_my_very_cute_cat", "two-part word", "\"\"\"shouting\"\"\" ''' quotes", "“curly” ‘single’ «guillemets»",
     "dash — dash – dash ― dash", "wait... what.. . no", "price 1234567 #12 #12345 100000", "192.168.0.1 is home", "article 3:45 ",
