@@ -132,7 +132,7 @@ class Workflow:
 
     def text(self, title: str, clip: str, text: str, tokens: int, row: int) -> str:
         """A prompt."""
-        return self.add("PixArtTextEncode", title, 1, row, clip=[clip, 0], text=text, max_tokens=tokens)
+        return self.add("PixArtTextEncode", title, 1, row, clip=[clip, 0], text=text, max_tokens=str(tokens))
 
     def sample(
         self, title: str, model: str, positive: str | list[Any], negative: str | list[Any], latent: list[Any], row: int = 0, **other: Any

@@ -9,6 +9,7 @@ from .few_steps import PixArtOneStep, PixArtTimesteps
 from .host.demo_models import offer_demo_models
 from .lora import PixArtLoraLoader
 from .model import PixArtModelLoader
+from .prompts import PixArtLoadPrompt, PixArtNegative, PixArtSavePrompt
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
 from .text import PixArtT5Loader, PixArtTextEncode
 from .vae import PixArtConsistencyDecoder
@@ -27,6 +28,9 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtTimesteps,
     PixArtOneStep,
     PixArtConsistencyDecoder,
+    PixArtNegative,
+    PixArtSavePrompt,
+    PixArtLoadPrompt,
 )
 
 
