@@ -4,6 +4,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .host.demo_models import offer_demo_models
+from .kv_compress import PixArtKVCompress
 from .model import PixArtModelLoader
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
 from .text import PixArtT5Loader, PixArtTextEncode
@@ -15,6 +16,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtResolution,
     PixArtCropToSize,
     PixArtSizeCondition,
+    PixArtKVCompress,
 )
 
 

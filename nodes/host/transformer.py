@@ -17,6 +17,7 @@ from ...pixart.model import PIXELS_PER_LATENT, PixArtTransformer
 from .attention import host_attention
 
 Block = Callable[[BlockInputs], Tensor]
+KV_COMPRESSION = "pixart_kv_compression"  # key of transformer_options: a tuple of KVCompression that hold at this step
 ReplacedBlocks = Mapping[tuple[str, int], Callable[[dict, dict], dict]]
 
 
@@ -75,6 +76,7 @@ class HostTransformer(PixArtTransformer):
             block_wrappers=_block_wrappers(self.config.depth, options),
             block_residuals=control_residuals(control, self.config, tokens),
             attention_options=options,
+            kv_compression=options.get(KV_COMPRESSION, ()),
         )
         return out[:, : self.config.in_channels, :height, :width]
 
