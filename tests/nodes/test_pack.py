@@ -1,4 +1,4 @@
-"""The pack as the host sees it: six nodes, their inputs and outputs, help pages, and no failure without a host."""
+"""The pack as the host sees it: seven nodes, their inputs and outputs, help pages, and no failure without a host."""
 from __future__ import annotations
 
 import asyncio
@@ -19,6 +19,10 @@ NODES = {
     "PixArtResolution": (["base", "width", "height", "batch_size"], ["LATENT", "INT", "INT"]),
     "PixArtCropToSize": (["image", "width", "height"], ["IMAGE"]),
     "PixArtSizeCondition": (["conditioning", "width", "height"], ["CONDITIONING"]),
+    "PixArtKVCompress": (
+        ["model", "ratio", "method", "first_block", "last_block", "start_percent", "end_percent", "min_tokens"],
+        ["MODEL"],
+    ),
 }
 
 
