@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pixart.kv_compress import KVCompression
 
 from .launch import checkout, host
 from .launch.workflow_ui import Placement, to_ui
@@ -23,6 +25,11 @@ They lie in its folder demo/weights, which it offers to ComfyUI; nothing has to 
 pixart-demo-transformer.safetensors -> demo/weights/diffusion_models
 pixart-demo-t5.safetensors -> demo/weights/text_encoders
 pixart-demo-vae.safetensors -> demo/weights/vae
+"""
+TILES = {"tile_size": 1024, "overlap": 128, "temporal_size": 64, "temporal_overlap": 8}
+KV_NOTE = """
+PixArt KV Compress makes attention cheaper by an approximation: bypass it for the exact picture. These settings are a
+beginning; higher ratio and more blocks are faster, and change more of the picture.
 """
 
 
@@ -95,6 +102,23 @@ class Workflow:
         self.places[number] = Placement(column, row, self.weights.models(kind))
         return number
 
+    def second_model(self, weights: Weights, variant: str, title: str, row: int) -> str:
+        """Another transformer for the same text encoder and VAE."""
+        model = self.add(
+            "PixArtModelLoader", title, 0, row, model_name=weights.transformer, variant=variant, weight_dtype="default"
+        )
+        self.places[model] = Placement(0, row, weights.models("PixArtModelLoader"))
+        self.note += f"\n\n{weights.transformer} -> models/diffusion_models\n{weights.transformer_url}"
+        return model
+
+    def compress(self, model: str, row: int, ratio: int, first_block: int = 0, last_block: int = -1) -> str:
+        """A KV compression patch for all of sampling."""
+        title = f"KV compression, blocks {first_block} to {'the last' if last_block == -1 else last_block}"
+        return self.add(
+            "PixArtKVCompress", title, 1, row, model=[model, 0], ratio=ratio, method=KVCompression.method,
+            first_block=first_block, last_block=last_block, start_percent=0.0, end_percent=1.0, min_tokens=0,
+        )  # fmt: skip
+
     def loaders(self, variant: str) -> tuple[str, str, str]:
         """The model, text encoder and VAE nodes."""
         model = self.add(
@@ -108,33 +132,67 @@ class Workflow:
         """A prompt."""
         return self.add("PixArtTextEncode", title, 1, row, clip=[clip, 0], text=text, max_tokens=tokens)
 
-    def sample(self, title: str, model: str, positive: str, negative: str, latent: list[Any], row: int = 0, **other: Any) -> str:
+    def sample(
+        self, title: str, model: str, positive: str, negative: str, latent: list[Any], row: int = 0, column: int = 2, **other: Any
+    ) -> str:
         """A KSampler with the defaults of PixArt-Σ: DPM-Solver++ 2M, 20 steps, guidance 4.5."""
         settings = {"seed": 0, "steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform"} | other
         settings.setdefault("denoise", 1.0)
         return self.add(
-            "KSampler", title, 2, row, model=[model, 0], positive=[positive, 0], negative=[negative, 0],
+            "KSampler", title, column, row, model=[model, 0], positive=[positive, 0], negative=[negative, 0],
             latent_image=latent, **settings,
         )  # fmt: skip
 
-    def decode(self, samples: str, vae: str, prefix: str, row: int = 0, tiled: bool = False) -> None:
-        """Decode and save."""
-        tiles = {"tile_size": 1024, "overlap": 128, "temporal_size": 64, "temporal_overlap": 8} if tiled else {}
+    def decode(self, samples: str, vae: str, prefix: str, row: int = 0, tiled: bool = False, column: int = 3) -> str:
+        """Decode and save; the decoding node's id."""
+        tiles = TILES if tiled else {}
         kind = "VAEDecodeTiled" if tiled else "VAEDecode"
-        image = self.add(kind, "Decode", 3, row, samples=[samples, 0], vae=[vae, 0], **tiles)
-        self.add("SaveImage", "Save", 4, row, images=[image, 0], filename_prefix=prefix)
+        image = self.add(kind, "Decode", column, row, samples=[samples, 0], vae=[vae, 0], **tiles)
+        self.add("SaveImage", "Save", column + 1, row, images=[image, 0], filename_prefix=prefix)
+        return image
 
 
 def text_to_image(
-    weights: Weights, variant: str, base: int, tokens: int, prompt: str, prefix: str, note: str = "", tiled: bool = False
-) -> Workflow:
-    """Prompt to picture."""
-    flow = Workflow(weights, note or weights.note())
+    weights: Weights, variant: str, base: int, tokens: int, prompt: str, prefix: str, note: str = "", tiled: bool = False,
+    compress: Sequence[tuple[int, int, int]] = (),
+) -> Workflow:  # fmt: skip
+    """Prompt to picture. compress: (ratio, first block, last block) of each KV compression."""
+    flow = Workflow(weights, (note or weights.note()) + (KV_NOTE if compress else ""))
     model, t5, vae = flow.loaders(variant)
     positive = flow.text("Prompt", t5, prompt, tokens, 0)
     negative = flow.text("Negative prompt", t5, "", tokens, 1)
     size = flow.add("PixArtResolution", "Size", 1, 2, base=str(base), width=base, height=base, batch_size=1)
+    for row, (ratio, first, last) in enumerate(compress, start=3):
+        model = flow.compress(model, row, ratio, first, last)
     flow.decode(flow.sample("Sampler", model, positive, negative, [size, 0]), vae, prefix, tiled=tiled)
+    return flow
+
+
+def high_resolution(base: int, compress: Sequence[tuple[int, int, int]]) -> Workflow:
+    """The 2K weights at 2K or beyond, with KV compression."""
+    return text_to_image(SIGMA_2K, "sigma-2k", base, 300, PROMPT, f"pixart-sigma-{base}-kv", tiled=True, compress=compress)
+
+
+def hires_fix(scale: int, denoise: float, compress: Sequence[tuple[int, int, int]]) -> Workflow:
+    """A 1024 px picture, enlarged and drawn again with the 2K weights from a part of the noise."""
+    size, prefix = 1024 * scale, f"pixart-hires-{1024 * scale}"
+    flow = Workflow(sigma("PixArt-Sigma-XL-2-1024-MS.pth"), "")
+    flow.note = flow.weights.note()
+    model, t5, vae = flow.loaders("sigma-1024")
+    large = flow.second_model(SIGMA_2K, "sigma-2k", "PixArt model of the second pass", 3)
+    flow.note += "\n" + KV_NOTE + f"\nThe first pass draws 1024 px, the second {size} px; its denoise is how much may change."
+    positive = flow.text("Prompt", t5, PROMPT, 300, 0)
+    negative = flow.text("Negative prompt", t5, "", 300, 1)
+    latent = flow.add("PixArtResolution", "Size", 1, 2, base="1024", width=1024, height=1024, batch_size=1)
+    for row, (ratio, first, last) in enumerate(compress, start=3):
+        large = flow.compress(large, row, ratio, first, last)
+    drawn = flow.decode(flow.sample("Sampler", model, positive, negative, [latent, 0]), vae, f"{prefix}-first")
+    enlarged = flow.add(
+        "ImageScaleBy", "Enlarge", 3, 1, image=[drawn, 0], upscale_method="lanczos", scale_by=float(scale)
+    )
+    encoded = flow.add("VAEEncodeTiled", "Encode", 3, 2, pixels=[enlarged, 0], vae=[vae, 0], **TILES)
+    second = flow.sample("Second pass", large, positive, negative, [encoded, 0], row=1, column=5, denoise=denoise)
+    flow.decode(second, vae, prefix, row=1, tiled=True, column=6)
     return flow
 
 
@@ -187,13 +245,20 @@ def batch() -> Workflow:
     return flow
 
 
+SIGMA_2K = sigma("PixArt-Sigma-XL-2-2K-MS.pth")
+# Blocks 14 to 27 are those that the Σ paper trains with compression.
 WORKFLOWS: Mapping[str, Callable[[], Workflow]] = {
     "demo": lambda: text_to_image(DEMO, "demo", 256, 300, "a red circle above a blue square", "pixart-demo", DEMO_NOTE),
     "sigma-1024": lambda: text_to_image(sigma("PixArt-Sigma-XL-2-1024-MS.pth"), "sigma-1024", 1024, 300, PROMPT, "pixart-sigma-1024"),
     "sigma-512": lambda: text_to_image(sigma("PixArt-Sigma-XL-2-512-MS.pth"), "sigma-512", 512, 300, PROMPT, "pixart-sigma-512"),
-    "sigma-2k": lambda: text_to_image(sigma("PixArt-Sigma-XL-2-2K-MS.pth"), "sigma-2k", 2048, 300, PROMPT, "pixart-sigma-2k", tiled=True),
+    "sigma-2k": lambda: text_to_image(SIGMA_2K, "sigma-2k", 2048, 300, PROMPT, "pixart-sigma-2k", tiled=True),
     "alpha-1024": lambda: text_to_image(alpha("PixArt-XL-2-1024-MS.pth"), "alpha-1024", 1024, 120, PROMPT, "pixart-alpha-1024"),
     "alpha-512": lambda: text_to_image(alpha("PixArt-XL-2-512x512.pth"), "alpha-512", 512, 120, PROMPT, "pixart-alpha-512"),
+    "sigma-2k-kv": lambda: high_resolution(2048, [(2, 14, 27)]),
+    "sigma-2880-kv": lambda: high_resolution(2880, [(2, 0, 27)]),
+    "sigma-4096-kv": lambda: high_resolution(4096, [(2, 0, 13), (4, 14, 27)]),
+    "hires-2k": lambda: hires_fix(2, 0.5, [(2, 14, 27)]),
+    "hires-4096": lambda: hires_fix(4, 0.4, [(2, 0, 13), (4, 14, 27)]),
     "img2img": image_to_image,
     "inpaint": inpaint,
     "batch": batch,
