@@ -10,6 +10,7 @@ from pixart.training.recipe import Recipe
 
 from .autoencoder import latents_from_rgb
 from .captions import caption
+from .layout import FEATURE_COUNT, arrange, token_features
 from .scenes import Scene, render, sample_scene
 
 LATENT_PIXELS = 8
@@ -22,18 +23,22 @@ class SceneSource:
     def __init__(self, recipe: Recipe) -> None:
         self.encoder = load_text_encoder(recipe.text_encoder)
         self.dropout = recipe.caption_dropout
+        self.feature_count = FEATURE_COUNT
 
     def batch(self, size: tuple[int, int], count: int, rng: np.random.Generator) -> Batch:
         """`count` scenes drawn at (height, width) pixels."""
         scenes = [sample_scene(rng) for _ in range(count)]
         texts = ["" if rng.random() < self.dropout else caption(scene, rng).text for scene in scenes]
         encoded = self.encoder.encode(texts)
+        scenes = [arrange(scene, size[1], size[0]) for scene in scenes]
         latents = np.stack([latent_grid(scene, *size) for scene in scenes])
+        features = np.stack([token_features(scene, size[1], size[0]) for scene in scenes])
         return Batch(
             latent=torch.from_numpy(latents).permute(0, 3, 1, 2).contiguous(),
             context=encoded.states.float(),
             mask=encoded.mask,
             size=torch.tensor([size], dtype=torch.float32).expand(count, 2),
+            features=torch.from_numpy(features),
         )
 
 

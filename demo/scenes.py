@@ -44,12 +44,12 @@ Split = Literal["train", "heldout"]
 _SIZE_PAIRS = (("small", "small"), ("small", "medium"), ("medium", "small"), ("medium", "medium"),
                ("small", "large"), ("large", "small"))
 _CONTAINERS = ("circle", "square", "triangle", "diamond")  # the arms of a cross are too thin to hold anything
-_INNER_RADIUS, _OUTER_RADIUS = 0.14, 0.35
+_INNER_RADIUS, CONTAINER_RADIUS = 0.14, 0.35
 _HELDOUT_PERCENT = 10
 # Reach from the centre to the left, right, top and bottom edge, in radii; areas are alike across shapes.
 _SQUARE, _DIAMOND, _CROSS, _CROSS_ARM = 0.90, 1.10, 1.00, 0.36
 _TRIANGLE_HALF_BASE, _TRIANGLE_UP, _TRIANGLE_DOWN = 1.08, 1.307, 0.653
-_REACH: dict[str, tuple[float, float, float, float]] = {
+REACH: dict[str, tuple[float, float, float, float]] = {
     "circle": (1.0, 1.0, 1.0, 1.0),
     "square": (_SQUARE,) * 4,
     "triangle": (_TRIANGLE_HALF_BASE, _TRIANGLE_HALF_BASE, _TRIANGLE_UP, _TRIANGLE_DOWN),
@@ -121,7 +121,7 @@ def _sample_background(rng: np.random.Generator, used: tuple[str, ...]) -> str:
 def _sample_single(rng: np.random.Generator) -> Scene:
     color, shape, size, place = (_pick(rng, list(o)) for o in (COLORS, SHAPES, SIZES, PLACES))
     radius = SIZES[size] * rng.uniform(0.96, 1.04)
-    left, right, up, down = (reach * radius + 0.02 for reach in _REACH[shape])
+    left, right, up, down = (reach * radius + 0.02 for reach in REACH[shape])
     column = 0 if "left" in place else 2 if "right" in place else 1
     row = 0 if "top" in place else 2 if "bottom" in place else 1
     center = (_coordinate(rng, column, left, right), _coordinate(rng, row, up, down))
@@ -151,8 +151,8 @@ def _sample_pair(rng: np.random.Generator) -> Scene:
 
 
 def _place_inside(rng: np.random.Generator, colors: list[str], shapes: list[str]) -> tuple[SceneObject, SceneObject]:
-    radius = _OUTER_RADIUS * rng.uniform(0.97, 1.03)
-    left, right, up, down = (reach * radius + 0.02 for reach in _REACH[shapes[1]])
+    radius = CONTAINER_RADIUS * rng.uniform(0.97, 1.03)
+    left, right, up, down = (reach * radius + 0.02 for reach in REACH[shapes[1]])
     x, y = rng.uniform(left, 1 - right), rng.uniform(up, 1 - down)
     inner = SceneObject(colors[0], shapes[0], "small", x, y, _INNER_RADIUS * rng.uniform(0.97, 1.03))
     return inner, SceneObject(colors[1], shapes[1], "large", x, y, radius)
@@ -166,8 +166,8 @@ def _place_beside(
     radii = np.array([SIZES[s] for s in sizes]) * rng.uniform(0.96, 1.04)
     along = 0 if relation in ("left of", "right of") else 1
     order = (0, 1) if relation in ("left of", "above") else (1, 0)
-    before = np.array([_REACH[s][2 * along] for s in shapes]) * radii
-    after = np.array([_REACH[s][2 * along + 1] for s in shapes]) * radii
+    before = np.array([REACH[s][2 * along] for s in shapes]) * radii
+    after = np.array([REACH[s][2 * along + 1] for s in shapes]) * radii
     shrink = min(1.0, 0.88 / float((before + after).sum()))
     before, after, radii = before * shrink, after * shrink, radii * shrink
     slack = 1.0 - float((before + after).sum()) - 0.09
@@ -219,7 +219,7 @@ def _draw(picture: np.ndarray, obj: SceneObject) -> None:
     height, width = picture.shape[:2]
     radius = obj.radius * min(width, height)
     cx, cy = obj.center_x * width, obj.center_y * height
-    left, right, up, down = (reach * radius + 1 for reach in _REACH[obj.shape])
+    left, right, up, down = (reach * radius + 1 for reach in REACH[obj.shape])
     x0, x1 = max(int(cx - left), 0), min(int(cx + right) + 1, width)
     y0, y1 = max(int(cy - up), 0), min(int(cy + down) + 1, height)
     if x0 >= x1 or y0 >= y1:
@@ -229,12 +229,3 @@ def _draw(picture: np.ndarray, obj: SceneObject) -> None:
     coverage = np.clip(0.5 - signed_distance(obj.shape, x, y, np.float32(radius)), 0, 1)[..., None]
     region = picture[y0:y1, x0:x1]
     region += coverage * (np.array(COLORS[obj.color], np.float32) - region)
-
-
-def render_latent_grid(scene: Scene, width: int, height: int) -> np.ndarray:
-    """Mean colour of every 8x8 block, float32 (height/8, width/8, 3); sizes must be multiples of 8."""
-    if width % 8 or height % 8:
-        raise ValueError(f"size is {width}x{height}; expected multiples of 8")
-    picture = render(scene, width, height)
-    rows = picture.reshape(height // 8, 8, width * 3).mean(1)
-    return rows.reshape(height // 8, width // 8, 8, 3).mean(2)

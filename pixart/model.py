@@ -113,8 +113,7 @@ class PixArtTransformer(nn.Module):
         if not self.config.micro_condition:
             return embedded
         if size is None:
-            pixels = [side * PIXELS_PER_LATENT for side in latent_size]
-            size = torch.tensor([pixels], device=timestep.device).expand(timestep.shape[0], 2)
+            size = pixel_size(timestep, *latent_size)
         size = size.float()
         ratio = size[:, :1] / size[:, 1:]
         return embedded + torch.cat([self.csize_embedder(size, dtype), self.ar_embedder(ratio, dtype)], dim=-1)
@@ -179,6 +178,15 @@ class PixArtTransformer(nn.Module):
                     f"block {block} compresses keys and values by {ratio}, which leaves nothing of {grid[0]} x {grid[1]} tokens; "
                     + (f"expected at least {ratio} tokens." if every else f"expected sides of at least {pixels} px.")
                 )
+
+
+def pixel_size(timestep: Tensor, height: int, width: int) -> Tensor:
+    """(B, 2), height and width in pixels of a latent of this size; timestep: (B,).
+
+    Filled on the device: a tensor made from a list would be copied there, and waited for, in every step.
+    """
+    sides = [torch.full_like(timestep, side * PIXELS_PER_LATENT, dtype=torch.float32) for side in (height, width)]
+    return torch.stack(sides, dim=1)
 
 
 def pad_to_patches(latent: Tensor, patch_size: int) -> Tensor:

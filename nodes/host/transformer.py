@@ -13,7 +13,7 @@ from torch import Tensor
 from ...pixart.config import TransformerConfig
 from ...pixart.errors import InputError
 from ...pixart.layers import BlockInputs
-from ...pixart.model import PIXELS_PER_LATENT, PixArtTransformer
+from ...pixart.model import PixArtTransformer, pixel_size
 from .attention import host_attention
 
 Block = Callable[[BlockInputs], Tensor]
@@ -62,8 +62,7 @@ class HostTransformer(PixArtTransformer):
     ) -> Tensor:
         height, width = x.shape[-2:]
         if size is None and self.config.micro_condition:
-            pixels = [height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT]
-            size = torch.tensor([pixels], device=x.device).expand(x.shape[0], 2)
+            size = pixel_size(timesteps, height, width)  # of the latent before it is padded
         padded = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size,) * 2, padding_mode="replicate")
         tokens = padded.shape[-2] * padded.shape[-1] // self.patch_size**2
         options = {**transformer_options, "total_blocks": self.config.depth, "block_type": "double"}

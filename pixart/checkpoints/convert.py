@@ -135,6 +135,7 @@ def _note(detection: Detection) -> dict[str, Any]:
         "base_size": detection.base_size,
         "num_heads": detection.config.num_heads,
         "position_range": detection.config.position_range,
+        "ema": detection.ema,
     } | compression
 
 

@@ -34,6 +34,7 @@ class Hints:
     family_reason: str = ""
     compressed_blocks: tuple[tuple[int, int], ...] = ()  # (block, ratio); modes without weights can't be seen
     compression_mode: str | None = None
+    ema: bool = False  # the weights are an average over training
     where: str = "config.json"
 
     def contradictions(self, found: Mapping[str, Any]) -> list[str]:
@@ -135,6 +136,7 @@ _NOTE_FIELDS = {
     "num_heads": _is_count,
     "base_size": _is_count,
     "position_range": _is_measure,
+    "ema": lambda value: isinstance(value, bool),
     "family": lambda value: isinstance(value, str) and value in FAMILY_OF_PIPELINE.values(),
 }
 

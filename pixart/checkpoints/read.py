@@ -139,15 +139,15 @@ def _unwrap(loaded: dict[str, Any], source: str, container: str, ema: bool, hint
         found = ", ".join(sorted(map(str, inner))) or "one plain state dict"
         raise CheckpointError(f"{source}: has no state_dict_ema (found: {found}); load it without ema.")
     if not inner:
-        state = {name: value for name, value in loaded.items() if name != NOTE_KEY}
+        state, ema = {name: value for name, value in loaded.items() if name != NOTE_KEY}, hints.ema
     elif ema:
         state, notes = inner["state_dict_ema"], ("state_dict_ema was asked for.",)
     else:
         name = next((n for n in ("state_dict", "model", "module", "state_dict_ema") if n in inner), None)
         if name is None:
             raise CheckpointError(f"{source}: holds {', '.join(sorted(map(str, inner)))}; expected a `state_dict`.")
-        state, ema = inner[name], name == "state_dict_ema"
-        if ema:
+        state, ema = inner[name], hints.ema or name == "state_dict_ema"
+        if name == "state_dict_ema":
             notes = ("only state_dict_ema is in the file: it is used.",)
         elif "state_dict_ema" in inner:
             notes = ("the file also holds state_dict_ema; ask for ema to use it.",)

@@ -19,16 +19,22 @@ TOKEN_PIXELS = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """latent: (B, C, H, W), in the model's space; context: (B, M, C'); mask: (B, M); size: (B, 2) pixels."""
+    """latent: (B, C, H, W), in the model's space; context: (B, M, C'); mask: (B, M); size: (B, 2) pixels.
+
+    features: (B, N, F), what is known of every token's picture, for sources with `feature_count` F.
+    """
 
     latent: Tensor
     context: Tensor
     mask: Tensor
     size: Tensor
+    features: Tensor | None = None
 
 
 class Source(Protocol):
     """Endless batches for one process; `size` is (height, width) in pixels."""
+
+    feature_count: int
 
     def batch(self, size: tuple[int, int], count: int, rng: np.random.Generator) -> Batch: ...
 
@@ -51,8 +57,13 @@ def bucket_sizes(bin_base: int, base_size: int) -> list[tuple[int, int]]:
     return sorted({(side(height), side(width)) for height, width in bin_table(bin_base).values()})
 
 
-def draw_buckets(sizes: list[tuple[int, int]], rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Endless sizes; squarer ones more often (in proportion to short side / long side)."""
+def draw_buckets(
+    sizes: list[tuple[int, int]], rng: np.random.Generator, square_share: float = 0.0
+) -> Iterator[tuple[int, int]]:
+    """Endless sizes; squarer ones more often (in proportion to short side / long side, and squares by `square_share`)."""
     weights = np.array([min(size) / max(size) for size in sizes])
+    squares = weights == 1
+    weights *= (1 - square_share) / weights.sum()
+    weights[squares] += square_share / max(1, squares.sum())
     while True:
         yield sizes[int(rng.choice(len(sizes), p=weights / weights.sum()))]

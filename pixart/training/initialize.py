@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoints import load_transformer
+from ..checkpoints.keys import NULL_CAPTION_KEY
 from ..embeddings import position_table
+from ..errors import ConfigError
 from ..model import PixArtTransformer
 
 PASS_GAIN = 0.3  # of a latent value in its own channels; small beside the positions, which keep LayerNorm's divisor steady
@@ -34,6 +37,20 @@ def initialize_weights(model: PixArtTransformer) -> None:
     nn.init.normal_(model.final_layer.scale_shift_table, std=size**-0.5)
     nn.init.zeros_(model.final_layer.linear.weight)
     nn.init.zeros_(model.final_layer.linear.bias)
+
+
+def copy_weights(model: PixArtTransformer, path: str, variant: str) -> None:
+    """Starts from a file's weights; raises ConfigError if they are another model's. The null caption may be absent."""
+    start = load_transformer(path, variant=variant, dtype=torch.float32).state_dict()
+    own = model.state_dict()
+    missing = sorted(own.keys() - start.keys() - {NULL_CAPTION_KEY})
+    other = sorted(key for key in start.keys() if key not in own or own[key].shape != start[key].shape)
+    if missing or other:
+        raise ConfigError(
+            f"{path} can't begin a run of {variant}: missing {', '.join(missing[:4]) or 'nothing'}; unknown or of another "
+            f"shape: {', '.join(other[:4]) or 'nothing'}. Give weights of that variant."
+        )
+    model.load_state_dict(start, strict=False)
 
 
 @torch.no_grad()

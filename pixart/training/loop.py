@@ -14,17 +14,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..attention import dense_attention, torch_attention
-from ..checkpoints import load_transformer
+from ..checkpoints.hints import NOTE_KEY
 from ..config import get_variant
 from ..errors import UnsupportedError
 from ..model import PixArtTransformer
+from .alignment import AlignedTransformer, alignment_loss
 from .data import bucket_sizes, draw_buckets, make_source
 from .diffusion import NoiseSchedule, sample_timesteps, training_loss
-from .initialize import initialize_weights, pass_noise_through
+from .initialize import copy_weights, initialize_weights, pass_noise_through
 from .optimizer import make_optimizers
 from .recipe import Recipe, load_recipe
 
@@ -70,12 +72,15 @@ class Trainer:
         on_cpu = not torch.cuda.is_available()
         self.accelerator = Accelerator(mixed_precision=recipe.precision, cpu=on_cpu)
         torch.manual_seed(recipe.seed)
-        model = self._new_model().to(self.accelerator.device)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-        optimizers = make_optimizers(model, recipe)
+        self.source = make_source(recipe)
+        self.transformer = self._new_model().to(self.accelerator.device)
+        self.ema = AveragedModel(self.transformer, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        model: nn.Module = self.transformer
+        if recipe.align_weight:
+            model = AlignedTransformer(model, recipe.align_block, self.source.feature_count).to(self.accelerator.device)
+        optimizers = make_optimizers(model, self.transformer, recipe)
         self.model, *self.optimizers = self.accelerator.prepare(model, *optimizers)
         self.schedule = NoiseSchedule(self.accelerator.device)
-        self.source = make_source(recipe)
         self.step = 0
         self._skipped = 0
         self._stop_asked = False
@@ -84,8 +89,7 @@ class Trainer:
         attention = dense_attention if self.accelerator.device.type == "cpu" else torch_attention
         model = PixArtTransformer(get_variant(self.recipe.variant).transformer, attention=attention)
         if self.recipe.initialize:
-            start = load_transformer(self.recipe.initialize, variant=self.recipe.variant, dtype=torch.float32)
-            model.load_state_dict(start.state_dict())
+            copy_weights(model, self.recipe.initialize, self.recipe.variant)
         else:
             initialize_weights(model)
             if self.recipe.pass_noise:
@@ -96,7 +100,8 @@ class Trainer:
         return model
 
     @property
-    def bare_model(self) -> PixArtTransformer:
+    def _bare_model(self) -> nn.Module:
+        """The transformer, within its alignment head if there is one."""
         return self.accelerator.unwrap_model(self.model)
 
     def ask_to_stop(self, *_: object) -> None:
@@ -117,7 +122,7 @@ class Trainer:
             if stage is not self.recipe.stage_at(self.step)[0]:
                 stage = self.recipe.stage_at(self.step)[0]
                 base = get_variant(self.recipe.variant).base_size
-                buckets = draw_buckets(bucket_sizes(base, stage.base_size), shared_rng)
+                buckets = draw_buckets(bucket_sizes(base, stage.base_size), shared_rng, stage.square_share)
             losses.append(self._train_step(stage, next(buckets), rng, noise))
             self.step += 1
             progress.update()
@@ -131,21 +136,25 @@ class Trainer:
                 break
         progress.close()
 
-    def _train_step(self, stage, size, rng, noise_generator) -> tuple[float, float, float]:
+    def _train_step(self, stage, size, rng, noise_generator) -> tuple[float, ...]:
         device = self.accelerator.device
         batch = self.source.batch(size, max(1, stage.batch_size // self.accelerator.num_processes), rng)
         latent = batch.latent.to(device)
         timestep = sample_timesteps(len(latent), stage.timestep_mean, stage.timestep_std, noise_generator).to(device)
         noise = torch.randn(latent.shape, generator=noise_generator).to(device)
         noisy = self.schedule.add_noise(latent, noise, timestep)
-        pixels = batch.size.to(device) if self.bare_model.config.micro_condition else None
+        pixels = batch.size.to(device) if self.transformer.config.micro_condition else None
         with self.accelerator.autocast():
             prediction = self.model(noisy, timestep, batch.context.to(device), batch.mask.to(device), pixels)
+        aligned: list[Tensor] = []
+        if self.recipe.align_weight:
+            prediction, read = prediction
+            aligned.append(self.recipe.align_weight * alignment_loss(read, batch.features.to(device)))
         losses = training_loss(self.schedule, prediction, latent, noise, timestep, self.recipe.max_loss_weight)
-        self.accelerator.backward(sum(losses))
+        self.accelerator.backward(sum((*losses, *aligned)))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self._update(bool(torch.isfinite(norm)))
-        return losses[0].item(), losses[1].item(), float(norm)
+        return losses[0].item(), losses[1].item(), float(norm), *(loss.item() for loss in aligned)
 
     def _update(self, finite: bool) -> None:
         """One step of the optimizers and the EMA; gradients that are not finite are skipped, and many are an error."""
@@ -162,7 +171,7 @@ class Trainer:
                 optimizer.step()
             optimizer.zero_grad()
         if finite:
-            self.ema.update_parameters(self.bare_model)
+            self.ema.update_parameters(self.transformer)
 
     def _agreed(self, flag: bool) -> bool:
         """True in every process once any says so; all must leave the loop at the same step."""
@@ -182,13 +191,13 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         weights = {k: v.half().cpu().contiguous() for k, v in self.ema.module.state_dict().items()}
-        metadata = {"format": "pt", "step": str(self.step), "license": "Apache-2.0"}
+        metadata = {"format": "pt", "step": str(self.step), "license": "Apache-2.0", NOTE_KEY: json.dumps({"ema": True})}
         output = Path(self.recipe.output)
         output.parent.mkdir(parents=True, exist_ok=True)
         self._replace(output, lambda path: save_file(weights, path, metadata=metadata))
         state = {
             "step": self.step,
-            "model": self.bare_model.state_dict(),
+            "model": self._bare_model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -207,22 +216,24 @@ class Trainer:
         if not self._state_path.exists():
             return
         state = torch.load(self._state_path, map_location="cpu", weights_only=True)  # each loader moves what is its own
-        self.bare_model.load_state_dict(state["model"])
+        self._bare_model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         self.step = state["step"]
         self.progress_note(f"resuming at step {self.step}")
 
-    def _log(self, losses: list[tuple[float, float, float]], stage, seconds: float, progress: tqdm) -> None:
+    def _log(self, losses: list[tuple[float, ...]], stage, seconds: float, progress: tqdm) -> None:
         if not self.accelerator.is_main_process:
             return
-        noise, variance, norm = np.mean(losses, axis=0)
+        noise, variance, norm, *aligned = np.mean(losses, axis=0)
         progress.set_postfix(noise=f"{noise:.4f}", variance=f"{variance:.4f}", norm=f"{norm:.2f}")
         row = {
             "step": self.step, "base_size": stage.base_size, "noise_loss": round(float(noise), 5),
             "variance_loss": round(float(variance), 5), "grad_norm": round(float(norm), 4), "seconds": round(seconds, 1),
         }
+        if aligned:
+            row["align_loss"] = round(float(aligned[0]), 5)
         path = Path(self.recipe.run_dir) / "log.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..model import PixArtTransformer
 from .recipe import Recipe
 
 
-def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """One or two optimizers that share a learning rate.
+def make_optimizers(model: nn.Module, transformer: PixArtTransformer, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """One or two optimizers that share a learning rate, for all of `model`, which holds `transformer`.
 
     muon: Jordan and others, "Muon", 2024, with steps scaled to AdamW's size (Liu and others, "Muon is
     scalable for LLM training", 2025).
@@ -21,7 +22,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
         raise ConfigError(f"optimizer is {recipe.optimizer!r}; expected 'adamw' or 'muon'.")
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(f"optimizer 'muon' needs torch 2.9 or newer, this is {torch.__version__}; choose 'adamw'.")
-    matrices = [layer.weight for block in model.blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    matrices = [layer.weight for block in transformer.blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
     taken = {id(weight) for weight in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     muon = torch.optim.Muon(

@@ -20,6 +20,7 @@ class Stage:
     final_learning_rate: float | None = None  # reached linearly at the stage's end; None stays constant
     timestep_mean: float = 0.0  # timesteps are 1000 * sigmoid(normal(mean, std)): where composition is decided
     timestep_std: float = 1.0
+    square_share: float = 0.0  # of the batches, on top of what the square gets as one bin among the others
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Recipe:
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
     max_loss_weight: float = 1.0  # noise loss is weighted by min(1/alpha_bar, this); 1 is the plain loss
+    align_weight: float = 0.0  # of the auxiliary loss, see `alignment.py`; 0 is without
+    align_block: int = 0  # whose tokens are aligned
     save_every: int = 250
     compile_blocks: bool = False  # torch.compile, which needs a C++ compiler
 

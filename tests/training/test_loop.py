@@ -2,16 +2,19 @@
 import json
 import os
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pixart.bins import bin_table
-from pixart.checkpoints import load_transformer
+from pixart.checkpoints import inspect_file, load_transformer
 from pixart.config import TransformerConfig, Variant
 from pixart.errors import ConfigError, UnsupportedError
-from pixart.training import data, loop
+from pixart.training import data, initialize, loop
 from pixart.training.data import Batch, bucket_sizes, draw_buckets
 from pixart.training.initialize import initialize_weights, pass_noise_through
 from pixart.training.recipe import load_recipe
@@ -77,7 +80,7 @@ def test_interrupted_run_resumes_where_it_stopped(recipe_path, optimizer):
     resumed = loop.Trainer(load_recipe(config))
     resumed.resume()
     assert resumed.step == 1
-    for left, right in zip(trainer.bare_model.parameters(), resumed.bare_model.parameters(), strict=True):
+    for left, right in zip(trainer.transformer.parameters(), resumed.transformer.parameters(), strict=True):
         assert torch.equal(left, right)
     trainer.run()
     resumed.run()
@@ -93,14 +96,66 @@ def test_written_weights_are_the_averaged_ones(recipe_path):
     written = load_transformer(trainer.recipe.output, dtype=torch.float32).state_dict()
     averaged = trainer.ema.module.state_dict()["blocks.0.attn.qkv.weight"]
     torch.testing.assert_close(written["blocks.0.attn.qkv.weight"], averaged, atol=1e-3, rtol=1e-3)
-    assert not torch.equal(averaged, trainer.bare_model.state_dict()["blocks.0.attn.qkv.weight"])
+    assert not torch.equal(averaged, trainer.transformer.state_dict()["blocks.0.attn.qkv.weight"])
 
 
 def test_starts_from_given_weights(recipe_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "load_transformer", lambda path, variant, dtype: load_transformer(path, dtype=dtype))
+    monkeypatch.setattr(initialize, "load_transformer", lambda path, variant, dtype: load_transformer(path, dtype=dtype))
     first = loop.train(recipe_path(steps=3))
     begun = loop.Trainer(load_recipe(recipe_path(initialize=str(first), output=str(tmp_path / "second.safetensors"))))
-    torch.testing.assert_close(begun.bare_model.state_dict(), load_transformer(first, dtype=torch.float32).state_dict())
+    torch.testing.assert_close(begun.transformer.state_dict(), load_transformer(first, dtype=torch.float32).state_dict())
+
+
+def test_weights_of_another_model_are_refused_by_name(recipe_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(initialize, "load_transformer", lambda path, variant, dtype: load_transformer(path, dtype=dtype))
+    first = loop.train(recipe_path(steps=1))
+    deeper = Variant("demo", "tiny", "sigma", 256, 300, 0.13025, "demo", replace(TINY, depth=3))
+    monkeypatch.setattr(loop, "get_variant", lambda name: deeper)
+    with pytest.raises(ConfigError, match=r"blocks\.2\."):
+        loop.Trainer(load_recipe(recipe_path(initialize=str(first))))
+
+
+def test_weights_without_a_null_caption_can_begin_a_run(recipe_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(initialize, "load_transformer", lambda path, variant, dtype: load_transformer(path, dtype=dtype))
+    weights = {k: v for k, v in load_file(loop.train(recipe_path(steps=1))).items() if "y_embedding" not in k}
+    save_file(weights, tmp_path / "bare.safetensors")
+    begun = loop.Trainer(load_recipe(recipe_path(initialize=str(tmp_path / "bare.safetensors"))))
+    torch.testing.assert_close(begun.transformer.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"].float())
+
+
+def test_written_weights_say_that_they_are_an_average(recipe_path):
+    assert inspect_file(loop.train(recipe_path(steps=1))).ema
+
+
+def test_alignment_teaches_tokens_their_features_and_leaves_no_trace(recipe_path, monkeypatch):
+    """Half of the tokens of each picture are marked; only the positions tell which."""
+
+    class Marked(TwoPictures):
+        feature_count = 2
+
+        def batch(self, size, count, rng):
+            made = super().batch(size, count, rng)
+            tokens = size[0] * size[1] // 256
+            half = (torch.arange(tokens) < tokens // 2).float()
+            return replace(made, features=torch.stack([half, 1 - half], dim=-1).expand(count, -1, -1))
+
+    monkeypatch.setattr(loop, "make_source", Marked)
+    stage = {"base_size": 64, "steps": 75, "batch_size": 8, "learning_rate": 1e-2}
+    config = recipe_path(stages=[stage], align_weight=1.0, align_block=1)
+    out = loop.train(config)
+    rows = [json.loads(line) for line in (Path(load_recipe(config).run_dir) / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["align_loss"] < 0.5 * rows[0]["align_loss"]
+    assert not [key for key in load_file(out) if "head" in key]
+    resumed = loop.Trainer(load_recipe(config))
+    resumed.resume()
+    assert resumed.step == 75
+
+
+def test_squares_get_their_share():
+    sizes = bucket_sizes(256, 256)
+    drawn = draw_buckets(sizes, np.random.default_rng(0), square_share=0.5)
+    squares = np.mean([height == width for height, width in (next(drawn) for _ in range(2000))])
+    assert 0.5 < squares < 0.6  # its own weight among 40 bins is about a twentieth
 
 
 def test_learning_rate_warms_up_and_ends_where_it_should(recipe_path):
@@ -116,7 +171,7 @@ def test_learning_rate_warms_up_and_ends_where_it_should(recipe_path):
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(recipe_path):
     trainer = loop.Trainer(load_recipe(recipe_path(optimizer="muon")))
     muon, adam = [{id(p) for group in o.param_groups for p in group["params"]} for o in trainer.optimizers]
-    named = dict(trainer.bare_model.named_parameters())
+    named = dict(trainer.transformer.named_parameters())
     assert id(named["blocks.1.attn.qkv.weight"]) in muon and id(named["blocks.1.scale_shift_table"]) in adam
     assert not muon & adam and len(muon) + len(adam) == len(named)
 
@@ -171,12 +226,12 @@ def test_passing_noise_predicts_noise_as_itself_at_any_size():
 
 def test_gradients_that_are_not_finite_are_skipped_and_many_are_an_error(recipe_path):
     trainer = loop.Trainer(load_recipe(recipe_path()))
-    before = {name: value.clone() for name, value in trainer.bare_model.state_dict().items()}
-    for parameter in trainer.bare_model.parameters():
+    before = {name: value.clone() for name, value in trainer.transformer.state_dict().items()}
+    for parameter in trainer.transformer.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
     for _ in range(loop.MAX_SKIPPED):
         trainer._update(finite=False)
-    assert all(torch.equal(value, before[name]) for name, value in trainer.bare_model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.transformer.state_dict().items())
     with pytest.raises(UnsupportedError, match="not finite.*learning rate"):
         trainer._update(finite=False)
 

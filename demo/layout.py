@@ -1,0 +1,116 @@
+"""Where the demo's scenes put their objects: on the grid of tokens, one spot for each wording and size.
+
+A free scene may put a circle "on the left" anywhere in the left third. A model of six million weights
+learns outlines many times sooner when it does not have to find out first where they lie.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from .scenes import CONTAINER_RADIUS, OPPOSITE, REACH, SHAPES, SIZES, Scene, SceneObject
+
+TOKEN_PIXELS = 16
+_INNER_SHARE = 0.46  # of the radius around it, at most: a square's corners stay inside a triangle
+FEATURES_PER_OBJECT = 3 + len(SHAPES)
+FEATURE_COUNT = 2 * FEATURES_PER_OBJECT
+_NEAR = 1.6  # radii around a centre within which a token is an object's
+_LEAST_RADIUS = {"small": 1.5, "medium": 2.0, "large": 2.5}  # tokens; the autoencoder loses smaller outlines
+_MARGIN = 0.1  # tokens between an object and the frame
+_GAP = 1.7  # tokens that two objects leave free along their axis, before rounding
+
+
+def arrange(scene: Scene, width: int, height: int) -> Scene:
+    """The scene with centres and radii of whole half-tokens (8 pixels) at this size in pixels."""
+    across, down = width / TOKEN_PIXELS, height / TOKEN_PIXELS
+    short = min(across, down)
+    if scene.relation is None:
+        placed = [_single(scene, across, down)]
+    elif scene.relation == "inside":
+        outer = _half(CONTAINER_RADIUS * short)
+        inner = min(_radius("small", short), math.floor(_INNER_SHARE * 2 * outer) / 2)
+        placed = [(across / 2, down / 2, radius) for radius in (inner, outer)]
+    else:
+        placed = _pair(scene, across, down)
+    objects = tuple(
+        replace(obj, center_x=x / across, center_y=y / down, radius=radius / short)
+        for obj, (x, y, radius) in zip(scene.objects, placed, strict=True)
+    )
+    return replace(scene, objects=objects)
+
+
+def _radius(size: str, short: float) -> float:
+    return _half(max(SIZES[size] * short, _LEAST_RADIUS[size]))
+
+
+def _half(value: float) -> float:
+    return math.floor(2 * value + 0.5) / 2
+
+
+def _up(value: float) -> float:
+    return math.ceil(2 * value) / 2
+
+
+def _single(scene: Scene, across: float, down: float) -> tuple[float, float, float]:
+    """Centre and radius in tokens: a quarter into the picture, or as near to the frame as the object fits."""
+    obj, place = scene.objects[0], str(scene.place)
+    radius = _radius(obj.size, min(across, down))
+    left, right, top, bottom = (_up(reach * radius + _MARGIN) for reach in REACH[obj.shape])
+
+    def along(length: float, first: bool, last: bool, before: float, after: float) -> float:
+        if first:
+            return max(before, _half(length / 4))
+        return length - max(after, _half(length / 4)) if last else length / 2
+
+    x = along(across, "left" in place, "right" in place, left, right)
+    return x, along(down, "top" in place, "bottom" in place, top, bottom), radius
+
+
+def _pair(scene: Scene, across: float, down: float) -> list[tuple[float, float, float]]:
+    """Two objects in a row along the relation's axis, shrunk until they leave a gap."""
+    sideways = scene.relation in ("left of", "right of")
+    length, other = (across, down) if sideways else (down, across)
+    swapped = OPPOSITE[str(scene.relation)] in ("left of", "above")
+    first, second = scene.objects[::-1] if swapped else scene.objects
+    radii = [_radius(obj.size, min(across, down)) for obj in (first, second)]
+    while True:
+        before, after = _extent(first, radii[0], sideways), _extent(second, radii[1], sideways)
+        free = length - sum(before) - sum(after)
+        if free >= _GAP:
+            break
+        radii[radii.index(max(radii))] -= 0.5
+    inward = math.floor((free - _GAP) / 2) / 2  # wide pictures: not at the very ends
+    start = _up(before[0] + _MARGIN) + inward
+    end = length - _up(after[1] + _MARGIN) - inward
+    spots = [(start, other / 2), (end, other / 2)]
+    placed = [(x, y, radius) if sideways else (y, x, radius) for (x, y), radius in zip(spots, radii)]
+    return placed[::-1] if swapped else placed
+
+
+def _extent(obj: SceneObject, radius: float, sideways: bool) -> tuple[float, float]:
+    reach = REACH[obj.shape][:2] if sideways else REACH[obj.shape][2:]
+    return reach[0] * radius, reach[1] * radius
+
+
+def token_features(scene: Scene, width: int, height: int) -> np.ndarray:
+    """What every token, (rows * columns, FEATURE_COUNT), should know of an arranged scene.
+
+    For the first and the second object: whether it is near, and if so its shape (one-hot) and the
+    token's offset from its centre, in radii.
+    """
+    rows, columns = height // TOKEN_PIXELS, width // TOKEN_PIXELS
+    features = np.zeros((rows, columns, FEATURE_COUNT), np.float32)
+    for number, obj in enumerate(scene.objects):
+        radius = obj.radius * min(rows, columns)
+        dx = (np.arange(columns, dtype=np.float32)[None, :] + 0.5 - obj.center_x * columns) / radius
+        dy = (np.arange(rows, dtype=np.float32)[:, None] + 0.5 - obj.center_y * rows) / radius
+        near = (np.abs(dx) < _NEAR) & (np.abs(dy) < _NEAR)
+        start = number * FEATURES_PER_OBJECT
+        features[..., start] = near
+        features[..., start + 1] = near * dx
+        features[..., start + 2] = near * dy
+        features[..., start + 3 + SHAPES.index(obj.shape)] = near
+    return features.reshape(rows * columns, FEATURE_COUNT)
