@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from pixart.kv_compress import KVCompression
 
 from .launch.workflow_ui import Placement
 
@@ -17,6 +20,11 @@ They lie in its folder demo/weights, which it offers to ComfyUI; nothing has to 
 pixart-demo-transformer.safetensors -> demo/weights/diffusion_models
 pixart-demo-t5.safetensors -> demo/weights/text_encoders
 pixart-demo-vae.safetensors -> demo/weights/vae
+"""
+TILES = {"tile_size": 1024, "overlap": 128, "temporal_size": 64, "temporal_overlap": 8}
+KV_NOTE = """
+PixArt KV Compress makes attention cheaper by an approximation: bypass it for the exact picture. These settings are a
+beginning; higher ratio and more blocks are faster, and change more of the picture.
 """
 
 
@@ -121,6 +129,23 @@ class Workflow:
         self.note += f"\n\n{file.note()}"
         return number
 
+    def second_model(self, weights: Weights, variant: str, title: str, row: int) -> str:
+        """Another transformer for the same text encoder and VAE."""
+        model = self.add(
+            "PixArtModelLoader", title, 0, row, model_name=weights.transformer, variant=variant, weight_dtype="default"
+        )
+        self.places[model] = Placement(0, row, weights.models("PixArtModelLoader"))
+        self.note += f"\n\n{weights.transformer} -> models/diffusion_models\n{weights.transformer_url}"
+        return model
+
+    def compress(self, model: str, row: int, ratio: int, first_block: int = 0, last_block: int = -1) -> str:
+        """A KV compression patch for all of sampling."""
+        title = f"KV compression, blocks {first_block} to {'the last' if last_block == -1 else last_block}"
+        return self.add(
+            "PixArtKVCompress", title, 1, row, model=[model, 0], ratio=ratio, method=KVCompression.method,
+            first_block=first_block, last_block=last_block, start_percent=0.0, end_percent=1.0, min_tokens=0,
+        )  # fmt: skip
+
     def loaders(self, variant: str, vae: bool = True) -> tuple[str, str, str]:
         """The model, text encoder and VAE nodes; without `vae` the last is ""."""
         model = self.add(
@@ -135,13 +160,14 @@ class Workflow:
         return self.add("PixArtTextEncode", title, 1, row, clip=[clip, 0], text=text, max_tokens=str(tokens))
 
     def sample(
-        self, title: str, model: str, positive: str | list[Any], negative: str | list[Any], latent: list[Any], row: int = 0, **other: Any
-    ) -> str:
+        self, title: str, model: str, positive: str | list[Any], negative: str | list[Any], latent: list[Any], row: int = 0,
+        column: int = 2, **other: Any,
+    ) -> str:  # fmt: skip
         """A KSampler with the defaults of PixArt-Σ: DPM-Solver++ 2M, 20 steps, guidance 4.5."""
         settings = {"seed": 0, "steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform"} | other
         settings.setdefault("denoise", 1.0)
         return self.add(
-            "KSampler", title, 2, row, model=[model, 0], positive=link(positive), negative=link(negative),
+            "KSampler", title, column, row, model=[model, 0], positive=link(positive), negative=link(negative),
             latent_image=latent, **settings,
         )  # fmt: skip
 
@@ -172,14 +198,31 @@ class Workflow:
         )  # fmt: skip
         return [applied, 0], [applied, 1]
 
-    def decode(self, samples: str, vae: str, prefix: str, row: int = 0, tiled: bool = False) -> None:
-        """Decode and save."""
-        tiles = {"tile_size": 1024, "overlap": 128, "temporal_size": 64, "temporal_overlap": 8} if tiled else {}
+    def decode(self, samples: str, vae: str, prefix: str, row: int = 0, tiled: bool = False, column: int = 3) -> str:
+        """Decode and save; the decoding node's id."""
+        tiles = TILES if tiled else {}
         kind = "VAEDecodeTiled" if tiled else "VAEDecode"
-        image = self.add(kind, "Decode", 3, row, samples=[samples, 0], vae=[vae, 0], **tiles)
-        self.add("SaveImage", "Save", 4, row, images=[image, 0], filename_prefix=prefix)
+        image = self.add(kind, "Decode", column, row, samples=[samples, 0], vae=[vae, 0], **tiles)
+        self.add("SaveImage", "Save", column + 1, row, images=[image, 0], filename_prefix=prefix)
+        return image
 
 
 def link(source: str | list[Any]) -> list[Any]:
     """A node's first output, or the link that was given."""
     return source if isinstance(source, list) else [source, 0]
+
+
+def text_to_image(
+    weights: Weights, variant: str, base: int, tokens: int, prompt: str, prefix: str, note: str = "", tiled: bool = False,
+    compress: Sequence[tuple[int, int, int]] = (),
+) -> Workflow:  # fmt: skip
+    """Prompt to picture. compress: (ratio, first block, last block) of each KV compression."""
+    flow = Workflow(weights, (note or weights.note()) + (KV_NOTE if compress else ""))
+    model, t5, vae = flow.loaders(variant)
+    positive = flow.text("Prompt", t5, prompt, tokens, 0)
+    negative = flow.text("Negative prompt", t5, "", tokens, 1)
+    size = flow.add("PixArtResolution", "Size", 1, 2, base=str(base), width=base, height=base, batch_size=1)
+    for row, (ratio, first, last) in enumerate(compress, start=3):
+        model = flow.compress(model, row, ratio, first, last)
+    flow.decode(flow.sample("Sampler", model, positive, negative, [size, 0]), vae, prefix, tiled=tiled)
+    return flow

@@ -9,24 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .family_workflows import FAMILY_WORKFLOWS
+from .kv_workflows import KV_WORKFLOWS
 from .launch import checkout, host
 from .launch.workflow_ui import to_ui
-from .workflow_builder import DEMO, DEMO_NOTE, PROMPT, Weights, Workflow, alpha, sigma
+from .workflow_builder import DEMO, DEMO_NOTE, PROMPT, Workflow, alpha, sigma, text_to_image
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def text_to_image(
-    weights: Weights, variant: str, base: int, tokens: int, prompt: str, prefix: str, note: str = "", tiled: bool = False
-) -> Workflow:
-    """Prompt to picture."""
-    flow = Workflow(weights, note or weights.note())
-    model, t5, vae = flow.loaders(variant)
-    positive = flow.text("Prompt", t5, prompt, tokens, 0)
-    negative = flow.text("Negative prompt", t5, "", tokens, 1)
-    size = flow.add("PixArtResolution", "Size", 1, 2, base=str(base), width=base, height=base, batch_size=1)
-    flow.decode(flow.sample("Sampler", model, positive, negative, [size, 0]), vae, prefix, tiled=tiled)
-    return flow
 
 
 def image_to_image() -> Workflow:
@@ -88,6 +76,7 @@ WORKFLOWS: Mapping[str, Callable[[], Workflow]] = {
     "img2img": image_to_image,
     "inpaint": inpaint,
     "batch": batch,
+    **KV_WORKFLOWS,
     **FAMILY_WORKFLOWS,
 }
 

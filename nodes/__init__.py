@@ -8,6 +8,7 @@ from .controlnet import PixArtControlNetLoader, PixArtHED
 from .few_steps import PixArtOneStep, PixArtTimesteps
 from .host.demo_models import offer_demo_models
 from .lora import PixArtLoraLoader
+from .kv_compress import PixArtKVCompress
 from .model import PixArtModelLoader
 from .prompts import PixArtLoadPrompt, PixArtNegative, PixArtSavePrompt
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
@@ -31,6 +32,7 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtNegative,
     PixArtSavePrompt,
     PixArtLoadPrompt,
+    PixArtKVCompress,
 )
 
 

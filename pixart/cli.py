@@ -64,6 +64,10 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("source", type=Path)
     convert.add_argument("destination", type=Path)
     convert.add_argument("--to", choices=("original", "diffusers"), required=True)
+    convert.add_argument(
+        "--kv-compression", metavar="MODE:RATIO:FIRST-LAST",
+        help="for weights trained with compression that leaves no trace in them, e.g. uniform:2:14-27; noted in the new file",
+    )  # fmt: skip
     _add_reading_options(convert)
     convert.set_defaults(run=_convert)
 
@@ -152,7 +156,9 @@ def _inspect(given: argparse.Namespace) -> None:
 def _convert(given: argparse.Namespace) -> None:
     from .checkpoints import convert_file
 
-    written = convert_file(given.source, given.destination, to=given.to, ema=given.ema, variant=given.variant)
+    written = convert_file(
+        given.source, given.destination, to=given.to, ema=given.ema, variant=given.variant, kv_compression=given.kv_compression
+    )
     sys.stdout.write(f"{written}\n")
 
 

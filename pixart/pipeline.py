@@ -13,6 +13,7 @@ from .bins import Bin, check_size, nearest_bin, resize_and_crop
 from .checkpoints.load import load_transformer
 from .config import get_variant
 from .errors import InputError
+from .kv_compress import KVCompression
 from .model import PIXELS_PER_LATENT, PixArtTransformer
 from .sampling import Callback, denoise, initial_noise, make_scheduler
 from .text.captions import prepare
@@ -132,6 +133,7 @@ class Pipeline:
         output: str = "pil",
         callback: Callback | None = None,
         progress: bool = True,
+        kv_compression: KVCompression | Sequence[KVCompression] = (),
     ) -> Any:
         """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Σ pipeline.
 
@@ -141,6 +143,7 @@ class Pipeline:
         prompt_embeds, negative_prompt_embeds: from `encode`, or a prompt file, in place of prompts.
         clean_caption: by the reference's rules (`pip install ftfy beautifulsoup4`); they lower-case too.
         callback(step, timestep, latents): returning False ends sampling there.
+        kv_compression: training-free, an approximation that makes large pictures cheaper; see `kv_compress`.
         output: "pil" -> list of pictures, "np" -> (B, H, W, 3) and "pt" -> (B, 3, H, W) in 0..1,
         "latent" -> (B, C, h, w) in the model's latent space. Raises InputError.
         """
@@ -167,6 +170,7 @@ class Pipeline:
             size=size,
             callback=callback,
             progress=progress,
+            kv_compression=[kv_compression] if isinstance(kv_compression, KVCompression) else kv_compression,
         )
         return found if output == "latent" else to_output(self._decode(found, canvas), output)
 

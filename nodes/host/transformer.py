@@ -19,6 +19,7 @@ from .attention import host_attention
 Block = Callable[[BlockInputs], Tensor]
 # transformer_options: numbers of blocks whose self-attention does not mix tokens; on top of any replacement of the block
 IDENTITY_ATTENTION = "pixart_identity_attention"
+KV_COMPRESSION = "pixart_kv_compression"  # key of transformer_options: a tuple of KVCompression that hold at this step
 ReplacedBlocks = Mapping[tuple[str, int], Callable[[dict, dict], dict]]
 
 
@@ -74,6 +75,7 @@ class HostTransformer(PixArtTransformer):
             block_wrappers=_block_wrappers(self.config.depth, options),
             block_residuals=control_residuals(control, self.config, tokens),
             attention_options=options,
+            kv_compression=options.get(KV_COMPRESSION, ()),
         )
         return out[:, : self.config.in_channels, :height, :width]
 

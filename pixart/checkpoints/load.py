@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,11 +109,12 @@ def load_transformer(
     return model
 
 
-def prepare_file(path: str | Path, variant: str = AUTO, ema: bool = False) -> Prepared:
-    """`read_checkpoint` and `prepare` in one step."""
+def prepare_file(path: str | Path, variant: str = AUTO, ema: bool = False, told: Mapping[str, Any] | None = None) -> Prepared:
+    """`read_checkpoint` and `prepare` in one step. told: fields of Hints that the caller knows better than the file."""
     raw: RawCheckpoint = read_checkpoint(path, ema)
+    hints = replace(raw.hints, **told) if told else raw.hints
     return prepare(
-        raw.state_dict, source=raw.source, variant=variant, ema=raw.ema, container=raw.container, hints=raw.hints, notes=raw.notes
+        raw.state_dict, source=raw.source, variant=variant, ema=raw.ema, container=raw.container, hints=hints, notes=raw.notes
     )
 
 

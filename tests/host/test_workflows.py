@@ -9,17 +9,21 @@ from typing import Any
 import pytest
 
 from demo.family_workflows import FAMILY_WORKFLOWS
+from demo.kv_workflows import KV_WORKFLOWS
 from demo.workflows import WORKFLOWS
 from tests.support.demo import ROOT
 
 FOLDER = ROOT / "workflows"
 FAMILY = tuple(FAMILY_WORKFLOWS)  # few steps, ControlNet and the like; each has settings of its own
-STEMS = ("demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch", *FAMILY)
+COMPRESSED = tuple(KV_WORKFLOWS)
+STEMS = (
+    "demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch", *COMPRESSED, *FAMILY,
+)  # fmt: skip
 LOADERS = {
     "PixArtModelLoader": "diffusion_models", "PixArtT5Loader": "text_encoders", "VAELoader": "vae", "PixArtControlNetLoader": "controlnet",
     "PixArtHED": "controlnet", "PixArtConsistencyDecoder": "vae", "CheckpointLoaderSimple": "checkpoints",
 }  # fmt: skip
-RELEASED = tuple(stem for stem in STEMS if stem.startswith(("sigma", "alpha")))
+RELEASED = tuple(stem for stem in STEMS if stem.startswith(("sigma", "alpha", "hires")))
 FILE_MENUS = {
     ("PixArtModelLoader", "model_name"), ("PixArtT5Loader", "t5_name"), ("VAELoader", "vae_name"), ("LoadImage", "image"),
     ("PixArtControlNetLoader", "control_net_name"), ("PixArtHED", "hed_name"), ("PixArtConsistencyDecoder", "vae_name"),
@@ -160,7 +164,7 @@ def test_loaders_offer_the_download(stem: str) -> None:
         assert model["url"].endswith(model["name"])
 
 
-@pytest.mark.parametrize("stem", RELEASED)
+@pytest.mark.parametrize("stem", [stem for stem in RELEASED if stem not in COMPRESSED])
 def test_released_models_use_their_own_size_tokens_and_vae(stem: str) -> None:
     from pixart.config import get_variant
 
@@ -172,6 +176,47 @@ def test_released_models_use_their_own_size_tokens_and_vae(stem: str) -> None:
     assert inputs["PixArtResolution"]["base"] == str(variant.base_size)
     assert inputs["PixArtTextEncode"]["max_tokens"] == variant.max_tokens
     assert ("sdxl" in inputs["VAELoader"]["vae_name"]) == (variant.vae == "sdxl")
+
+
+def of_kind(graph: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """Ids and inputs of the nodes of a class."""
+    return {number: node["inputs"] for number, node in graph.items() if node["class_type"] == kind}
+
+
+@pytest.mark.parametrize("stem", COMPRESSED)
+def test_compressed_workflows_draw_with_the_2k_weights(stem: str) -> None:
+    """Patches follow each other from the 2K model to the sampler of the large picture, on blocks of their own; decoding is tiled."""
+    from pixart.config import get_variant
+    from pixart.kv_compress import KVCompression, check_together
+
+    graph = read(f"api/{stem}.json")
+    patches, variant = of_kind(graph, "PixArtKVCompress"), get_variant("sigma-2k")
+    (latent,) = of_kind(graph, "PixArtResolution").values()
+    (sampler,) = [s for s in of_kind(graph, "KSampler").values() if s["model"][0] in patches]
+    (decode,) = of_kind(graph, "VAEDecodeTiled").values()
+    assert graph[decode["samples"][0]]["inputs"] == sampler
+    found, number = [], sampler["model"][0]
+    while number in patches:
+        values = dict(patches[number])
+        number = values.pop("model")[0]
+        found.append(KVCompression(**values))
+    check_together(found, variant.transformer)
+    assert len(found) == len(patches)
+    assert graph[number]["inputs"]["variant"] == "sigma-2k" and graph[number]["inputs"]["model_name"] in variant.files
+    if stem.startswith("sigma"):
+        assert stem == {"2048": "sigma-2k-kv"}.get(latent["base"], f"sigma-{latent['base']}-kv")
+        assert latent["width"] == latent["height"] == int(latent["base"]) and sampler["denoise"] == 1.0
+
+
+@pytest.mark.parametrize("stem", ["hires-2k", "hires-4096"])
+def test_hires_fix_draws_again_from_a_part_of_the_noise(stem: str) -> None:
+    graph = read(f"api/{stem}.json")
+    (latent,), (scale,) = of_kind(graph, "PixArtResolution").values(), of_kind(graph, "ImageScaleBy").values()
+    assert latent["base"] == "1024" and 1024 * scale["scale_by"] == (2048 if stem == "hires-2k" else 4096)
+    (encode,) = of_kind(graph, "VAEEncodeTiled")
+    first, second = sorted(of_kind(graph, "KSampler").values(), key=lambda s: -s["denoise"])
+    assert first["denoise"] == 1.0 and graph[first["model"][0]]["inputs"]["variant"] == "sigma-1024"
+    assert 0 < second["denoise"] < 1 and second["latent_image"] == [encode, 0]
 
 
 @pytest.mark.parametrize("stem", [stem for stem in STEMS if stem not in FAMILY])

@@ -1,4 +1,5 @@
 """The pack as the host sees it: its nodes, their inputs and outputs, help pages, and no failure without a host."""
+"""The pack as the host sees it: seven nodes, their inputs and outputs, help pages, and no failure without a host."""
 from __future__ import annotations
 
 import asyncio
@@ -29,6 +30,10 @@ NODES = {
     "PixArtNegative": (["convention", "clip", "positive", "model"], ["CONDITIONING"]),
     "PixArtSavePrompt": (["conditioning", "filename_prefix", "prompt"], []),
     "PixArtLoadPrompt": (["prompt_file", "model"], ["CONDITIONING"]),
+    "PixArtKVCompress": (
+        ["model", "ratio", "method", "first_block", "last_block", "start_percent", "end_percent", "min_tokens"],
+        ["MODEL"],
+    ),
 }
 
 
