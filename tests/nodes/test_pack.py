@@ -1,5 +1,4 @@
 """The pack as the host sees it: its nodes, their inputs and outputs, help pages, and no failure without a host."""
-"""The pack as the host sees it: seven nodes, their inputs and outputs, help pages, and no failure without a host."""
 from __future__ import annotations
 
 import asyncio
