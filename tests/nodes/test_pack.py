@@ -19,7 +19,7 @@ NODES = {
     "PixArtResolution": (["base", "width", "height", "batch_size"], ["LATENT", "INT", "INT"]),
     "PixArtCropToSize": (["image", "width", "height"], ["IMAGE"]),
     "PixArtSizeCondition": (["conditioning", "width", "height"], ["CONDITIONING"]),
-    "PixArtLoraLoader": (["model", "lora_name", "strength"], ["MODEL", "CLIP"]),
+    "PixArtLoraLoader": (["model", "lora_name", "strength", "clip", "strength_clip"], ["MODEL", "CLIP"]),
     "PixArtPAG": (["model", "kind", "blocks", "scale", "start_percent", "end_percent"], ["MODEL"]),
     "PixArtControlNetLoader": (["control_net_name"], ["CONTROL_NET"]),
     "PixArtHED": (["image", "hed_name"], ["IMAGE"]),
@@ -73,7 +73,12 @@ def test_choices(nodes: dict) -> None:
 
 def test_optional_inputs(nodes: dict) -> None:
     found = {name: list(node.INPUT_TYPES().get("optional", {})) for name, node in nodes.items()}
-    assert {name: inputs for name, inputs in found.items() if inputs} == {"PixArtLoraLoader": ["clip", "strength_clip"]}
+    assert {name: inputs for name, inputs in found.items() if inputs} == {
+        "PixArtTextEncode": ["clean_caption", "lower_case", "model"],
+        "PixArtNegative": ["clip", "positive", "model"],
+        "PixArtLoadPrompt": ["model"],
+        "PixArtLoraLoader": ["clip", "strength_clip"],
+    }
 
 
 def test_every_node_explains_itself(nodes: dict) -> None:
