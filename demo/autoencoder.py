@@ -47,14 +47,6 @@ def latents_from_rgb(mean_rgb: np.ndarray | Tensor) -> np.ndarray | Tensor:
     return mean_rgb @ matrix.T + bias
 
 
-def rgb_from_latents(latents: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """Least-squares inverse of latents_from_rgb: (..., 4) to (..., 3), for quick previews."""
-    inverse = np.linalg.pinv(np.asarray(LATENT_MATRIX))
-    if isinstance(latents, Tensor):
-        return (latents - latents.new_tensor(LATENT_BIAS)) @ latents.new_tensor(inverse).T
-    return (latents - np.asarray(LATENT_BIAS, latents.dtype)) @ inverse.T.astype(latents.dtype)
-
-
 class Clamp(nn.Module):
     """Soft limit of latents to (-3, 3)."""
 

@@ -90,18 +90,6 @@ def caption(scene: Scene, rng: np.random.Generator, state: Collection[str] = ())
     return Caption(_open(rng, subject), frozenset(stated))
 
 
-def canonical_caption(scene: Scene) -> str:
-    """The one plain wording that states everything but sizes."""
-    text = " ".join(("a", scene.objects[0].color, scene.objects[0].shape))
-    text = text.replace("a orange", "an orange")
-    if scene.relation is not None:
-        second = scene.objects[1]
-        text += f" {scene.relation} {_article(second.color)} {second.color} {second.shape}"
-    elif scene.place is not None:
-        text += f" {_corner(scene.place)}" if " " in scene.place else f" {_PLACE_WORDS[scene.place][0]}"
-    return f"{text} on a {scene.background} background"
-
-
 def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 

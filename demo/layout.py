@@ -18,6 +18,7 @@ _INNER_SHARE = 0.46  # of the radius around it, at most: a square's corners stay
 FEATURES_PER_OBJECT = 3 + len(SHAPES)
 FEATURE_COUNT = 2 * FEATURES_PER_OBJECT
 _NEAR = 1.6  # radii around a centre within which a token is an object's
+_LEAST_RADIUS = {"small": 1.5, "medium": 2.0, "large": 2.5}  # tokens; the autoencoder loses smaller outlines
 _MARGIN = 0.1  # tokens between an object and the frame
 _GAP = 1.7  # tokens that two objects leave free along their axis, before rounding
 
@@ -30,7 +31,7 @@ def arrange(scene: Scene, width: int, height: int) -> Scene:
         placed = [_single(scene, across, down)]
     elif scene.relation == "inside":
         outer = _half(CONTAINER_RADIUS * short)
-        inner = min(_half(SIZES["small"] * short), math.floor(_INNER_SHARE * 2 * outer) / 2)
+        inner = min(_radius("small", short), math.floor(_INNER_SHARE * 2 * outer) / 2)
         placed = [(across / 2, down / 2, radius) for radius in (inner, outer)]
     else:
         placed = _pair(scene, across, down)
@@ -39,6 +40,10 @@ def arrange(scene: Scene, width: int, height: int) -> Scene:
         for obj, (x, y, radius) in zip(scene.objects, placed, strict=True)
     )
     return replace(scene, objects=objects)
+
+
+def _radius(size: str, short: float) -> float:
+    return _half(max(SIZES[size] * short, _LEAST_RADIUS[size]))
 
 
 def _half(value: float) -> float:
@@ -52,7 +57,7 @@ def _up(value: float) -> float:
 def _single(scene: Scene, across: float, down: float) -> tuple[float, float, float]:
     """Centre and radius in tokens: a quarter into the picture, or as near to the frame as the object fits."""
     obj, place = scene.objects[0], str(scene.place)
-    radius = _half(SIZES[obj.size] * min(across, down))
+    radius = _radius(obj.size, min(across, down))
     left, right, top, bottom = (_up(reach * radius + _MARGIN) for reach in REACH[obj.shape])
 
     def along(length: float, first: bool, last: bool, before: float, after: float) -> float:
@@ -70,7 +75,7 @@ def _pair(scene: Scene, across: float, down: float) -> list[tuple[float, float, 
     length, other = (across, down) if sideways else (down, across)
     swapped = OPPOSITE[str(scene.relation)] in ("left of", "above")
     first, second = scene.objects[::-1] if swapped else scene.objects
-    radii = [_half(SIZES[obj.size] * min(across, down)) for obj in (first, second)]
+    radii = [_radius(obj.size, min(across, down)) for obj in (first, second)]
     while True:
         before, after = _extent(first, radii[0], sideways), _extent(second, radii[1], sideways)
         free = length - sum(before) - sum(after)

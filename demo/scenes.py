@@ -229,12 +229,3 @@ def _draw(picture: np.ndarray, obj: SceneObject) -> None:
     coverage = np.clip(0.5 - signed_distance(obj.shape, x, y, np.float32(radius)), 0, 1)[..., None]
     region = picture[y0:y1, x0:x1]
     region += coverage * (np.array(COLORS[obj.color], np.float32) - region)
-
-
-def render_latent_grid(scene: Scene, width: int, height: int) -> np.ndarray:
-    """Mean colour of every 8x8 block, float32 (height/8, width/8, 3); sizes must be multiples of 8."""
-    if width % 8 or height % 8:
-        raise ValueError(f"size is {width}x{height}; expected multiples of 8")
-    picture = render(scene, width, height)
-    rows = picture.reshape(height // 8, 8, width * 3).mean(1)
-    return rows.reshape(height // 8, width // 8, 8, 3).mean(2)

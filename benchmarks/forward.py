@@ -1,0 +1,117 @@
+"""One step with guidance beside the peers: `python -m benchmarks forward --px 256,512 --peers comfyui,diffusers`."""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import plots
+from benchmarks.peers import CFG, CORE, OURS, PADDED, TOKENS, Size, Workload, make_peer
+from benchmarks.report import machine
+from benchmarks.timing import ratio, summarise, take_turns
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What a CPU can do in minutes; the blocks are alike, so that time grows with their number.
+CPU_BLOCKS = {256: 28, 512: 28, 1024: 8, 2048: 2, 2880: 1, 4096: 1}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    chosen = parse(arguments)
+    name = f"forward-{chosen.device}-{chosen.dtype}"
+    report: dict[str, Any] = {
+        "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG, "tokens": TOKENS,
+        "diffusers_tokens": PADDED, "rounds": chosen.rounds, "peers": chosen.peers, "sizes": [],
+    }  # fmt: skip
+    for pixels in chosen.px:
+        size = Size(pixels, chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28))
+        report["sizes"].append(measure(size, [OURS, CORE, *chosen.peers], chosen))
+        write(report, chosen.out, name)
+        print(markdown(report), flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, lists split."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks forward", description=__doc__)
+    parser.add_argument("--px", type=lambda text: [int(part) for part in text.split(",")], default=[256, 512, 1024], help="sides in pixels")
+    parser.add_argument("--peers", type=lambda text: [part for part in text.split(",") if part], default=["comfyui", "diffusers"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--blocks", type=int, help="of the 28 (default: all; on a CPU fewer above 512 px)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--note", default="", help="a sentence on the state of the machine, for the report")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def measure(size: Size, names: Sequence[str], chosen: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every peer at one size, and our ratio to each."""
+    work = Workload(size, DTYPES[chosen.dtype], chosen.device)
+    contenders, errors = {}, {}
+    for name in names:
+        run = make_peer(name, work)
+        try:
+            run()  # the warm-up
+            contenders[name] = run
+        except Exception as error:  # a peer that can't draw this size is a result; we must be able to
+            if name in (OURS, CORE):
+                raise
+            errors[name] = f"{type(error).__name__}: {error}"
+    seconds = take_turns(contenders, chosen.rounds)
+    return {
+        "errors": errors,
+        "pixels": size.pixels, "image_tokens": size.tokens, "blocks": size.blocks,
+        "seconds": {name: summarise(times) for name, times in seconds.items()},
+        "ratio": {name: ratio(seconds[OURS], times) for name, times in seconds.items() if name not in (OURS, CORE)},
+    }  # fmt: skip
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def write(report: dict[str, Any], folder: Path, name: str) -> None:
+    """The JSON, the table, and the plot where there are two sizes or more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown(report) + "\n", encoding="utf-8")
+    if len(report["sizes"]) > 1:
+        plots.time_against_tokens(report, folder / f"{name}.png")
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """A table of medians, spreads and ratios, and the exponents."""
+    names = [OURS, CORE, *report["peers"]]
+    peers = report["peers"]
+    heads = [*(f"{name} s" for name in names), *(f"ours / {peer}" for peer in peers)]
+    lines = ["| px | tokens | blocks | " + " | ".join(heads) + " |", "|" + "---|" * (3 + len(heads))]
+    for size in report["sizes"]:
+        cells = [cell(size["seconds"].get(name)) for name in names]
+        cells += [f"{size['ratio'][peer]:.2f}" if peer in size["ratio"] else "" for peer in peers]
+        lines.append(f"| {size['pixels']} | {size['image_tokens']} | {size['blocks']} | " + " | ".join(cells) + " |")
+    for size in report["sizes"]:
+        lines += [f"\n{name} can't draw {size['pixels']} px: {error}." for name, error in size["errors"].items()]
+    fitted = ", ".join(f"{name} {power:.2f}" for name in names if (power := plots.power(report, name)))
+    if fitted:
+        lines += ["", f"Time per block grows with the number of tokens to the power: {fitted}."]
+    facts = report["machine"]
+    lines += ["", f"One step with guidance {report['cfg']}, {report['dtype']}, {report['device']}; prompts of {report['tokens'][0]} and "
+              f"{report['tokens'][1]} tokens (diffusers: {report['diffusers_tokens']} each); median of {report['rounds']} turns ± half the "
+              f"distance of the quartiles. {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, "
+              f"ComfyUI {facts['comfyui']}. {report['note']}".rstrip()]  # fmt: skip
+    return "\n".join(lines)
+
+
+def cell(figures: dict[str, Any] | None) -> str:
+    """Median and spread, or "fails"."""
+    return f"{figures['median']:.3f} ± {figures['spread']:.3f}" if figures else "fails"
+
+
+if __name__ == "__main__":
+    main()

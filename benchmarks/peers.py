@@ -1,0 +1,188 @@
+"""One step with guidance on the same random XL/2 weights: ours, ComfyUI's own PixArt, and diffusers'."""
+from __future__ import annotations
+
+import importlib
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.timing import synchronize
+from pixart.checkpoints import to_diffusers
+from pixart.config import get_variant
+from pixart.model import PixArtTransformer
+from tests.support.checkpoint_factory import diffusers_config, stored_positions
+
+CFG, TIMESTEP = 4.5, 500
+TOKENS = (60, 1)  # of the prompt and the empty negative prompt: unequal, as in use
+PADDED = 300  # tokens that diffusers' Σ pipeline always computes
+OURS, CORE, NATIVE, DIFFUSERS = "ours", "core", "comfyui", "diffusers"
+
+
+@dataclass(frozen=True)
+class Size:
+    """One picture size of the benchmark: square, in pixels; blocks: how many of the model's 28 are run."""
+
+    pixels: int
+    blocks: int
+
+    @property
+    def tokens(self) -> int:
+        return (self.pixels // 16) ** 2
+
+
+class Workload:
+    """Weights and inputs that all peers share."""
+
+    def __init__(self, size: Size, dtype: torch.dtype, device: str) -> None:
+        self.size, self.dtype, self.device = size, dtype, device
+        self.config = replace(get_variant("sigma-512").transformer, depth=size.blocks)
+        generator = torch.Generator().manual_seed(size.pixels)
+        side = size.pixels // 8
+        self.latent = torch.randn(1, 4, side, side, generator=generator)
+        self.captions = [torch.randn(1, length, self.config.caption_channels, generator=generator) for length in TOKENS]
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """Original names; each matrix scaled by its width, so that nothing overflows."""
+        with torch.device("meta"):
+            shapes = {key: value.shape for key, value in PixArtTransformer(self.config).state_dict().items()}
+        generator = torch.Generator().manual_seed(0)
+        scales = {key: shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02 for key, shape in shapes.items()}
+        return {key: torch.randn(shape, generator=generator).mul_(scales[key]).to(self.dtype) for key, shape in shapes.items()}
+
+    def padded_captions(self, length: int) -> tuple[Tensor, Tensor]:
+        """(2, length, C) with the prompt first, and the mask (2, length)."""
+        states = torch.zeros(2, length, self.config.caption_channels)
+        mask = torch.zeros(2, length, dtype=torch.bool)
+        for row, caption in enumerate(self.captions):
+            states[row, : caption.shape[1]], mask[row, : caption.shape[1]] = caption[0], True
+        return states.to(self.device, self.dtype), mask.to(self.device)
+
+
+def make_peer(name: str, work: Workload) -> Callable[[], float]:
+    """A function that runs one step with guidance and returns its seconds."""
+    make = {OURS: _host_step, NATIVE: _host_step, CORE: _core_step, DIFFUSERS: _diffusers_step}
+    if name not in make:
+        raise ValueError(f"Unknown peer {name!r}; expected one of {', '.join(make)}.")
+    return make[name](work, name)
+
+
+def _host_step(work: Workload, name: str) -> Callable[[], float]:
+    """The host's sampling of either MODEL, with the sampler replaced by one call of the model that is timed."""
+    from tests.support import host
+
+    host.load_pack()
+    sampling, samplers = importlib.import_module("comfy.sample"), importlib.import_module("comfy.samplers")
+    model = _host_model(work, name)
+    model.set_model_compute_dtype(work.dtype)  # on a CPU the host would compute all in fp32
+    positive, negative = ([[caption, {}]] for caption in work.captions)
+    times: list[float] = []
+
+    def once(guider: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None) -> Tensor:
+        synchronize()
+        start = time.perf_counter()
+        out = guider(x, sigmas[0] * x.new_ones(len(x)), **extra_args)
+        synchronize()
+        times.append(time.perf_counter() - start)
+        return out
+
+    sigma = model.get_model_object("model_sampling").sigmas[TIMESTEP]
+
+    def step() -> float:
+        zeros = torch.zeros_like(work.latent)
+        steps = torch.stack([sigma, torch.zeros_like(sigma)])
+        sampling.sample_custom(
+            model, work.latent, CFG, samplers.KSAMPLER(once), steps, positive, negative, zeros, disable_pbar=True
+        )
+        return times[-1]
+
+    return step
+
+
+def _host_model(work: Workload, name: str) -> Any:
+    """The weights as MODEL, by our loader or by UNETLoader's."""
+    from tests.support import host
+
+    with tempfile.TemporaryDirectory(prefix="pixart-benchmark-") as folder:
+        path = Path(folder) / "random.safetensors"
+        sizes = work.config
+        positions = stored_positions(32, sizes.hidden_size, sizes.position_range)  # which the host's own PixArt needs
+        save_file({**work.weights, "pos_embed": positions}, path)
+        if name == OURS:
+            dtypes = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+            return host.pack_module("nodes.host.loader").load_model(str(path), "sigma-512", dtypes[work.dtype])
+        return importlib.import_module("comfy.sd").load_diffusion_model(str(path), model_options={"dtype": work.dtype})
+
+
+def core_model(work: Workload) -> PixArtTransformer:
+    """Our transformer with the weights."""
+    model = PixArtTransformer(work.config, device="meta")
+    model.load_state_dict({key: value.clone() for key, value in work.weights.items()}, assign=True)
+    return model.to(work.device).eval().requires_grad_(False)
+
+
+def _core_step(work: Workload, name: str) -> Callable[[], float]:
+    """Our transformer without a host: captions padded to the longer one, as pixart.Pipeline does."""
+    model = core_model(work)
+    context, mask = work.padded_captions(max(TOKENS))
+    return _timed(work, lambda latent, timestep: model(latent, timestep, context, mask))
+
+
+def diffusers_model(work: Workload) -> Any:
+    """diffusers' transformer with the weights."""
+    from diffusers import PixArtTransformer2DModel
+
+    sizes = work.config
+    config = diffusers_config(hidden=sizes.hidden_size, depth=sizes.depth, captions=sizes.caption_channels, pixels=512)
+    with torch.device("meta"):
+        model = PixArtTransformer2DModel.from_config(config)
+    named = to_diffusers({key: value.clone() for key, value in work.weights.items() if "y_embedding" not in key})
+    model.load_state_dict(named, assign=True, strict=False)
+    if any(p.is_meta for p in model.parameters()):
+        raise RuntimeError("diffusers' model kept parameters without weights; the key table no longer fits it")
+    # Its positions are a buffer that isn't in the weights.
+    model.pos_embed = type(model.pos_embed)(
+        height=64, width=64, patch_size=2, in_channels=4, embed_dim=sizes.hidden_size, interpolation_scale=1
+    ).to(work.dtype)
+    model.pos_embed.load_state_dict({k.removeprefix("pos_embed."): v for k, v in named.items() if k.startswith("pos_embed.proj")}, strict=False)
+    return model.to(work.device).eval().requires_grad_(False)
+
+
+def _diffusers_step(work: Workload, name: str) -> Callable[[], float]:
+    """diffusers' transformer as its Σ pipeline calls it: 300 tokens and a mask."""
+    model = diffusers_model(work)
+    context, mask = work.padded_captions(PADDED)
+    added = {"resolution": None, "aspect_ratio": None}
+
+    def call(latent: Tensor, timestep: Tensor) -> Tensor:
+        return model(
+            latent, encoder_hidden_states=context, timestep=timestep, encoder_attention_mask=mask.to(work.dtype),
+            added_cond_kwargs=added, return_dict=False,
+        )[0]  # fmt: skip
+
+    return _timed(work, call)
+
+
+def _timed(work: Workload, call: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], float]:
+    """One batch of both captions, and guidance on the result."""
+    latent = work.latent.to(work.device, work.dtype).expand(2, -1, -1, -1)
+    timestep = torch.full((2,), float(TIMESTEP), device=work.device)
+
+    @torch.inference_mode()
+    def step() -> float:
+        synchronize()
+        start = time.perf_counter()
+        positive, negative = call(latent, timestep)[:, :4].chunk(2)
+        _ = negative + CFG * (positive - negative)
+        synchronize()
+        return time.perf_counter() - start
+
+    return step
