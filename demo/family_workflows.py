@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from .workflow_builder import DEMO, DEMO_NOTE, HUGGING_FACE, PROMPT, File, Workflow, alpha, folder_of, sigma
+from .launch.workflow_ui import Placement
+from .workflow_builder import DEMO, DEMO_NOTE, HUGGING_FACE, PROMPT, Weights, Workflow, alpha, sigma
 
 LCM_NOTE = """
 
@@ -17,6 +20,74 @@ TWO_STAGE_NOTE = """
 
 Stage 1 was trained for timesteps 999 to 400, stage 2 for 400 to 0. Of 20 steps with sgm_uniform, step 12 is timestep 400:
 for other numbers of steps hand over at 0.6 of them."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file beside a model's three, and where it comes from; `url` is empty where there is no single file to download."""
+
+    name: str
+    url: str
+    directory: str
+    page: str = ""  # for the note, in place of an address
+
+    def note(self) -> str:
+        """Folder and origin."""
+        return f"{self.name} -> models/{self.directory}\n{self.url or self.page}"
+
+    def models(self) -> list[dict[str, str]]:
+        """What the missing-models dialog needs."""
+        return [{"name": self.name, "url": self.url, "directory": self.directory}] if self.url else []
+
+
+class FamilyWorkflow(Workflow):
+    """A workflow with nodes that text to image has no need of."""
+
+    def load(self, kind: str, title: str, column: int, row: int, widget: str, file: File, **inputs: Any) -> str:
+        """A loader node of a file beside the model's three; the note names it."""
+        number = self.add(kind, title, column, row, **{widget: file.name}, **inputs)
+        self.places[number] = Placement(column, row, file.models())
+        self.note += f"\n\n{file.note()}"
+        return number
+
+    def sample_part(
+        self, title: str, model: str, texts: tuple[str, str], latent: list[Any], start: int, end: int, leftover: bool = False, row: int = 0
+    ) -> str:
+        """Some of 20 steps with the defaults of PixArt-Σ; the first part adds the noise, `leftover` keeps what is left of it."""
+        return self.add(
+            "KSamplerAdvanced", title, 2, row, model=[model, 0], add_noise="disable" if start else "enable", noise_seed=0, steps=20,
+            cfg=4.5, sampler_name="dpmpp_2m", scheduler="sgm_uniform", positive=[texts[0], 0], negative=[texts[1], 0],
+            latent_image=latent, start_at_step=start, end_at_step=end, return_with_leftover_noise="enable" if leftover else "disable",
+        )  # fmt: skip
+
+    def sample_custom(
+        self, title: str, model: str, positive: str, negative: str, latent: list[Any], sampler: list[Any], sigmas: list[Any], cfg: float
+    ) -> str:
+        """A SamplerCustom with its own sampler and sigmas."""
+        return self.add(
+            "SamplerCustom", title, 2, 0, model=[model, 0], add_noise=True, noise_seed=0, cfg=cfg, positive=[positive, 0],
+            negative=[negative, 0], sampler=sampler, sigmas=sigmas, latent_image=latent,
+        )  # fmt: skip
+
+    def sample_controlled(self, model: str, texts: tuple[str, str], control: str, hint: str, vae: str, latent: list[Any]) -> str:
+        """A KSampler whose prompts are under a ControlNet."""
+        applied = self.add(
+            "ControlNetApplyAdvanced", "Apply ControlNet", 2, 1, positive=[texts[0], 0], negative=[texts[1], 0], control_net=[control, 0],
+            image=[hint, 0], vae=[vae, 0], strength=1.0, start_percent=0.0, end_percent=1.0,
+        )  # fmt: skip
+        sampler = self.sample("Sampler", model, applied, applied, latent)
+        self.graph[sampler]["inputs"]["negative"] = [applied, 1]
+        return sampler
+
+
+def from_folder(base: Weights, repository: str) -> FamilyWorkflow:
+    """A workflow of `base` with the transformer of a diffusers repository, as a folder of the repository's name."""
+    name = repository.split("/")[1]
+    weights = replace(base, transformer=name, transformer_url="")
+    row = f"{name} -> models/diffusion_models\n"
+    return FamilyWorkflow(weights, weights.note().replace(row, f"{row}{HUGGING_FACE}/{repository} (the folder transformer)", 1))
+
+
 DELTA_CONTROLNET = File(
     "PixArt-XL-2-1024-ControlNet.pth",
     f"{HUGGING_FACE}/PixArt-alpha/PixArt-ControlNet/resolve/main/PixArt-XL-2-1024-ControlNet.pth",
@@ -37,8 +108,8 @@ CONSISTENCY_DECODER = File("consistency-decoder", "", "vae", f"{HUGGING_FACE}/op
 
 def few_step_consistency() -> Workflow:
     """PixArt-δ's LCM: four steps without guidance. LCM-LoRA and Flash run the same way."""
-    weights = folder_of(alpha("PixArt-XL-2-1024-MS.pth"), "PixArt-alpha/PixArt-LCM-XL-2-1024-MS")
-    flow = Workflow(weights, weights.note() + LCM_NOTE)
+    flow = from_folder(alpha("PixArt-XL-2-1024-MS.pth"), "PixArt-alpha/PixArt-LCM-XL-2-1024-MS")
+    flow.note += LCM_NOTE
     model, t5, vae = flow.loaders("alpha-1024")
     sampling = flow.add("ModelSamplingDiscrete", "LCM sampling", 1, 3, model=[model, 0], sampling="lcm", zsnr=False)
     positive = flow.text("Prompt", t5, PROMPT, 120, 0)
@@ -51,8 +122,7 @@ def few_step_consistency() -> Workflow:
 
 def one_step() -> Workflow:
     """PixArt-DMD: one step at timestep 400."""
-    weights = folder_of(alpha("PixArt-XL-2-512x512.pth"), "PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512")
-    flow = Workflow(weights, weights.note())
+    flow = from_folder(alpha("PixArt-XL-2-512x512.pth"), "PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512")
     model, t5, vae = flow.loaders("alpha-512")
     positive = flow.text("Prompt", t5, PROMPT, 120, 0)
     negative = flow.text("Negative prompt", t5, "", 120, 1)
@@ -65,7 +135,7 @@ def one_step() -> Workflow:
 
 def sa_solver() -> Workflow:
     """SA-Solver as the paper sets it: order 2, 25 steps, guidance 3, noise for 0.2 <= t <= 0.8."""
-    flow = Workflow(DEMO, DEMO_NOTE + SA_SOLVER_NOTE)
+    flow = FamilyWorkflow(DEMO, DEMO_NOTE + SA_SOLVER_NOTE)
     model, t5, vae = flow.loaders("demo")
     positive = flow.text("Prompt", t5, "a red circle above a blue square", 300, 0)
     negative = flow.text("Negative prompt", t5, "", 300, 1)
@@ -83,7 +153,7 @@ def sa_solver() -> Workflow:
 def controlnet() -> Workflow:
     """PixArt-δ's ControlNet: the soft edges of a picture drawn anew."""
     weights = alpha("PixArt-XL-2-1024-MS.pth")
-    flow = Workflow(weights, weights.note())
+    flow = FamilyWorkflow(weights, weights.note())
     model, t5, vae = flow.loaders("alpha-1024")
     positive = flow.text("Prompt", t5, PROMPT, 120, 0)
     negative = flow.text("Negative prompt", t5, "", 120, 1)
@@ -92,7 +162,7 @@ def controlnet() -> Workflow:
     picture = flow.add("LoadImage", "Picture", 0, 4, image="pixart-scene.png")
     fitted = flow.add("PixArtCropToSize", "Fit to size", 1, 3, image=[picture, 0], width=[size, 1], height=[size, 2])
     edges = flow.load("PixArtHED", "Edges", 1, 4, "hed_name", HED, image=[fitted, 0])
-    sampled = flow.sample("Sampler", model, *flow.control([positive, negative], control, edges, vae), [size, 0])
+    sampled = flow.sample_controlled(model, (positive, negative), control, edges, vae, [size, 0])
     flow.decode(sampled, vae, "pixart-controlnet")
     return flow
 
@@ -100,7 +170,7 @@ def controlnet() -> Workflow:
 def demo_controlnet() -> Workflow:
     """The same with the demo's own ControlNet, which reads the host's Canny edges."""
     note = "pixart-demo-controlnet.safetensors -> demo/weights/controlnet\n"
-    flow = Workflow(
+    flow = FamilyWorkflow(
         DEMO, DEMO_NOTE + note + "\nThe picture is demo/inputs/pixart-scene.png; put it, or your own, in ComfyUI's input folder."
     )
     model, t5, vae = flow.loaders("demo")
@@ -111,15 +181,15 @@ def demo_controlnet() -> Workflow:
     picture = flow.add("LoadImage", "Picture", 0, 4, image="pixart-scene.png")
     fitted = flow.add("PixArtCropToSize", "Fit to size", 1, 3, image=[picture, 0], width=[size, 1], height=[size, 2])
     edges = flow.add("Canny", "Edges", 1, 4, image=[fitted, 0], low_threshold=0.1, high_threshold=0.3)
-    sampled = flow.sample("Sampler", model, *flow.control([positive, negative], control, edges, vae), [size, 0])
+    sampled = flow.sample_controlled(model, (positive, negative), control, edges, vae, [size, 0])
     flow.decode(sampled, vae, "pixart-controlnet-demo")
     return flow
 
 
 def two_stages() -> Workflow:
     """900M v0.7: stage 1 draws the composition, down to timestep 400, stage 2 the details."""
-    weights = folder_of(sigma("PixArt-Sigma-XL-2-1024-MS.pth"), "terminusresearch/pixart-900m-1024-ft-v0.7-stage1")
-    flow = Workflow(weights, weights.note() + TWO_STAGE_NOTE)
+    flow = from_folder(sigma("PixArt-Sigma-XL-2-1024-MS.pth"), "terminusresearch/pixart-900m-1024-ft-v0.7-stage1")
+    flow.note += TWO_STAGE_NOTE
     first, t5, vae = flow.loaders("sigma-900m")
     second = flow.load(
         "PixArtModelLoader", "PixArt model, stage 2", 0, 3, "model_name", STAGE_2, variant="sigma-900m", weight_dtype="default"
@@ -136,7 +206,7 @@ def two_stages() -> Workflow:
 def refiner() -> Workflow:
     """Σ's latent straight into the SDXL refiner: both speak the SDXL VAE's language."""
     weights = sigma("PixArt-Sigma-XL-2-1024-MS.pth")
-    flow = Workflow(weights, weights.note())
+    flow = FamilyWorkflow(weights, weights.note())
     model, t5, vae = flow.loaders("sigma-1024")
     positive = flow.text("Prompt", t5, PROMPT, 300, 0)
     negative = flow.text("Negative prompt", t5, "", 300, 1)
@@ -155,8 +225,11 @@ def refiner() -> Workflow:
 def consistency_decoder() -> Workflow:
     """α's latent decoded by DALL-E 3's consistency decoder, which draws small faces and letters better."""
     weights = alpha("PixArt-XL-2-1024-MS.pth")
-    flow = Workflow(weights, weights.note().rpartition("\n\n")[0])  # without the VAE that the decoder replaces
-    model, t5, _ = flow.loaders("alpha-1024", vae=False)
+    flow = FamilyWorkflow(weights, weights.note().rpartition("\n\n")[0])  # without the VAE that the decoder replaces
+    model = flow.add(
+        "PixArtModelLoader", "PixArt model", 0, 0, model_name=weights.transformer, variant="alpha-1024", weight_dtype="default"
+    )
+    t5 = flow.add("PixArtT5Loader", "T5 text encoder", 0, 1, t5_name=weights.t5, precision="default", device="default")
     vae = flow.load("PixArtConsistencyDecoder", "Consistency decoder", 0, 2, "vae_name", CONSISTENCY_DECODER)
     positive = flow.text("Prompt", t5, PROMPT, 120, 0)
     negative = flow.text("Negative prompt", t5, "", 120, 1)
@@ -169,7 +242,7 @@ def inpaint_released() -> Workflow:
     """Only the masked part of a picture drawn anew, by Σ-1024."""
     weights = sigma("PixArt-Sigma-XL-2-1024-MS.pth")
     advice = "\n\nPaint a mask on the picture (right click); both are cropped to the trained size nearest to 1024x1024."
-    flow = Workflow(weights, weights.note() + advice)
+    flow = FamilyWorkflow(weights, weights.note() + advice)
     model, t5, vae = flow.loaders("sigma-1024")
     positive = flow.text("Prompt", t5, PROMPT, 300, 0)
     negative = flow.text("Negative prompt", t5, "", 300, 1)

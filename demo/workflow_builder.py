@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from pixart.kv_compress import KVCompression
@@ -29,24 +29,6 @@ beginning; higher ratio and more blocks are faster, and change more of the pictu
 
 
 @dataclass(frozen=True)
-class File:
-    """A file beside a model's three, and where it comes from; `url` is empty for folders and files without an address."""
-
-    name: str
-    url: str
-    directory: str
-    page: str = ""  # for the note, where there is no single file to download
-
-    def note(self) -> str:
-        """Folder and origin."""
-        return f"{self.name} -> models/{self.directory}\n{self.url or self.page}"
-
-    def models(self) -> list[dict[str, str]]:
-        """What the missing-models dialog needs."""
-        return [{"name": self.name, "url": self.url, "directory": self.directory}] if self.url else []
-
-
-@dataclass(frozen=True)
 class Weights:
     """The three files of a model and where they come from."""
 
@@ -56,7 +38,6 @@ class Weights:
     t5_url: str
     vae: str
     vae_url: str
-    transformer_page: str = ""  # for the note, where the transformer is a folder
 
     def models(self, kind: str) -> list[dict[str, str]]:
         """What the missing-models dialog needs, for the loader node `kind`; nothing for files without an address."""
@@ -70,7 +51,7 @@ class Weights:
     def note(self) -> str:
         """Origin and folder of each file."""
         rows = (
-            (self.transformer, self.transformer_url or self.transformer_page, "diffusion_models"),
+            (self.transformer, self.transformer_url, "diffusion_models"),
             (self.t5, self.t5_url, "text_encoders"),
             (self.vae, self.vae_url, "vae"),
         )
@@ -100,12 +81,6 @@ def alpha(file: str) -> Weights:
     )
 
 
-def folder_of(base: Weights, repository: str) -> Weights:
-    """`base` with the transformer of a diffusers repository, as a folder of the repository's name."""
-    name = repository.split("/")[1]
-    return replace(base, transformer=name, transformer_url="", transformer_page=f"{HUGGING_FACE}/{repository} (the folder transformer)")
-
-
 @dataclass
 class Workflow:
     """An API graph that grows node by node, with the place of every node on the canvas."""
@@ -120,13 +95,6 @@ class Workflow:
         number = str(len(self.graph) + 1)
         self.graph[number] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
         self.places[number] = Placement(column, row, self.weights.models(kind))
-        return number
-
-    def load(self, kind: str, title: str, column: int, row: int, widget: str, file: File, **inputs: Any) -> str:
-        """A loader node of a file beside the model's three; the note names it."""
-        number = self.add(kind, title, column, row, **{widget: file.name}, **inputs)
-        self.places[number] = Placement(column, row, file.models())
-        self.note += f"\n\n{file.note()}"
         return number
 
     def second_model(self, weights: Weights, variant: str, title: str, row: int) -> str:
@@ -146,57 +114,29 @@ class Workflow:
             first_block=first_block, last_block=last_block, start_percent=0.0, end_percent=1.0, min_tokens=0,
         )  # fmt: skip
 
-    def loaders(self, variant: str, vae: bool = True) -> tuple[str, str, str]:
-        """The model, text encoder and VAE nodes; without `vae` the last is ""."""
+    def loaders(self, variant: str) -> tuple[str, str, str]:
+        """The model, text encoder and VAE nodes."""
         model = self.add(
             "PixArtModelLoader", "PixArt model", 0, 0,
             model_name=self.weights.transformer, variant=variant, weight_dtype="default",
         )  # fmt: skip
         t5 = self.add("PixArtT5Loader", "T5 text encoder", 0, 1, t5_name=self.weights.t5, precision="default", device="default")
-        return model, t5, self.add("VAELoader", "VAE", 0, 2, vae_name=self.weights.vae) if vae else ""
+        return model, t5, self.add("VAELoader", "VAE", 0, 2, vae_name=self.weights.vae)
 
     def text(self, title: str, clip: str, text: str, tokens: int, row: int) -> str:
         """A prompt."""
         return self.add("PixArtTextEncode", title, 1, row, clip=[clip, 0], text=text, max_tokens=str(tokens))
 
     def sample(
-        self, title: str, model: str, positive: str | list[Any], negative: str | list[Any], latent: list[Any], row: int = 0,
-        column: int = 2, **other: Any,
-    ) -> str:  # fmt: skip
+        self, title: str, model: str, positive: str, negative: str, latent: list[Any], row: int = 0, column: int = 2, **other: Any
+    ) -> str:
         """A KSampler with the defaults of PixArt-Σ: DPM-Solver++ 2M, 20 steps, guidance 4.5."""
         settings = {"seed": 0, "steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform"} | other
         settings.setdefault("denoise", 1.0)
         return self.add(
-            "KSampler", title, column, row, model=[model, 0], positive=link(positive), negative=link(negative),
+            "KSampler", title, column, row, model=[model, 0], positive=[positive, 0], negative=[negative, 0],
             latent_image=latent, **settings,
         )  # fmt: skip
-
-    def sample_part(
-        self, title: str, model: str, texts: tuple[str, str], latent: list[Any], start: int, end: int, leftover: bool = False, row: int = 0
-    ) -> str:
-        """Some of 20 steps with the defaults of PixArt-Σ; the first part adds the noise, `leftover` keeps what is left of it."""
-        return self.add(
-            "KSamplerAdvanced", title, 2, row, model=[model, 0], add_noise="disable" if start else "enable", noise_seed=0, steps=20,
-            cfg=4.5, sampler_name="dpmpp_2m", scheduler="sgm_uniform", positive=[texts[0], 0], negative=[texts[1], 0], latent_image=latent,
-            start_at_step=start, end_at_step=end, return_with_leftover_noise="enable" if leftover else "disable",
-        )  # fmt: skip
-
-    def sample_custom(
-        self, title: str, model: str, positive: str, negative: str, latent: list[Any], sampler: list[Any], sigmas: list[Any], cfg: float
-    ) -> str:
-        """A SamplerCustom with its own sampler and sigmas."""
-        return self.add(
-            "SamplerCustom", title, 2, 0, model=[model, 0], add_noise=True, noise_seed=0, cfg=cfg, positive=[positive, 0],
-            negative=[negative, 0], sampler=sampler, sigmas=sigmas, latent_image=latent,
-        )  # fmt: skip
-
-    def control(self, texts: list[str], control: str, hint: str, vae: str) -> tuple[list[Any], list[Any]]:
-        """Links to prompt and negative prompt under a ControlNet."""
-        applied = self.add(
-            "ControlNetApplyAdvanced", "Apply ControlNet", 2, 1, positive=[texts[0], 0], negative=[texts[1], 0], control_net=[control, 0],
-            image=[hint, 0], vae=[vae, 0], strength=1.0, start_percent=0.0, end_percent=1.0,
-        )  # fmt: skip
-        return [applied, 0], [applied, 1]
 
     def decode(self, samples: str, vae: str, prefix: str, row: int = 0, tiled: bool = False, column: int = 3) -> str:
         """Decode and save; the decoding node's id."""
@@ -205,11 +145,6 @@ class Workflow:
         image = self.add(kind, "Decode", column, row, samples=[samples, 0], vae=[vae, 0], **tiles)
         self.add("SaveImage", "Save", column + 1, row, images=[image, 0], filename_prefix=prefix)
         return image
-
-
-def link(source: str | list[Any]) -> list[Any]:
-    """A node's first output, or the link that was given."""
-    return source if isinstance(source, list) else [source, 0]
 
 
 def text_to_image(
