@@ -5,8 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pixart.adapters import fit_adapter, load_adapter, merge_layers
-from pixart.adapters.merge import parameter_shapes
+from pixart.adapters import fit_adapter, load_adapter, merge_layers, parameter_shapes
 from pixart.checkpoints import load_transformer
 from pixart.errors import CheckpointError
 from tests.support import adapter_factory, checkpoint_factory

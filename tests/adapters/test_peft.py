@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 peft = pytest.importorskip("peft")
 pytest.importorskip("diffusers")
 
-from pixart.adapters import fit_adapter, load_adapter, merge_layers
-from pixart.adapters.merge import parameter_shapes
+from pixart.adapters import fit_adapter, load_adapter, merge_layers, parameter_shapes
 from pixart.adapters.settings import settings_from_config
 from pixart.checkpoints import load_transformer
 from pixart.errors import CheckpointError, UnsupportedError

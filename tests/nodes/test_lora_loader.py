@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import comfy.model_management
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ def weights_of(model) -> dict[str, torch.Tensor]:
     return {key[len(PREFIX) :]: value.clone() for key, value in state.items() if key.startswith(PREFIX)}
 
 
+@torch.no_grad()
 def patched_weights(model) -> dict[str, torch.Tensor]:
     """The weights that the host samples with."""
     model.patch_model(device_to=torch.device("cpu"))
@@ -65,7 +67,8 @@ def test_other_precisions_are_summed_in_fp32(sigma_file: Path, models: Path, dty
         value, wanted = found[change.key], expected[change.key]
         assert value.dtype == weights[change.key].dtype
         if spacing is None:
-            torch.testing.assert_close(value, wanted.to(value.dtype), rtol=2e-3, atol=1e-6)
+            assert float((value == wanted.to(value.dtype)).float().mean()) > 0.999  # sums in another order may round apart
+            torch.testing.assert_close(value, wanted.to(value.dtype), rtol=8e-3, atol=1e-6)
         else:
             assert bool(((value.float() - wanted).abs() <= spacing[0] * wanted.abs() + spacing[1]).all())
             assert abs(float((value.float() - wanted).mean())) < 0.01 * float(wanted.abs().mean())
@@ -136,10 +139,11 @@ class TestTextEncoder:
 
     def test_is_changed_where_it_is_connected(self, sigma, clip, adapter: dict) -> None:
         before = {key: value.clone() for key, value in clip.cond_stage_model.state_dict().items()}
-        _, patched, = Loader.execute(sigma, "text.safetensors", 1.0, clip, -0.5).result  # fmt: skip
-        patched.patcher.patch_model(device_to=torch.device("cpu"))
+        patched = Loader.execute(sigma, "text.safetensors", 1.0, clip, -0.5).result[1]
+        comfy.model_management.load_models_gpu([patched.patcher])
         found = {key: value.clone() for key, value in patched.cond_stage_model.state_dict().items()}
-        patched.patcher.unpatch_model()
+        comfy.model_management.load_models_gpu([clip.patcher])
+        assert all(torch.equal(value, before[key]) for key, value in clip.cond_stage_model.state_dict().items())
         changed = {key for key, value in found.items() if not torch.equal(value, before[key])}
         key = "t5xxl.transformer.encoder.block.1.layer.0.SelfAttention.v.weight"
         assert changed == {key, "t5xxl.transformer.encoder.block.0.layer.1.DenseReluDense.wi_1.weight"}
@@ -150,7 +154,8 @@ class TestTextEncoder:
     def test_is_reported_where_it_is_not(self, sigma, adapter: dict) -> None:
         output = Loader.execute(sigma, "text.safetensors", 1.0)
         assert output.result[1] is None
-        assert "6 for T5, and no text encoder is given: lora_te_encoder_block_*_layer_0" in output.ui.as_dict()["text"][0]
+        shown = output.ui.as_dict()["text"][0]
+        assert "6 for T5, and no text encoder is given: lora_te_encoder_block_*_layer_" in shown and "SelfAttention_v.lora_up" in shown
 
 
 class TestFiles:
