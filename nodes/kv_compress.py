@@ -31,7 +31,7 @@ class PixArtKVCompress(io.ComfyNode):
                 io.Model.Input("model", tooltip="A PixArt model, from PixArtModelLoader."),
                 io.Int.Input(
                     "ratio", default=DEFAULTS.ratio, min=2, max=MAX_RATIO,
-                    tooltip="Cells of ratio x ratio tokens become one key and value: 2 makes attention 4 times cheaper, 4 makes it 16 times.",
+                    tooltip="Cells of ratio x ratio tokens share one key and value: 2 makes attention 4 times cheaper, 4 16 times.",
                 ),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=DEFAULTS.method,
@@ -41,7 +41,10 @@ class PixArtKVCompress(io.ComfyNode):
                     "first_block", default=DEFAULTS.first_block, min=0, max=255,
                     tooltip="First block to compress. PixArt has 28 (0 to 27), the 900M 42, the demo 8.",
                 ),
-                io.Int.Input("last_block", default=DEFAULTS.last_block, min=-1, max=255, tooltip="Last block to compress; -1 is the model's last."),
+                io.Int.Input(
+                    "last_block", default=DEFAULTS.last_block, min=-1, max=255,
+                    tooltip="Last block to compress; -1 is the model's last.",
+                ),
                 _percent("start_percent", DEFAULTS.start_percent, "Part of sampling from which it holds; 0 is the begin."),
                 _percent("end_percent", DEFAULTS.end_percent, "Part of sampling up to which it holds; 1 is the end."),
                 io.Int.Input(

@@ -53,7 +53,8 @@ def denoise(
     """Latents (B, C, h, w), fp32, from unit noise of that shape.
 
     context: B prompts; with guidance 2B, the negative ones first. size: (1, 2), height and width in
-    pixels, for micro-conditioned models. kv_compression: approximations, each in its part of sampling. callback(step, timestep, latents): False ends sampling.
+    pixels, for micro-conditioned models. callback(step, timestep, latents): False ends sampling.
+    kv_compression: approximations, each in its part of sampling.
     Raises UnsupportedError if the numbers overflow.
     """
     from tqdm.auto import tqdm

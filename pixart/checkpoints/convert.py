@@ -34,7 +34,8 @@ def convert_file(
     `caption_projection.y_embedding`, which diffusers skips); a stored pos_embed is dropped, since
     positions are computed.
     kv_compression: "MODE:RATIO:FIRST-LAST", e.g. "uniform:2:14-27", for weights trained with a mode that
-    leaves no trace in them; it is noted in the file, and every loader here follows the note. Raises CheckpointError, and UnsupportedError for KV-compressed models to diffusers.
+    leaves no trace in them; it is noted in the file, and every loader here follows the note.
+    Raises CheckpointError, and UnsupportedError for KV-compressed models to diffusers.
     """
     src, dst = Path(src), Path(dst)
     if to not in LAYOUTS:

@@ -48,4 +48,4 @@ def _merged_tokens(model: PixArtTransformer, convolution: nn.Module, inputs: tup
 
 def _deviation(tokens: Tensor) -> Tensor:
     """Usual standard deviation within a token."""
-    return tokens.var(dim=-1, unbiased=False).mean().sqrt()
+    return tokens.var(dim=-1, unbiased=False).mean().sqrt().clamp_min(1e-6)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from ..config import get_variant
 from ..errors import UnsupportedError
 from ..model import PixArtTransformer
 from .alignment import AlignedTransformer, alignment_loss
+from .compression import begin_compression
 from .data import Batch, bucket_sizes, draw_buckets, make_source
-from .diffusion import NoiseSchedule, sample_timesteps, training_loss
+from .diffusion import STEPS, NoiseSchedule, sample_timesteps, training_loss
 from .initialize import copy_weights, initialize_weights, pass_noise_through
 from .optimizer import make_optimizers
 from .recipe import Recipe, load_recipe
@@ -96,17 +98,32 @@ class Trainer:
 
     def _new_model(self) -> PixArtTransformer:
         attention = dense_attention if self.accelerator.device.type == "cpu" else torch_attention
-        model = PixArtTransformer(get_variant(self.recipe.variant).transformer, attention=attention)
+        config = get_variant(self.recipe.variant).transformer
+        if self.recipe.compressed_blocks:
+            config = replace(config, compressed_blocks=self.recipe.compressed_blocks)
+        model = PixArtTransformer(config, attention=attention)
+        new = [block for block, _ in config.compressed_blocks]  # blocks whose compression begins here
         if self.recipe.initialize:
-            copy_weights(model, self.recipe.initialize, self.recipe.variant)
+            new = copy_weights(model, self.recipe.initialize, self.recipe.variant)
         else:
             initialize_weights(model)
             if self.recipe.pass_noise:
                 pass_noise_through(model)
+        if new:
+            begin_compression(model, new, self._probe())
         if self.recipe.compile_blocks:  # one graph serves every block and size; over twice as fast on a CPU
             for block in model.blocks:
                 block.compile(dynamic=True)
         return model
+
+    def _probe(self, count: int = 16) -> tuple[Tensor, ...]:
+        """Arguments of a forward on noisy pictures at timesteps from 0 to 999, to measure a model with."""
+        stage = self.recipe.stages[-1]
+        batch = self.source.batch((stage.base_size, stage.base_size), count, np.random.default_rng(self.recipe.seed))
+        timestep = torch.linspace(0, STEPS - 1, count).long()
+        noise = torch.randn(batch.latent.shape, generator=torch.Generator().manual_seed(self.recipe.seed))
+        noisy = NoiseSchedule().add_noise(batch.latent, noise, timestep)
+        return noisy, timestep, batch.context, batch.mask
 
     @property
     def _bare_model(self) -> nn.Module:
