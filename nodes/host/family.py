@@ -18,7 +18,7 @@ def max_tokens_of(model: Any) -> int:
     config = getattr(inner.diffusion_model, "config", None)
     if config is not None:
         return config.max_tokens
-    return ALPHA_TOKENS if isinstance(inner.model_config, comfy.supported_models.PixArtAlpha) else SIGMA_TOKENS
+    return SIGMA_TOKENS if isinstance(inner.model_config, comfy.supported_models.PixArtSigma) else ALPHA_TOKENS  # Σ derives from α
 
 
 def caption_width_of(model: Any) -> int:

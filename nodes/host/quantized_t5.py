@@ -37,8 +37,10 @@ def quantized_clip_class(weights: T5Weights, precision: str, options: dict[str, 
 
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] = {}) -> None:  # noqa: B006
             super().__init__(device=device, dtype=dtype, model_options={**model_options, "custom_operations": QuantizedOperations})
-            others = fill_layers(self.t5xxl.transformer, weights, precision, quantize_on, device)
-            missing, unknown = self.t5xxl.transformer.load_state_dict(others, strict=False)
+            t5 = self.t5xxl.transformer
+            others = fill_layers(t5, weights, precision, quantize_on, device)
+            missing, unknown = t5.load_state_dict(others, strict=False)
+            missing = [name for name in missing if not isinstance(t5.get_submodule(name.rpartition(".")[0]), QuantizedLinear)]
             if missing or unknown:
                 raise TextEncoderError(
                     f"{weights.path}: this ComfyUI's T5 lacks {', '.join(unknown) or 'nothing'} and wants {', '.join(missing)}."

@@ -19,7 +19,7 @@ text_nodes = host.pack_module("nodes.text")
 core = host.pack_module("pixart.text.quantize")
 folder = host.pack_module("pixart.text.folder")
 PROMPT = "a red circle above a blue square"
-FLOORS = {"int8": 0.999, "nf4": 0.96, "fp4": 0.93}
+FLOORS = {"int8": 0.999, "nf4": 0.85, "fp4": 0.8}  # so narrow a T5 can't average errors out; tests/text has a wider one
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,13 @@ def test_close_to_transformers_in_fp32(precision: str, reference, t5: Path) -> N
     assert FLOORS[precision] < cosine.min() < 0.999999
     linears = [module for module in clip.cond_stage_model.modules() if isinstance(module, torch.nn.Linear)]
     assert not linears and type(clip) is sys.modules["comfy.sd"].CLIP
+
+
+@pytest.mark.parametrize("precision", list(FLOORS))
+def test_same_as_the_core(precision: str, t5: Path) -> None:
+    """transformers' T5 with the same packed weights; the host keeps its sums in fp32, transformers in bf16."""
+    expected = host.pack_module("pixart.text.encoder").load_text_encoder(t5, precision=precision).encode([PROMPT]).states.float()
+    assert torch.cosine_similarity(states(load("t5.safetensors", precision)), expected, dim=-1).min() > 0.999
 
 
 @pytest.mark.parametrize("precision", list(FLOORS))
