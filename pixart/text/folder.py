@@ -35,7 +35,8 @@ def quantize_folder(
 ) -> Path:
     """Writes `source` (file or folder) in int8, nf4 or fp4 to the new folder `destination`, and returns it.
 
-    The layout is that of transformers and bitsandbytes; `wo` is quantized too, which plain transformers doesn't do.
+    The layout is that of transformers and bitsandbytes; `wo` is quantized too, which plain transformers doesn't do, nor run
+    in 4 bits: it casts what goes into `wo` to the packed weight's dtype.
     progress(done, total) counts tensors. Nothing is left behind when it fails. Raises InputError, TextEncoderError,
     UnsupportedError.
     """

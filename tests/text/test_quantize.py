@@ -133,6 +133,13 @@ def test_written_folder_gives_the_same_without_quantizing(source, folders, preci
         load_text_encoder(folders[precision], precision=min(others))
 
 
+def unpacked(layer):
+    """A 4-bit layer of bitsandbytes as a plain one."""
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    plain.weight = nn.Parameter(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), requires_grad=False)
+    return plain
+
+
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_transformers_reads_the_folder(folders, precision, monkeypatch):
     """Its own loader and layers, told to quantize wo too, which it doesn't by default."""
@@ -141,8 +148,10 @@ def test_transformers_reads_the_folder(folders, precision, monkeypatch):
     monkeypatch.setattr(t5.T5PreTrainedModel, "_keep_in_fp32_modules", None)
     theirs = transformers.T5EncoderModel.from_pretrained(folders[precision])
     ours = load_text_encoder(folders[precision])
-    for layer in (module for name, module in theirs.named_modules() if name == WO):
-        assert isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+    assert isinstance(theirs.get_submodule(WO), (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+    for layer in theirs.modules():
+        if isinstance(getattr(layer, "wo", None), bnb.nn.Linear4bit):  # transformers casts what goes in to the weight's dtype: uint8
+            layer.wo = unpacked(layer.wo)
     ids = torch.tensor([[5, 9, 20, 33, 1]])
     with torch.no_grad():
         found, expected = (m(input_ids=ids).last_hidden_state.float() for m in (ours.model, theirs.eval()))
