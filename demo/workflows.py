@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .family_workflows import FAMILY_WORKFLOWS
+from .guidance_workflows import GUIDANCE_WORKFLOWS
 from .kv_workflows import KV_WORKFLOWS
 from .launch import checkout, host
 from .launch.workflow_ui import to_ui
@@ -78,6 +79,7 @@ WORKFLOWS: Mapping[str, Callable[[], Workflow]] = {
     "batch": batch,
     **KV_WORKFLOWS,
     **FAMILY_WORKFLOWS,
+    **GUIDANCE_WORKFLOWS,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapters import fit_adapter, load_adapter, merge_layers, parameter_shapes
+from .adapters import merge_file
 from .bins import Bin, check_size, nearest_bin, resize_and_crop
 from .checkpoints.load import load_transformer
 from .config import get_variant
@@ -177,19 +177,15 @@ class Pipeline:
         return found if output == "latent" else to_output(self._decode(found, canvas), output)
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> str:
-        """Merges a LoRA, LoHa, LoKr or DoRA into the loaded weights, those of T5 too if the file has some; files stay as they are.
+        """Merges a LoRA, LoHa, LoKr or DoRA into the loaded weights, of T5 too if it has such layers; files stay as they are.
 
-        path: a file of any trainer, or a PEFT folder. strength: 1 as trained, negative for the opposite; several
-        add up. To take one off exactly, load the pipeline anew. Returns one line: how many keys were applied, and
-        which were not; that is logged as well. Raises CheckpointError and InputError, and then changes nothing.
+        path: a file of any trainer, or a PEFT folder. strength: 1 as trained, negative for the opposite; several add
+        up. Returns one line, which is logged too: how many keys were applied, and which were not. To take a LoRA off
+        exactly, load the pipeline anew. Raises CheckpointError and InputError, and then changes nothing.
         """
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= MAX_STRENGTH:
             raise InputError(f"strength is {strength!r}; expected a number from -{MAX_STRENGTH} to {MAX_STRENGTH}, usually 0 to 1.")
-        text = None if self.text_encoder is None else self.text_encoder.model
-        fit = fit_adapter(load_adapter(path), parameter_shapes(self.transformer), None if text is None else parameter_shapes(text))
-        merge_layers(self.transformer, fit.layers, strength)
-        if fit.text_layers:
-            merge_layers(text, fit.text_layers, strength)
+        fit = merge_file(path, strength, self.transformer, getattr(self.text_encoder, "model", None))
         logger.log(logging.WARNING if fit.left else logging.INFO, "LoRA %s", fit.describe())
         return fit.describe()
 

@@ -2,6 +2,6 @@
 from .fit import Fit, fit_adapter
 from .layer import Layer
 from .load import Adapter, build_adapter, load_adapter
-from .merge import merge_layers, parameter_shapes
+from .merge import merge_file, merge_layers, parameter_shapes
 
-__all__ = ["Adapter", "Fit", "Layer", "build_adapter", "fit_adapter", "load_adapter", "merge_layers", "parameter_shapes"]
+__all__ = ["Adapter", "Fit", "Layer", "build_adapter", "fit_adapter", "load_adapter", "merge_file", "merge_layers", "parameter_shapes"]

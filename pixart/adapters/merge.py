@@ -3,10 +3,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
+from .fit import Fit, fit_adapter
 from .layer import Layer
+from .load import load_adapter
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -34,3 +38,13 @@ def merge_layers(model: nn.Module, layers: Iterable[Layer], strength: float) -> 
         module, _, name = key.rpartition(".")
         old = model.get_parameter(key)
         setattr(model.get_submodule(module), name, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
+
+
+def merge_file(path: str | Path, strength: float, transformer: nn.Module, text_encoder: nn.Module | None) -> Fit:
+    """Merges an adapter file or PEFT folder into a transformer, and into T5 where one is given; the errors are fit_adapter's."""
+    text = None if text_encoder is None else parameter_shapes(text_encoder)
+    fit = fit_adapter(load_adapter(path), parameter_shapes(transformer), text)
+    merge_layers(transformer, fit.layers, strength)
+    if text_encoder is not None:
+        merge_layers(text_encoder, fit.text_layers, strength)
+    return fit

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from demo.family_workflows import FAMILY_WORKFLOWS
+from demo.guidance_workflows import GUIDANCE_WORKFLOWS
 from demo.kv_workflows import KV_WORKFLOWS
 from demo.workflows import WORKFLOWS
 from tests.support.demo import ROOT
@@ -18,16 +19,18 @@ FAMILY = tuple(FAMILY_WORKFLOWS)  # few steps, ControlNet and the like; each has
 COMPRESSED = tuple(KV_WORKFLOWS)
 STEMS = (
     "demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch", *COMPRESSED, *FAMILY,
+    *GUIDANCE_WORKFLOWS,
 )  # fmt: skip
 LOADERS = {
     "PixArtModelLoader": "diffusion_models", "PixArtT5Loader": "text_encoders", "VAELoader": "vae", "PixArtControlNetLoader": "controlnet",
     "PixArtHED": "controlnet", "PixArtConsistencyDecoder": "vae", "CheckpointLoaderSimple": "checkpoints",
+    "PixArtLoraLoader": "loras",
 }  # fmt: skip
 RELEASED = tuple(stem for stem in STEMS if stem.startswith(("sigma", "alpha", "hires")))
 FILE_MENUS = {
     ("PixArtModelLoader", "model_name"), ("PixArtT5Loader", "t5_name"), ("VAELoader", "vae_name"), ("LoadImage", "image"),
     ("PixArtControlNetLoader", "control_net_name"), ("PixArtHED", "hed_name"), ("PixArtConsistencyDecoder", "vae_name"),
-    ("CheckpointLoaderSimple", "ckpt_name"),
+    ("CheckpointLoaderSimple", "ckpt_name"), ("PixArtLoraLoader", "lora_name"),
 }  # fmt: skip
 
 
