@@ -90,7 +90,7 @@ class Workflow:
     graph: dict[str, dict[str, Any]] = field(default_factory=dict)
     places: dict[str, Placement] = field(default_factory=dict)
 
-    def add(self, kind: str, title: str, column: int, row: int, **inputs: Any) -> str:
+    def add(self, kind: str, title: str, column: int, row: int, /, **inputs: Any) -> str:
         """Add a node; a link is written as [id, output]. The new node's id."""
         number = str(len(self.graph) + 1)
         self.graph[number] = {"class_type": kind, "inputs": inputs, "_meta": {"title": title}}
