@@ -12,10 +12,16 @@ from demo.workflows import WORKFLOWS
 from tests.support.demo import ROOT
 
 FOLDER = ROOT / "workflows"
-STEMS = ("demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch", "lora-stack", "pag", "regional-prompts")
+STEMS = (
+    "demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch",
+    "lora-stack", "pag", "regional-prompts",
+)  # fmt: skip
 LOADERS = {"PixArtModelLoader": "diffusion_models", "PixArtT5Loader": "text_encoders", "VAELoader": "vae", "PixArtLoraLoader": "loras"}
 RELEASED = tuple(stem for stem in STEMS if stem.startswith(("sigma", "alpha")))
-FILE_MENUS = {("PixArtModelLoader", "model_name"), ("PixArtT5Loader", "t5_name"), ("VAELoader", "vae_name"), ("LoadImage", "image"), ("PixArtLoraLoader", "lora_name")}
+FILE_MENUS = {
+    ("PixArtModelLoader", "model_name"), ("PixArtT5Loader", "t5_name"), ("VAELoader", "vae_name"), ("LoadImage", "image"),
+    ("PixArtLoraLoader", "lora_name"),
+}  # fmt: skip
 
 
 def read(name: str) -> dict[str, Any]:
