@@ -11,7 +11,8 @@ def lora_stack() -> Workflow:
     """Two LoRA, one after the other; each can be bypassed."""
     names = ("pixart-demo-red-blue.safetensors", "pixart-demo-circle-square.safetensors")
     note = "\nTwo LoRA that swap words, red with blue and circle with square; the prompt's red circle comes out as a blue square. "
-    flow = Workflow(DEMO, DEMO_NOTE + note + "Bypass one (Ctrl+B) to take it off.\n\n" + "\n".join(f"{n} -> demo/weights/loras" for n in names))
+    note += "Bypass one (Ctrl+B) to take it off.\n\n" + "\n".join(f"{name} -> demo/weights/loras" for name in names)
+    flow = Workflow(DEMO, DEMO_NOTE + note)
     model, t5, vae = flow.loaders("demo")
     for row, name in enumerate(names):
         model = flow.add("PixArtLoraLoader", f"LoRA {row + 1}", 1, row, model=[model, 0], lora_name=name, strength=1.0)
@@ -24,7 +25,8 @@ def lora_stack() -> Workflow:
 
 def perturbed_attention() -> Workflow:
     """Perturbed-attention guidance on top of CFG, and the same picture without it."""
-    flow = Workflow(DEMO, DEMO_NOTE + "\nThe upper sampler is guided by PixArtPAG, the lower one is not. PixArt XL: block 14, scale 3 to 5.")
+    note = "\nThe upper sampler is guided by PixArtPAG, the lower one is not. For PixArt XL: block 14, scale 3 to 5."
+    flow = Workflow(DEMO, DEMO_NOTE + note)
     model, t5, vae = flow.loaders("demo")
     guided = flow.add(
         "PixArtPAG", "Perturbed-attention guidance", 1, 0, model=[model, 0], kind="perturbed attention", blocks="4", scale=2.0,
@@ -40,7 +42,8 @@ def perturbed_attention() -> Workflow:
 
 def regional_prompts() -> Workflow:
     """One prompt for each half of the picture, and one for the whole."""
-    flow = Workflow(DEMO, DEMO_NOTE + "\nEach half has its own prompt (x, y, width and height in pixels); the last prompt is for the whole.")
+    note = "\nEach half has its own prompt (x, y, width and height in pixels); the last prompt is for the whole picture."
+    flow = Workflow(DEMO, DEMO_NOTE + note)
     model, t5, vae = flow.loaders("demo")
     whole = flow.text("Whole picture", t5, "a picture on a white background", 300, 2)
     negative = flow.text("Negative prompt", t5, "", 300, 3)
@@ -50,7 +53,8 @@ def regional_prompts() -> Workflow:
         area = flow.add(
             "ConditioningSetArea", f"{side} area", 2, row + 1, conditioning=[text, 0], width=128, height=256, x=128 * row, y=0, strength=1.0
         )
-        positive = flow.add("ConditioningCombine", f"Add {side.lower()}", 2, row + 3, conditioning_1=[positive, 0], conditioning_2=[area, 0])
+        both = {"conditioning_1": [positive, 0], "conditioning_2": [area, 0]}
+        positive = flow.add("ConditioningCombine", f"Add {side.lower()}", 2, row + 3, **both)
     size = flow.add("PixArtResolution", "Size", 1, 4, base="256", width=256, height=256, batch_size=1)
     flow.decode(flow.sample("Sampler", model, positive, negative, [size, 0]), vae, "pixart-regional-prompts")
     return flow

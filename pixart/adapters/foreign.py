@@ -31,5 +31,9 @@ def no_adapter(source: str, keys: list[str]) -> str:
     """The message for a file without any adapter tensor."""
     pixart = bool(find_prefixes(keys))
     foreign = name_foreign(keys, has_pixart_layers=pixart)
-    kind = foreign.kind if foreign else "a whole PixArt transformer" if pixart else f"a file with the keys {', '.join(keys[:SHOWN]) or 'none'}"
-    return f"{source}: this is {kind}, no LoRA; expected lora_A / lora_B, lora_up / lora_down, hada_ or lokr_ matrices. Choose another file."
+    shown = ", ".join(keys[:SHOWN]) or "none"
+    kind = foreign.kind if foreign else "a whole PixArt transformer" if pixart else f"a file with the keys {shown}"
+    return (
+        f"{source}: this is {kind}, no LoRA; expected lora_A / lora_B, lora_up / lora_down, hada_ or lokr_ matrices. "
+        "Choose another file."
+    )

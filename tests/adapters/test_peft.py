@@ -21,7 +21,9 @@ TARGETS = ["attn1.to_q", "attn1.to_v", "attn2.to_k", "attn2.to_out.0", "ff.net.0
 SOME = {"transformer_blocks.1.attn1.to_v": 3, "attn2.to_k": 5}
 CASES = {
     "lora": lambda: peft.LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS),
-    "patterns": lambda: peft.LoraConfig(r=4, lora_alpha=6, rank_pattern=SOME, alpha_pattern={**SOME, "proj_out": 1}, target_modules=TARGETS),
+    "patterns": lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, rank_pattern=SOME, alpha_pattern={**SOME, "proj_out": 1}, target_modules=TARGETS
+    ),
     "rank-stabilized": lambda: peft.LoraConfig(r=9, lora_alpha=2, use_rslora=True, target_modules=TARGETS),
     "dora": lambda: peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=TARGETS),
     "bias": lambda: peft.LoraConfig(r=4, lora_alpha=2, lora_bias=True, target_modules=["attn1.to_v", "attn1.to_out.0"]),

@@ -129,7 +129,9 @@ def test_lists_of_blocks(text: str, expected: set) -> None:
     assert guidance.parse_blocks(text, 28) == expected
 
 
-@pytest.mark.parametrize(("text", "named"), [("3", "'3'"), ("0, x", "'x'"), ("2-1", "'2-1'"), ("", "empty"), ("-1", "'-1'"), ("0-9", "'0-9'")])
+@pytest.mark.parametrize(
+    ("text", "named"), [("3", "'3'"), ("0, x", "'x'"), ("2-1", "'2-1'"), ("", "empty"), ("-1", "'-1'"), ("0-9", "'0-9'")]
+)
 def test_blocks_that_the_model_does_not_have_are_refused(sigma, text: str, named: str) -> None:
     with pytest.raises(errors.InputError, match=f"{named}.*from 0 to 2"):
         guided(sigma, blocks=text)

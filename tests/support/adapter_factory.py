@@ -5,6 +5,7 @@ Nothing of `pixart.adapters` is used: names are listed by hand, and the sums fol
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -153,7 +154,7 @@ def make(name: str, weights: Weights, seed: int = 0) -> Sample:
     for layer, (key, part, parts) in layers.items():
         rows = weights[key].shape[0] // parts
         tensors, change = algorithm((rows, *weights[key].shape[1:]), order)
-        function = lambda piece, change=change: change  # noqa: E731
+        function = partial(_same, change=change)
         if name in MAGNITUDES:
             columns = name == "dora-columns"
             size = weights[key].shape[1] if columns else rows
@@ -161,11 +162,16 @@ def make(name: str, weights: Weights, seed: int = 0) -> Sample:
             others = [1] * (weights[key].ndim - 2)
             shape = (size,) if name == "dora-peft" else (1, size, *others) if columns else (size, 1, *others)
             tensors[MAGNITUDES[name]] = magnitude.reshape(shape)
-            function = lambda piece, change=change, magnitude=magnitude, columns=columns: _dora(piece, change, magnitude, columns)  # noqa: E731
+            function = partial(_dora, change=change, magnitude=magnitude, columns=columns)
         flat = layer.replace(".", "_") if prefix.endswith("_") else layer
         sample.tensors.update({f"{prefix}{flat}{end}": tensor.contiguous() for end, tensor in tensors.items()})
         sample.changes.append(Change(key, part * rows, rows, function))
     return sample
+
+
+def _same(weight: Tensor, change: Tensor) -> Tensor:
+    """The change of an adapter that doesn't look at the weight."""
+    return change
 
 
 def _dora(weight: Tensor, change: Tensor, magnitude: Tensor, columns: bool) -> Tensor:
