@@ -9,14 +9,14 @@ from .workflow_builder import DEMO, DEMO_NOTE, Workflow
 
 def lora_stack() -> Workflow:
     """Two LoRA, one after the other; each can be bypassed."""
-    names = ("pixart-demo-red-blue.safetensors", "pixart-demo-circle-square.safetensors")
-    note = "\nTwo LoRA that swap words, red with blue and circle with square; the prompt's red circle comes out as a blue square. "
+    names = ("pixart-demo-red-blue.safetensors", "pixart-demo-green-yellow.safetensors")
+    note = "\nTwo LoRA that swap words, red with blue and green with yellow: the prompt's red and green come out as blue and yellow. "
     note += "Bypass one (Ctrl+B) to take it off.\n\n" + "\n".join(f"{name} -> demo/weights/loras" for name in names)
     flow = Workflow(DEMO, DEMO_NOTE + note)
     model, t5, vae = flow.loaders("demo")
     for row, name in enumerate(names):
         model = flow.add("PixArtLoraLoader", f"LoRA {row + 1}", 1, row, model=[model, 0], lora_name=name, strength=1.0)
-    positive = flow.text("Prompt", t5, "a red circle", 300, 2)
+    positive = flow.text("Prompt", t5, "a red circle left of a green square", 300, 2)
     negative = flow.text("Negative prompt", t5, "", 300, 3)
     size = flow.add("PixArtResolution", "Size", 1, 4, base="256", width=256, height=256, batch_size=1)
     flow.decode(flow.sample("Sampler", model, positive, negative, [size, 0]), vae, "pixart-lora-stack")

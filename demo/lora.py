@@ -1,4 +1,4 @@
-"""Two small LoRA for the demo model that swap words: red with blue, circle with square. `python -m demo.lora`.
+"""Two small LoRA for the demo model that swap words: red with blue, green with yellow. `python -m demo.lora`.
 
 Nothing is trained. A swap of words moves T5's states nearly linearly, so the move is found by ridge regression over
 captions, and put behind T5 by changing the first layer that reads its states. Rebuild them when T5 or the transformer change.
@@ -23,7 +23,7 @@ from .captions import caption
 from .scenes import sample_scene
 
 FOLDER = WEIGHTS["vae"].parents[1] / "loras"
-SWAPS = {"red-blue": ("red", "blue"), "circle-square": ("circle", "square")}
+SWAPS = {"red-blue": ("red", "blue"), "green-yellow": ("green", "yellow")}
 LAYER, NATIVE = "transformer.caption_projection.linear_1", "y_embedder.y_proj.fc1.weight"
 RANK, RIDGE, CAPTIONS = 16, 1e-2, 800
 

@@ -15,7 +15,7 @@ from demo.reader import read_picture
 from tests.support.demo import ROOT
 from tests.support.graphs import insert, node_of, picture, pictures
 
-STACK = ("pixart-demo-red-blue.safetensors", "pixart-demo-circle-square.safetensors")
+STACK = ("pixart-demo-red-blue.safetensors", "pixart-demo-green-yellow.safetensors")
 
 
 def api(stem: str) -> Graph:
@@ -23,31 +23,31 @@ def api(stem: str) -> Graph:
     return workflow.load(ROOT / f"workflows/api/{stem}.json")
 
 
-def seen(image: np.ndarray) -> list[tuple[str, str]]:
-    """Colour and shape of the objects in a picture, the largest first."""
-    return [(found.color, found.shape) for found in read_picture(image).objects]
+def colors(image: np.ndarray) -> set[str]:
+    """Colours of the objects in a picture."""
+    return {found.color for found in read_picture(image).objects}
 
 
 def test_each_lora_of_the_stack_swaps_its_words(client: ComfyClient) -> None:
     """Strength 0 takes one off, as bypassing the node does."""
-    for strengths, expected in (((0, 0), ("red", "circle")), ((1, 0), ("blue", "circle")), ((1, 1), ("blue", "square"))):
+    for strengths, expected in (((0, 0), {"red", "green"}), ((1, 0), {"blue", "green"}), ((1, 1), {"blue", "yellow"})):
         graph = api("lora-stack")
         for node in graph.values():
             if node["class_type"] == "PixArtLoraLoader":
                 node["inputs"]["strength"] = float(strengths[STACK.index(node["inputs"]["lora_name"])])
-        assert seen(picture(client, graph))[:1] == [expected]
+        assert colors(picture(client, graph)) == expected
 
 
 def test_pag_changes_the_picture_and_keeps_its_subject(client: ComfyClient) -> None:
     with_pag, without = pictures(client, api("pag"))
     assert np.abs(with_pag - without).mean() > 0.002
-    assert {("green", "triangle"), ("yellow", "square")} & set(seen(with_pag))
+    assert colors(with_pag) == {"green", "yellow"}
 
 
 def test_each_region_follows_its_own_prompt(client: ComfyClient) -> None:
     image = picture(client, api("regional-prompts"))
     for half, color in ((image[:, :128], "red"), (image[:, 128:], "blue")):
-        assert color in {name for name, _ in seen(half)}
+        assert color in colors(half)
 
 
 def test_a_lora_for_another_model_is_an_error_in_the_queue(client: ComfyClient, base: Path, demo_graph: Graph) -> None:
