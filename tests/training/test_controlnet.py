@@ -34,7 +34,12 @@ def base_file(recipe_path, tmp_path, monkeypatch):  # noqa: F811
     from safetensors.torch import save_file
 
     monkeypatch.setattr(loop, "make_source", HintedPictures)
-    monkeypatch.setattr(loop, "copy_weights", lambda model, path, variant: model.load_state_dict(load_transformer(path).state_dict()))
+
+    def copy_weights(model, path, variant) -> list[int]:
+        model.load_state_dict(load_transformer(path).state_dict())
+        return []
+
+    monkeypatch.setattr(loop, "copy_weights", copy_weights)
     torch.manual_seed(0)
     model = PixArtTransformer(TINY)
     initialize_weights(model)
