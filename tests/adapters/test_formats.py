@@ -147,7 +147,8 @@ def test_a_lora_of_t5_alone_asks_for_a_text_encoder(model, tmp_path):
 
 
 BROKEN = {
-    "up missing": ({"blocks.0.attn.proj.lora_down.weight": torch.randn(2, 144)}, "lora_up is missing"),
+    "up missing": ({"blocks.0.attn.proj.lora_down.weight": torch.randn(2, 144)}, "only lora_down is there"),
+    "down missing": ({"blocks.0.attn.proj.lora_up.weight": torch.randn(144, 2)}, "lora_down is missing"),
     "ranks differ": (
         {"blocks.0.attn.proj.lora_down.weight": torch.randn(3, 144), "blocks.0.attn.proj.lora_up.weight": torch.randn(144, 2)},
         "don't fit each other",
