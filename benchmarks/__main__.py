@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-HELPERS = ("__init__", "__main__", "report", "peers", "timing", "plots")
+HELPERS = ("__init__", "__main__", "report", "peers", "timing", "plots", "text_report")
 
 
-def main() -> None:
-    """Hands the rest of the command line to that benchmark."""
+def main(arguments: list[str]) -> int:
+    """Hands the rest of the command line to that benchmark; 2 for a name there is none of."""
     names = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in HELPERS)
-    if len(sys.argv) < 2 or sys.argv[1] not in names:
-        sys.exit(f"usage: python -m benchmarks {{{','.join(names)}}} [options]; -h after a name lists its options")
-    importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+    if not arguments or arguments[0] not in names:
+        sys.stderr.write(f"usage: python -m benchmarks {{{','.join(names)}}} [options]; -h after a name lists its options\n")
+        return 2
+    importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

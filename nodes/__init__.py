@@ -3,10 +3,17 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .guidance import PixArtPAG
+from .controlnet import PixArtControlNetLoader, PixArtHED
+from .few_steps import PixArtOneStep, PixArtTimesteps
 from .host.demo_models import offer_demo_models
+from .lora import PixArtLoraLoader
+from .kv_compress import PixArtKVCompress
 from .model import PixArtModelLoader
+from .prompts import PixArtLoadPrompt, PixArtNegative, PixArtSavePrompt
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition
 from .text import PixArtT5Loader, PixArtTextEncode
+from .vae import PixArtConsistencyDecoder
 
 NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtModelLoader,
@@ -15,6 +22,17 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     PixArtResolution,
     PixArtCropToSize,
     PixArtSizeCondition,
+    PixArtLoraLoader,
+    PixArtPAG,
+    PixArtControlNetLoader,
+    PixArtHED,
+    PixArtTimesteps,
+    PixArtOneStep,
+    PixArtConsistencyDecoder,
+    PixArtNegative,
+    PixArtSavePrompt,
+    PixArtLoadPrompt,
+    PixArtKVCompress,
 )
 
 

@@ -6,13 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..pixart.errors import InputError
+from .host.family import SIGMA_TOKENS, max_tokens_of
 from .host.files import choices, resolve
 from .host.schema import schema
 from .host.text_encoder import DEFAULT, DEVICES, PRECISIONS, load_t5
-from .host.tokens import encode
+from .host.tokens import encode, prepare_text
 
 FOLDER, COMPONENT = "text_encoders", "text_encoder"
-SIGMA_TOKENS, MAX_TOKENS = 300, 4096
+AUTO, MAX_TOKENS = "auto", 4096
 log = logging.getLogger(__name__)
 
 
@@ -33,14 +35,14 @@ class PixArtT5Loader(io.ComfyNode):
                 io.Combo.Input(
                     "t5_name",
                     options=choices(FOLDER, COMPONENT),
-                    tooltip="A file or a Hugging Face folder under models/text_encoders.",
+                    tooltip="A file or a Hugging Face folder under models/text_encoders; also one that was quantized.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default=DEFAULT,
-                    tooltip="How weights are kept; default is as in the file. fp8 halves the memory of fp16 "
-                    "(T5-XXL: 4.9 instead of 9.5 GB).",
+                    tooltip="How weights are kept; default is as in the file. T5-XXL takes 9.5 GB in bf16 and fp16, 4.9 in fp8 "
+                    "and int8, 2.7 in nf4 and fp4. int8, nf4 and fp4 need: pip install bitsandbytes",
                 ),
                 io.Combo.Input(
                     "device",
@@ -75,24 +77,68 @@ class PixArtTextEncode(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="From PixArtT5Loader, or CLIPLoader with type pixart."),
                 io.String.Input("text", multiline=True, dynamic_prompts=True, tooltip="The prompt; may be empty."),
-                io.Int.Input(
+                io.Combo.Input(
                     "max_tokens",
-                    default=SIGMA_TOKENS,
-                    min=1,
-                    max=MAX_TOKENS,
-                    tooltip="Longest prompt the model was trained with: 300 for PixArt-Σ, 120 for PixArt-α.",
+                    options=[AUTO, "120", "300"],
+                    default=AUTO,
+                    tooltip="Longest prompt: 300 for PixArt-Σ, 120 for PixArt-α. auto asks the connected model; without one it is 300.",
                 ),
+                io.Boolean.Input(  # optional, as all that came later: graphs in API format don't name it
+                    "clean_caption",
+                    optional=True,
+                    default=False,
+                    tooltip="Cleans as the reference cleans captions (HTML, addresses, brackets; lower case). It takes (word:1.2) "
+                    "weights away. Needs: pip install ftfy beautifulsoup4",
+                ),
+                io.Boolean.Input(
+                    "lower_case",
+                    optional=True,
+                    default=False,
+                    tooltip="Encodes in lower case, as diffusers does; the Σ repository doesn't.",
+                ),
+                io.Model.Input("model", optional=True, tooltip="The model to draw with; max_tokens auto reads its limit."),
             ],
             outputs=[io.Conditioning.Output()],
         )
 
     @classmethod
-    def execute(cls, clip: Any, text: str, max_tokens: int) -> io.NodeOutput:
+    def validate_inputs(cls, max_tokens: str | int) -> bool | str:
+        """Any number is fine: graphs made before there was a menu hold one."""
+        try:
+            token_limit(max_tokens, None)
+        except InputError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        clip: Any,
+        text: str,
+        max_tokens: str | int = AUTO,
+        clean_caption: bool = False,
+        lower_case: bool = False,
+        model: Any = None,
+    ) -> io.NodeOutput:
         """CONDITIONING; the count is shown on the node, a cut is logged."""
-        encoded = encode(clip, text, max_tokens)
+        limit = token_limit(max_tokens, model)
+        encoded = encode(clip, prepare_text(text, clean_caption, lower_case), limit)
         if encoded.cut:
             log.warning(
                 "PixArt: a prompt has %d tokens, the limit is %d. Left out: %s",
-                encoded.count, max_tokens, encoded.cut,
+                encoded.count, limit, encoded.cut,
             )  # fmt: skip
         return io.NodeOutput(encoded.conditioning, ui=ui.PreviewText(encoded.describe()))
+
+
+def token_limit(wanted: str | int, model: Any | None) -> int:
+    """auto: the model's, or Σ's without one. Raises InputError for what is no number from 1 to MAX_TOKENS."""
+    if wanted == AUTO:
+        return SIGMA_TOKENS if model is None else max_tokens_of(model)
+    try:
+        limit = int(wanted)
+    except (TypeError, ValueError):
+        limit = 0
+    if not 1 <= limit <= MAX_TOKENS:
+        raise InputError(f"max_tokens is {wanted}; expected {AUTO}, or 1 to {MAX_TOKENS}: at least the end token.")
+    return limit

@@ -1,4 +1,4 @@
-"""The attention seam, and self- and cross-attention of a PixArt block."""
+"""The attention seam, self- and cross-attention of a PixArt block, and KV compression that was trained."""
 from __future__ import annotations
 
 from typing import Any, Protocol
@@ -8,9 +8,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .kv_compress import KVCompression, compress_keys_values
+
 
 class AttentionFunction(Protocol):
-    """Softmax attention. q: (B, N, H*d); k, v: (B, M, H*d); mask: bool (B, M), True attends -> (B, N, H*d)."""
+    """Softmax attention. q: (B, N, H*d); k, v: (B, M, H*d) -> (B, N, H*d).
+
+    mask: (B, M), bool where True attends, or floats that are added to the scores.
+    """
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, heads: int, mask: Tensor | None = None, options: Any = None
@@ -23,7 +28,7 @@ def torch_attention(
     """Plain torch; `options` belongs to hosts that route attention and is not used here."""
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
     if mask is not None:
-        mask = mask.bool()[:, None, None, :]  # (B, 1, 1, M)
+        mask = (mask.to(q.dtype) if mask.is_floating_point() else mask.bool())[:, None, None, :]  # (B, 1, 1, M)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(out, "b h n d -> b n (h d)")
 
@@ -34,44 +39,74 @@ def dense_attention(
     """The same with whole score matrices: for training on a CPU, where the fused kernel's backward is slow."""
     q, k, v = (rearrange(x, "b n (h d) -> (b h) n d", h=heads) for x in (q, k, v))
     scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
-    if mask is not None:
+    if mask is not None and mask.is_floating_point():
+        scores = scores + mask.repeat_interleave(heads, dim=0)[:, None]
+    elif mask is not None:
         scores = scores.masked_fill(~mask.bool().repeat_interleave(heads, dim=0)[:, None], float("-inf"))
     out = torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
     return rearrange(out, "(b h) n d -> b n (h d)", h=heads)
 
 
 class SelfAttention(nn.Module):
-    """Attention among picture tokens, with a fused `qkv`; `ratio` > 1 compresses keys and values.
+    """Attention among picture tokens, with a fused `qkv`; `ratio` > 1 compresses keys and values as trained.
 
-    Compression (PixArt-Σ, section 3.2): a depthwise convolution with kernel = stride = ratio
-    over the 2-D token grid, then LayerNorm, on K and V but not Q. A rest that the ratio doesn't
-    divide is floored away, as in the reference.
+    Trained compression (PixArt-Σ, section 3.2) is of K and V but not Q. Mode "conv": a depthwise convolution
+    with kernel = stride = ratio over the 2-D token grid, then LayerNorm. The others have no weights, see
+    `select_tokens`. A rest that the ratio doesn't divide is floored away, as in the reference.
     """
 
-    def __init__(self, hidden_size, num_heads, attention: AttentionFunction, operations, ratio=1, **factory) -> None:
+    def __init__(
+        self, hidden_size, num_heads, attention: AttentionFunction, operations, ratio=1, mode="conv", **factory
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention = attention
         self.qkv = operations.Linear(hidden_size, 3 * hidden_size, bias=True, **factory)
         self.proj = operations.Linear(hidden_size, hidden_size, bias=True, **factory)
         self.ratio = ratio
-        if ratio > 1:
+        self.mode = mode
+        if ratio > 1 and mode == "conv":
             self.sr = operations.Conv2d(
                 hidden_size, hidden_size, groups=hidden_size, kernel_size=ratio, stride=ratio, **factory
             )
             self.norm = operations.LayerNorm(hidden_size, **factory)
 
-    def forward(self, hidden: Tensor, grid: tuple[int, int], options: Any = None) -> Tensor:
-        """hidden: (B, rows*columns, D) -> the same shape."""
+    def forward(
+        self, hidden: Tensor, grid: tuple[int, int], options: Any = None, compression: KVCompression | None = None, identity: bool = False
+    ) -> Tensor:
+        """hidden: (B, rows*columns, D) -> the same shape.
+
+        compression: training-free, for blocks trained without. identity: each token attends to itself alone
+        (perturbed attention, arXiv:2403.17377, section 4.2).
+        """
         q, k, v = self.qkv(hidden).chunk(3, dim=-1)
+        if identity:
+            return self.proj(v)
+        bias = None
         if self.ratio > 1:
             k, v = self._compress(k, grid), self._compress(v, grid)
-        return self.proj(self.attention(q, k, v, heads=self.num_heads, options=options))
+        elif compression is not None:
+            k, v, bias = compress_keys_values(k, v, grid, self.num_heads, compression)
+        return self.proj(self.attention(q, k, v, heads=self.num_heads, mask=bias, options=options))
 
     def _compress(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.mode != "conv":
+            return select_tokens(tokens, grid, self.ratio, self.mode)
         rows, columns = grid
         image = rearrange(tokens, "b (r c) d -> b d r c", r=rows, c=columns)
         return self.norm(rearrange(self.sr(image), "b d r c -> b (r c) d"))
+
+
+def select_tokens(tokens: Tensor, grid: tuple[int, int], ratio: int, mode: str) -> Tensor:
+    """One of every `ratio` tokens, (B, N, D) -> (B, cells, D), by the reference's modes without weights.
+
+    "uniform_every" counts along the sequence. "uniform" takes the first token of each 2-D cell, and so
+    does "ave", which the reference computes by nearest neighbour, not as an average. Whole cells only.
+    """
+    if mode == "uniform_every":
+        return tokens[:, ::ratio][:, : tokens.shape[1] // ratio]
+    rows, columns = (side // ratio for side in grid)
+    return tokens.unflatten(1, grid)[:, ::ratio, ::ratio][:, :rows, :columns].flatten(1, 2)
 
 
 class CrossAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | inspect | convert | train`."""
+"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | train`."""
 from __future__ import annotations
 
 import argparse
@@ -11,7 +11,10 @@ from pathlib import Path
 
 from . import __version__
 from .config import variant_names
-from .errors import InputError, PixArtError, UnsupportedError
+from .device import check_device
+from .errors import InputError, PixArtError
+from .text.commands import add_text_commands
+from .text.names import PRECISIONS
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
@@ -61,9 +64,14 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("source", type=Path)
     convert.add_argument("destination", type=Path)
     convert.add_argument("--to", choices=("original", "diffusers"), required=True)
+    convert.add_argument(
+        "--kv-compression", metavar="MODE:RATIO:FIRST-LAST",
+        help="for weights trained with compression that leaves no trace in them, e.g. uniform:2:14-27; noted in the new file",
+    )  # fmt: skip
     _add_reading_options(convert)
     convert.set_defaults(run=_convert)
 
+    add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
     train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
     train.add_argument("config", type=Path, help="a recipe, e.g. configs/train/demo.json")
     train.add_argument("--restart", action="store_true", help="begin anew instead of going on")
@@ -94,6 +102,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="default: a new one, which is printed")
     parser.add_argument("--output", type=Path, default=Path("pixart.png"), help="several pictures get a number")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as the weights are stored")
+    parser.add_argument("--t5-precision", choices=PRECISIONS, help="of T5's linear layers; int8, nf4, fp4 need bitsandbytes")
+    parser.add_argument("--clean-caption", action="store_true", help="clean prompts by the reference's rules")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     parser.set_defaults(run=_generate)
 
@@ -110,7 +120,8 @@ def _generate(given: argparse.Namespace) -> None:
         tokenizer=given.tokenizer,
         variant=given.variant,
         dtype=getattr(torch, DTYPES[given.dtype]) if given.dtype else None,
-        device=_device(given.device),
+        device=check_device(given.device),
+        text_precision=given.t5_precision,
         ema=given.ema,
     )
     seed = secrets.randbelow(2**32) if given.seed is None else given.seed
@@ -124,6 +135,7 @@ def _generate(given: argparse.Namespace) -> None:
         use_bins=not given.no_bins,
         seed=seed,
         images_per_prompt=given.images,
+        clean_caption=given.clean_caption,
     )
     given.output.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.write(f"seed {seed}\n")
@@ -144,7 +156,9 @@ def _inspect(given: argparse.Namespace) -> None:
 def _convert(given: argparse.Namespace) -> None:
     from .checkpoints import convert_file
 
-    written = convert_file(given.source, given.destination, to=given.to, ema=given.ema, variant=given.variant)
+    written = convert_file(
+        given.source, given.destination, to=given.to, ema=given.ema, variant=given.variant, kv_compression=given.kv_compression
+    )
     sys.stdout.write(f"{written}\n")
 
 
@@ -179,19 +193,3 @@ def _parts(given: argparse.Namespace) -> dict[str, Path]:
         elif path is None:
             raise InputError(f"--{name.replace('_', '-')} is needed beside --transformer {given.transformer}.")
     return parts
-
-
-def _device(name: str) -> str:
-    """The device to use; raises UnsupportedError if this machine lacks it."""
-    import torch
-
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, available in has.items() if available)
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise UnsupportedError(f"--device is {name!r}; expected auto, cpu, cuda, cuda:1 or mps.") from None
-    if not has.get(kind, True):
-        raise UnsupportedError(f"--device is {name!r}, but torch finds no {kind} here; use --device cpu.")
-    return name

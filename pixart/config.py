@@ -14,6 +14,9 @@ CONFIG_DIR = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKA
 HEAD_DIM = 72  # every PixArt of the zoo; the head count can't be read from the weights
 
 
+COMPRESSION_MODES = ("conv", "uniform", "uniform_every", "ave")  # of trained KV compression, as the reference names them
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of one PixArt transformer. The defaults are XL/2 of Σ."""
@@ -30,7 +33,8 @@ class TransformerConfig:
     position_range: float = 32.0  # positions run from 0 to this, at every size
     micro_condition: bool = False  # α-1024: size and aspect ratio join the timestep
     null_caption: bool = True  # whether `y_embedder.y_embedding` is in the weights
-    compressed_blocks: tuple[tuple[int, int], ...] = field(default=())  # (block, ratio) of KV compression
+    compressed_blocks: tuple[tuple[int, int], ...] = field(default=())  # (block, ratio) of trained KV compression
+    compression_mode: str = "conv"  # of all these blocks; only "conv" has weights of its own
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -40,6 +44,15 @@ class TransformerConfig:
             )
         if self.hidden_size % 4:
             raise ConfigError(f"hidden_size {self.hidden_size} must be a multiple of 4 for 2-D sine positions.")
+        if self.compression_mode not in COMPRESSION_MODES:
+            raise ConfigError(f"compression_mode is {self.compression_mode!r}; expected one of {', '.join(COMPRESSION_MODES)}.")
+        blocks = [block for block, _ in self.compressed_blocks]
+        wrong = [pair for pair in self.compressed_blocks if not 0 <= pair[0] < self.depth or pair[1] < 2]
+        if wrong or len(set(blocks)) < len(blocks):
+            raise ConfigError(
+                f"compressed_blocks are {self.compressed_blocks}; expected pairs (block, ratio) with each block, "
+                f"0 to {self.depth - 1}, at most once, and ratios of 2 or more."
+            )
 
     def to_dict(self) -> dict:
         """Plain values, as they stand in `configs/*.json`."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionFunction, CrossAttention, SelfAttention
+from .kv_compress import KVCompression
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class BlockInputs:
     modulation: Tensor  # (B, 6, D), fp32, the same for every block
     grid: tuple[int, int]  # token rows and columns
     attention_options: Any = None
+    identity_attention: bool = False  # self-attention without mixing of tokens, for perturbed-attention guidance
+    compression: KVCompression | None = None  # training-free, of this block
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -49,11 +52,11 @@ class PixArtBlock(nn.Module):
     """adaLN-single block (PixArt-α, section 2.3): gated self-attention, cross-attention, gated MLP."""
 
     def __init__(
-        self, hidden_size, num_heads, mlp_hidden, attention: AttentionFunction, operations, ratio=1, **factory
+        self, hidden_size, num_heads, mlp_hidden, attention: AttentionFunction, operations, ratio=1, mode="conv", **factory
     ) -> None:
         super().__init__()
         self.norm1 = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
-        self.attn = SelfAttention(hidden_size, num_heads, attention, operations, ratio=ratio, **factory)
+        self.attn = SelfAttention(hidden_size, num_heads, attention, operations, ratio=ratio, mode=mode, **factory)
         self.cross_attn = CrossAttention(hidden_size, num_heads, attention, operations, **factory)
         self.norm2 = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
         self.mlp = Mlp(hidden_size, mlp_hidden, operations, **factory)
@@ -70,7 +73,7 @@ class PixArtBlock(nn.Module):
         table = cast_table(self.scale_shift_table, inputs.modulation)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (table + inputs.modulation).chunk(6, dim=1)
         attn_in = modulate(self.norm1(hidden), shift_attn, scale_attn).to(dtype)
-        hidden = hidden + gate_attn * self.attn(attn_in, inputs.grid, options)
+        hidden = hidden + gate_attn * self.attn(attn_in, inputs.grid, options, inputs.compression, inputs.identity_attention)
         hidden = hidden + self.cross_attn(hidden.to(dtype), context, inputs.context_mask, options)
         mlp_in = modulate(self.norm2(hidden), shift_mlp, scale_mlp).to(dtype)
         return hidden + gate_mlp * self.mlp(mlp_in)

@@ -1,7 +1,7 @@
 """The PixArt transformer: one model for α, Σ, δ and small ones. `forward` reads top to bottom."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from .attention import AttentionFunction, torch_attention
 from .config import TransformerConfig
 from .embeddings import CaptionEmbedder, PatchEmbedder, SinusoidEmbedder, position_table
 from .errors import InputError
+from .kv_compress import KVCompression, plan_blocks
 from .layers import BlockInputs, FinalLayer, PixArtBlock
 
 BlockWrapper = Callable[[BlockInputs, Callable[[BlockInputs], Tensor]], Tensor]
@@ -52,8 +53,9 @@ class PixArtTransformer(nn.Module):
             self.ar_embedder = SinusoidEmbedder(size // 3, operations, **factory)
         self.blocks = nn.ModuleList(
             PixArtBlock(
-                size, config.num_heads, config.mlp_hidden, attention, operations, ratio=ratios.get(i, 1), **factory
-            )
+                size, config.num_heads, config.mlp_hidden, attention, operations,
+                ratio=ratios.get(i, 1), mode=config.compression_mode, **factory,
+            )  # fmt: skip
             for i in range(config.depth)
         )
         self.final_layer = FinalLayer(size, config.patch_size, config.out_channels, operations, **factory)
@@ -69,6 +71,7 @@ class PixArtTransformer(nn.Module):
         block_wrappers: Mapping[int, BlockWrapper] | None = None,
         block_residuals: Mapping[int, Tensor] | None = None,
         attention_options: Any = None,
+        kv_compression: Sequence[KVCompression] = (),
     ) -> Tensor:
         """Predicts from a noisy latent.
 
@@ -78,28 +81,57 @@ class PixArtTransformer(nn.Module):
         block_wrappers: called as wrapper(inputs, block) in place of that block.
         block_residuals: (B, N, D) each, added to that block's output.
         attention_options: handed to the attention function as it is.
+        kv_compression: training-free approximations that hold at this step (their percents are the caller's
+        to look at), each block in at most one.
         Returns (B, out_channels, H, W). Raises InputError where a shape doesn't fit.
         """
         self._check(latent, timestep, context, context_mask, size, block_wrappers, block_residuals)
         height, width = latent.shape[-2:]
-        patches = pad_to_patches(latent, self.config.patch_size)
-        grid = (patches.shape[-2] // self.config.patch_size, patches.shape[-1] // self.config.patch_size)
-        dtype = latent.dtype
+        grid = self._grid(latent)
+        self._check_grid(grid)
+        compression = plan_blocks(kv_compression, self.config, grid[0] * grid[1])
+        inputs, embedded_time = self.embed(latent, timestep, context, context_mask, size, attention_options)
+        hidden = self._run_blocks(inputs, block_wrappers or {}, block_residuals or {}, compression)
+        return self.unembed(hidden, embedded_time, grid)[..., :height, :width]
 
-        hidden = self.x_embedder(patches).float()  # (B, N, D); the residual stream is fp32, see PixArtBlock
-        hidden = hidden + position_table(*grid, self.config.hidden_size, self.config.position_range, hidden.device)
-        embedded_time = self._embed_time(timestep, size, (height, width), dtype)  # (B, D)
+    def embed(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None = None,
+        size: Tensor | None = None,
+        attention_options: Any = None,
+    ) -> tuple[BlockInputs, Tensor]:
+        """What the first block sees, and the embedded time (B, D), which the final layer needs too."""
+        dtype = latent.dtype
+        embedded_time = self._embed_time(timestep, size, latent.shape[-2:], dtype)  # (B, D)
         inputs = BlockInputs(
-            hidden=hidden,
+            hidden=self.embed_latent(latent),
             context=self.y_embedder(context.to(dtype)),
             context_mask=None if context_mask is None else context_mask.bool(),
             modulation=self.t_block(embedded_time).float().unflatten(-1, (6, -1)),
-            grid=grid,
+            grid=self._grid(latent),
             attention_options=attention_options,
         )
-        hidden = self._run_blocks(inputs, block_wrappers or {}, block_residuals or {})
-        tokens = self.final_layer(hidden, embedded_time)
-        return self._unpatchify(tokens, grid)[..., :height, :width]
+        return inputs, embedded_time
+
+    def embed_latent(self, latent: Tensor) -> Tensor:
+        """Patches with their positions, (B, N, D); a ControlNet's hint enters here too. fp32, see PixArtBlock."""
+        hidden = self.x_embedder(pad_to_patches(latent, self.config.patch_size)).float()
+        positions = position_table(
+            *self._grid(latent), self.config.hidden_size, self.config.position_range, hidden.device
+        )
+        return hidden + positions
+
+    def unembed(self, hidden: Tensor, embedded_time: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The last block's output as a latent, (B, out_channels, rows * patch, columns * patch)."""
+        return self._unpatchify(self.final_layer(hidden, embedded_time), grid)
+
+    def _grid(self, latent: Tensor) -> tuple[int, int]:
+        """Token rows and columns, those that are padded to whole patches included."""
+        patch = self.config.patch_size
+        return -(-latent.shape[-2] // patch), -(-latent.shape[-1] // patch)
 
     def _embed_time(self, timestep: Tensor, size: Tensor | None, latent_size: tuple[int, int], dtype) -> Tensor:
         embedded = self.t_embedder(timestep, dtype)
@@ -112,11 +144,15 @@ class PixArtTransformer(nn.Module):
         return embedded + torch.cat([self.csize_embedder(size, dtype), self.ar_embedder(ratio, dtype)], dim=-1)
 
     def _run_blocks(
-        self, inputs: BlockInputs, wrappers: Mapping[int, BlockWrapper], residuals: Mapping[int, Tensor]
+        self,
+        inputs: BlockInputs,
+        wrappers: Mapping[int, BlockWrapper],
+        residuals: Mapping[int, Tensor],
+        compression: Mapping[int, KVCompression],
     ) -> Tensor:
         hidden = inputs.hidden
         for index, block in enumerate(self.blocks):
-            inputs = replace(inputs, hidden=hidden)
+            inputs = replace(inputs, hidden=hidden, compression=compression.get(index))
             wrapper = wrappers.get(index)
             hidden = block(inputs) if wrapper is None else wrapper(inputs, block)
             if index in residuals:
@@ -155,6 +191,18 @@ class PixArtTransformer(nn.Module):
             outside = sorted(i for i in hooks or () if not 0 <= i < config.depth)
             if outside:
                 raise InputError(f"{name} names block(s) {outside}; this model has blocks 0..{config.depth - 1}.")
+
+    def _check_grid(self, grid: tuple[int, int]) -> None:
+        """Trained compression floors the grid, which must leave something."""
+        every = self.config.compression_mode == "uniform_every"
+        cells = grid[0] * grid[1] if every else min(grid)
+        for block, ratio in self.config.compressed_blocks:
+            if cells < ratio:
+                pixels = ratio * self.config.patch_size * PIXELS_PER_LATENT
+                raise InputError(
+                    f"block {block} compresses keys and values by {ratio}, which leaves nothing of {grid[0]} x {grid[1]} tokens; "
+                    + (f"expected at least {ratio} tokens." if every else f"expected sides of at least {pixels} px.")
+                )
 
 
 def pixel_size(timestep: Tensor, height: int, width: int) -> Tensor:

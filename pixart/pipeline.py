@@ -9,19 +9,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .adapters import merge_file
 from .bins import Bin, check_size, nearest_bin, resize_and_crop
 from .checkpoints.load import load_transformer
 from .config import get_variant
 from .errors import InputError
+from .kv_compress import KVCompression
 from .model import PIXELS_PER_LATENT, PixArtTransformer
 from .sampling import Callback, denoise, initial_noise, make_scheduler
+from .text.captions import prepare
 from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_encoder
+from .text.prompt_file import load_prompts
 from .vae import Vae, load_vae
 
 logger = logging.getLogger(__name__)
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 MAX_STEPS = 1000  # timesteps of the training schedule
+MAX_STRENGTH = 100
 
 
 class Canvas(NamedTuple):
@@ -81,18 +86,19 @@ class Pipeline:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         ema: bool = False,
+        text_precision: str | None = None,
     ) -> Pipeline:
         """Loads every part; each path is a file or folder, also a diffusers pipeline's folder.
 
         Without a text encoder, calls need `prompt_embeds`; without a VAE, `output="latent"`.
         dtype: of transformer and T5 (default: as stored, but a CPU runs an fp16 transformer in fp32);
-        the VAE runs in fp32 unless dtype is bf16.
+        the VAE runs in fp32 unless dtype is bf16. text_precision: int8, nf4, fp4 or fp8_e4m3fn for T5's linear layers.
         """
         model = load_transformer(transformer, variant=variant, dtype=dtype, device=device, ema=ema)
         if dtype is None and torch.device(device).type == "cpu" and model.detection.dtype == "float16":
             model.float()  # most CPUs are slow in fp16
         found = model.detection
-        encoder = load_text_encoder(text_encoder, tokenizer, dtype, device) if text_encoder else None
+        encoder = load_text_encoder(text_encoder, tokenizer, dtype, device, text_precision) if text_encoder else None
         # The SDXL VAE overflows in fp16.
         vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         decoder = load_vae(vae, found.latent_scale, vae_dtype, device) if vae else None
@@ -122,27 +128,30 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         images_per_prompt: int = 1,
         latents: Tensor | None = None,
-        prompt_embeds: TextEmbeddings | None = None,
-        negative_prompt_embeds: TextEmbeddings | None = None,
+        prompt_embeds: TextEmbeddings | str | Path | None = None,
+        negative_prompt_embeds: TextEmbeddings | str | Path | None = None,
         lower_case: bool = True,
+        clean_caption: bool = False,
         output: str = "pil",
         callback: Callback | None = None,
         progress: bool = True,
+        kv_compression: KVCompression | Sequence[KVCompression] = (),
     ) -> Any:
         """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Σ pipeline.
 
         width, height: wanted pixels (default: the model's base size); with use_bins the nearest trained
         size is drawn, then resized and cropped. guidance <= 1 runs without the negative prompt.
         seed: one for the whole batch, or one a picture. latents: initial noise (B, C, h, w), unit variance.
-        prompt_embeds, negative_prompt_embeds: from `encode`, in place of prompts.
+        prompt_embeds, negative_prompt_embeds: from `encode`, or a prompt file, in place of prompts.
+        clean_caption: by the reference's rules (`pip install ftfy beautifulsoup4`); they lower-case too.
         callback(step, timestep, latents): returning False ends sampling there.
+        kv_compression: training-free, an approximation that makes large pictures cheaper; see `kv_compress`.
         output: "pil" -> list of pictures, "np" -> (B, H, W, 3) and "pt" -> (B, 3, H, W) in 0..1,
         "latent" -> (B, C, h, w) in the model's latent space. Raises InputError.
         """
         self._check(steps, guidance, images_per_prompt, output)
-        positive, negative = self._embed(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance > 1, lower_case
-        )
+        embeds = [self._from_file(given) for given in (prompt_embeds, negative_prompt_embeds)]
+        positive, negative = self._embed(prompt, negative_prompt, *embeds, guidance > 1, (lower_case, clean_caption))
         batch = positive.states.shape[0] * images_per_prompt
         canvas = self._canvas(width, height, use_bins, latents)
         noise = self._noise(batch, canvas, seed, latents)
@@ -151,7 +160,7 @@ class Pipeline:
             context = concatenate(negative.repeat(images_per_prompt), context)
         size = None
         if self.transformer.config.micro_condition:
-            size = torch.tensor([[canvas.drawn_height, canvas.drawn_width]], device=self.device)
+            size = torch.tensor([positive.size or (canvas.drawn_height, canvas.drawn_width)], device=self.device)
         scheduler = self.scheduler if self.scheduler is not None else make_scheduler()
         found = denoise(
             self.transformer,
@@ -163,20 +172,37 @@ class Pipeline:
             size=size,
             callback=callback,
             progress=progress,
+            kv_compression=[kv_compression] if isinstance(kv_compression, KVCompression) else kv_compression,
         )
         return found if output == "latent" else to_output(self._decode(found, canvas), output)
 
+    def load_lora(self, path: str | Path, strength: float = 1.0) -> str:
+        """Merges a LoRA, LoHa, LoKr or DoRA into the loaded weights, of T5 too if it has such layers; files stay as they are.
+
+        path: a file of any trainer, or a PEFT folder. strength: 1 as trained, negative for the opposite; several add
+        up. Returns one line, which is logged too: how many keys were applied, and which were not. To take a LoRA off
+        exactly, load the pipeline anew. Raises CheckpointError and InputError, and then changes nothing.
+        """
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= MAX_STRENGTH:
+            raise InputError(f"strength is {strength!r}; expected a number from -{MAX_STRENGTH} to {MAX_STRENGTH}, usually 0 to 1.")
+        fit = merge_file(path, strength, self.transformer, getattr(self.text_encoder, "model", None))
+        logger.log(logging.WARNING if fit.left else logging.INFO, "LoRA %s", fit.describe())
+        return fit.describe()
+
     def encode(
-        self, prompts: str | Sequence[str], max_tokens: int | None = None, lower_case: bool = True
+        self,
+        prompts: str | Sequence[str],
+        max_tokens: int | None = None,
+        lower_case: bool = True,
+        clean_caption: bool = False,
     ) -> TextEmbeddings:
-        """T5 states of prompts, for `prompt_embeds`; lower-cased and stripped, as diffusers does it."""
+        """T5 states of prompts, for `prompt_embeds`; lower-cased and stripped, or cleaned, as diffusers does it."""
         if self.text_encoder is None:
             raise InputError("This pipeline has no text encoder: give text_encoder= when loading, or prompt_embeds=.")
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"prompt is {prompts!r}; expected a string or a list of strings.")
-        if lower_case:
-            texts = [text.lower().strip() for text in texts]
+        texts = [prepare(text, clean_caption, lower_case) for text in texts]
         return self.text_encoder.encode(texts, max_tokens or self.max_tokens)
 
     def _check(self, steps: int, guidance: float, images_per_prompt: int, output: str) -> None:
@@ -192,17 +218,17 @@ class Pipeline:
 
     def _embed(
         self, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str], embeds: TextEmbeddings | None,
-        negative_embeds: TextEmbeddings | None, guided: bool, lower_case: bool,
+        negative_embeds: TextEmbeddings | None, guided: bool, preparation: tuple[bool, bool],
     ) -> tuple[TextEmbeddings, TextEmbeddings | None]:  # fmt: skip
         """Embeddings of the prompts and, with guidance, as many of the negative prompts."""
         if (prompt is None) == (embeds is None):
             raise InputError("Give either prompt or prompt_embeds" + (", not both." if embeds is not None else "."))
-        positive = embeds if embeds is not None else self.encode(prompt, lower_case=lower_case)
+        positive = embeds if embeds is not None else self.encode(prompt, None, *preparation)
         negative = None
         if guided:
             negative = negative_embeds
             if negative is None:
-                negative = self.encode(negative_prompt, lower_case=lower_case)
+                negative = self.encode(negative_prompt, None, *preparation)
         for name, part in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
             self._check_embeddings(name, part)
         count = positive.states.shape[0]
@@ -212,13 +238,17 @@ class Pipeline:
             negative = negative.repeat(count)
         return positive, negative
 
+    def _from_file(self, given: TextEmbeddings | str | Path | None) -> TextEmbeddings | None:
+        is_path = isinstance(given, (str, Path))
+        return load_prompts(given, self.transformer.config.caption_channels).embeddings if is_path else given
+
     def _check_embeddings(self, name: str, part: TextEmbeddings | None) -> None:
         width = self.transformer.config.caption_channels
         if part is None:
             return
         if part.states.ndim != 3 or part.states.shape[2] != width or part.mask.shape != part.states.shape[:2]:
             raise InputError(
-                f"{name} has states {tuple(part.states.shape)} and mask {tuple(part.mask.shape)}; expected "
+                f"{name}{f' ({part.source})' if part.source else ''} has states {tuple(part.states.shape)} and mask {tuple(part.mask.shape)}; expected "
                 f"(prompts, tokens, {width}) and (prompts, tokens)."
             )
 

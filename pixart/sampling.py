@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, UnsupportedError
+from .kv_compress import KVCompression, check_together
 from .model import PixArtTransformer
 from .text.encoder import TextEmbeddings
 
@@ -47,16 +48,20 @@ def denoise(
     size: Tensor | None = None,
     callback: Callback | None = None,
     progress: bool = False,
+    kv_compression: Sequence[KVCompression] = (),
 ) -> Tensor:
     """Latents (B, C, h, w), fp32, from unit noise of that shape.
 
     context: B prompts; with guidance 2B, the negative ones first. size: (1, 2), height and width in
     pixels, for micro-conditioned models. callback(step, timestep, latents): False ends sampling.
+    kv_compression: approximations, each in its part of sampling.
     Raises UnsupportedError if the numbers overflow.
     """
     from tqdm.auto import tqdm
 
+    check_together(kv_compression, transformer.config)
     scheduler.set_timesteps(steps, device=noise.device)
+    moments = scheduler.timesteps.tolist()
     latents = noise * scheduler.init_noise_sigma
     rows = context.states.shape[0]
     dtype = context.states.dtype
@@ -64,7 +69,10 @@ def denoise(
     for index, timestep in enumerate(tqdm(scheduler.timesteps, disable=not progress)):
         inputs = scheduler.scale_model_input(latents, timestep)
         inputs = inputs if guidance is None else torch.cat([inputs, inputs])
-        predicted = transformer(inputs.to(dtype), timestep.expand(rows), context.states, context.mask, size)
+        active = [one for one in kv_compression if one.active_at(moments[index])]
+        predicted = transformer(
+            inputs.to(dtype), timestep.expand(rows), context.states, context.mask, size, kv_compression=active
+        )
         predicted = predicted[:, : latents.shape[1]].float()  # the other half is the learned variance
         if guidance is not None:
             negative, positive = predicted.chunk(2)

@@ -15,9 +15,17 @@ def slow_attention(q, k, v, heads, mask=None):
             part = slice(h * width, (h + 1) * width)
             scores = q[b, :, part] @ k[b, :, part].T / width**0.5
             if mask is not None:
-                scores[:, mask[b] == 0] = -torch.inf
+                scores = scores + mask[b] if mask.is_floating_point() else scores.masked_fill(mask[b] == 0, -torch.inf)
             out[b, :, part] = scores.softmax(-1) @ v[b, :, part]
     return out
+
+
+@pytest.mark.parametrize("function", [torch_attention, dense_attention])
+def test_float_masks_are_added_to_the_scores(function):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 5, 12), torch.randn(2, 7, 12), torch.randn(2, 7, 12)
+    bias = torch.randn(2, 7)
+    torch.testing.assert_close(function(q, k, v, heads=3, mask=bias), slow_attention(q, k, v, 3, bias))
 
 
 @pytest.mark.parametrize("function", [torch_attention, dense_attention])

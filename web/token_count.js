@@ -1,12 +1,12 @@
-// Keeps the token count that PixArtTextEncode reports visible on the node after the run.
+// Keeps what a node reports (PixArtTextEncode its token count, PixArtLoraLoader its keys) visible on it after the run.
 import { app } from "../../scripts/app.js";
 
-const WIDGET = "tokens";
+const WIDGETS = { PixArtTextEncode: "tokens", PixArtLoraLoader: "keys" };
 
-function showCount(node, text) {
-  let widget = node.widgets?.find((candidate) => candidate.name === WIDGET);
+function showText(node, name, text) {
+  let widget = node.widgets?.find((candidate) => candidate.name === name);
   if (!widget) {
-    widget = node.addWidget("text", WIDGET, "", () => {}, { serialize: false });
+    widget = node.addWidget("text", name, "", () => {}, { serialize: false });
     widget.serialize = false; // neither in the saved workflow nor in the queued graph
   }
   widget.value = text;
@@ -16,11 +16,12 @@ function showCount(node, text) {
 app.registerExtension({
   name: "PixArt.TokenCount",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.name !== "PixArtTextEncode") return;
+    const name = WIDGETS[nodeData.name];
+    if (!name) return;
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
-      if (output?.text) showCount(this, [output.text].flat().join(" "));
+      if (output?.text) showText(this, name, [output.text].flat().join(" "));
     };
   },
 });

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COLUMN_WIDTH = 420
-ROW_HEIGHTS = {"PixArtTextEncode": 260, "PixArtResolution": 260, "KSampler": 320, "SaveImage": 360, "LoadImage": 380, "VAEDecodeTiled": 240}
+ROW_HEIGHTS = {
+    "PixArtTextEncode": 260, "PixArtResolution": 260, "KSampler": 320, "SaveImage": 360, "LoadImage": 380, "VAEDecodeTiled": 240,
+    "KSamplerAdvanced": 400, "SamplerCustom": 320, "ControlNetApplyAdvanced": 280, "SamplerSASolver": 340, "CLIPTextEncodeSDXLRefiner": 300,
+    "VAEEncodeTiled": 240, "PixArtKVCompress": 320,
+}  # fmt: skip
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 

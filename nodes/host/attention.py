@@ -24,11 +24,13 @@ def host_attention(
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """bool (B, M), True attends -> (B, 1, M), to be added to the scores of every head and query.
+    """bool (B, M), True attends, or floats to add -> (B, 1, M), to be added to the scores of every head and query.
 
     xformers copies masks into floats and split adds them, so a bool mask would be wrong there. Half of
     the lowest number: the score it is added to can't overflow to -inf, which is NaN for whole chunks.
     """
+    if mask.is_floating_point():
+        return mask.to(dtype)[:, None, :]
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill_(~mask.bool(), torch.finfo(dtype).min / 2)[:, None, :]
 

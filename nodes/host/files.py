@@ -7,22 +7,24 @@ import folder_paths
 
 from ...pixart.errors import CheckpointError
 
+CONFIG = "config.json"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 OTHER_PARTS = {"transformer", "text_encoder", "vae", "tokenizer", "scheduler"}  # of a whole pipeline
 
 
-def choices(kind: str, component: str) -> list[str]:
+def choices(kind: str, component: str, config: str = CONFIG) -> list[str]:
     """Menu entries of a model folder: the host's files, then folders in Hugging Face layout.
 
-    kind: the host's folder name ("diffusion_models", "text_encoders"); component: the subfolder
-    that counts where a folder holds a whole pipeline ("transformer", "text_encoder").
+    kind: the host's folder name ("diffusion_models", "text_encoders", "loras"); component: the subfolder
+    that counts where a folder holds a whole pipeline ("transformer", "text_encoder"); config: the file
+    by which such a folder is known.
     """
-    return [*folder_paths.get_filename_list(kind), *sorted(_folders(kind, component))]
+    return [*folder_paths.get_filename_list(kind), *sorted(_folders(kind, component, config))]
 
 
-def resolve(kind: str, component: str, name: str) -> Path:
+def resolve(kind: str, component: str, name: str, config: str = CONFIG) -> Path:
     """Path of a menu entry; raises CheckpointError for a name that is not in the menu."""
-    folder = _folders(kind, component).get(name)
+    folder = _folders(kind, component, config).get(name)
     if folder is not None:
         return folder
     path = folder_paths.get_full_path(kind, name) if name in folder_paths.get_filename_list(kind) else None
@@ -35,13 +37,13 @@ def resolve(kind: str, component: str, name: str) -> Path:
     return Path(path)
 
 
-def _folders(kind: str, component: str) -> dict[str, Path]:
-    """Folder name relative to the host's folder -> the folder that holds config.json and weights."""
+def _folders(kind: str, component: str, config: str) -> dict[str, Path]:
+    """Folder name relative to the host's folder -> the folder that holds the config and weights."""
     found: dict[str, Path] = {}
     for base in map(Path, folder_paths.get_folder_paths(kind)):
         files, _ = folder_paths.recursive_search(str(base), excluded_dir_names=[".git"])
         weighty = {Path(file).parent for file in files if file.endswith(WEIGHT_ENDINGS)}
-        for folder in sorted({Path(file).parent for file in files if Path(file).name == "config.json"} & weighty):
+        for folder in sorted({Path(file).parent for file in files if Path(file).name == config} & weighty):
             if folder == Path(".") or folder.name in OTHER_PARTS - {component}:
                 continue
             whole_pipeline = folder.name == component and folder.parent != Path(".")

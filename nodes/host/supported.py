@@ -19,7 +19,7 @@ from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.model import PIXELS_PER_LATENT
 from .conds import CaptionStates, caption_mask
 from .transformer import HostTransformer
-from .vae_hint import vae_warning
+from .vae_hint import refiner_warning, vae_warning
 
 log = logging.getLogger(__name__)
 FAR_AREA, FAR_RATIO = 1.6, 1.5  # factors from the nearest bin beyond which pictures visibly suffer
@@ -50,6 +50,7 @@ class PixArtModel(comfy.model_base.PixArt):
         height, width = (side * PIXELS_PER_LATENT for side in kwargs["noise"].shape[-2:])
         self._check_size(width, height)
         self._warn_once(vae_warning(self.detection.vae))
+        self._warn_once(refiner_warning(self.detection.family))
         wanted = (kwargs.get("height") or height, kwargs.get("width") or width)
         if self.diffusion_model.config.micro_condition:
             # int, which the host doesn't cast: bf16 rounds 1400 to 1408

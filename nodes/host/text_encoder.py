@@ -15,21 +15,25 @@ from safetensors import SafetensorError, safe_open
 
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES
 from ...pixart.errors import TextEncoderError, UnsupportedError
+from ...pixart.text.files import SAFE
+from ...pixart.text.names import STORED_PRECISIONS
+from ...pixart.text.quantize import choose_precision
 from ...pixart.text.tokenizer import find_tokenizer
-from ...pixart.text.weights import T5Weights, check_pickled, read_t5
+from ...pixart.text.weights import T5Weights, is_finite, read_t5
+from .quantized_t5 import quantized_clip_class, resident_estimate
 from .tokenizer import tokenizer_class
 
 log = logging.getLogger(__name__)
 DEFAULT = "default"
-PRECISIONS: dict[str, torch.dtype | None] = {
+DTYPES: dict[str, torch.dtype | None] = {
     DEFAULT: None,
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp8_e4m3fn": torch.float8_e4m3fn,
 }
+PRECISIONS = (*DTYPES, *STORED_PRECISIONS)
 DEVICES = (DEFAULT, "cpu")
-PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 XXL_KEY, XXL_ROWS = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight", 10240
 XXL_VOCABULARY = 32128  # UMT5, which doesn't fit, has 256384
 ACTIVATIONS = {"gated-gelu": "gelu_pytorch_tanh", "relu": "relu"}
@@ -44,14 +48,14 @@ FIXED = {
 def load_t5(path: str, precision: str, device: str, disable_dynamic: bool = False) -> Any:
     """The host's CLIP with one stream, `t5xxl`; raises TextEncoderError for anything but a whole T5.
 
-    T5-v1.1-XXL files go through the host's loader, which knows quantized ones; all others, folders and
+    T5-v1.1-XXL files go through the host's loader, which knows scaled fp8 and the like; all others, folders and
     an asked-for precision through the same classes with the sizes of the weights.
     """
     options: dict[str, Any] = {}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     clip = _from_host(path, precision, options, disable_dynamic) or _from_weights(
-        Path(path), PRECISIONS[precision], options, disable_dynamic
+        Path(path), precision, options, disable_dynamic
     )
     clip.patcher.cached_patcher_init = (load_t5_patcher, (path, precision, device))
     return clip
@@ -63,18 +67,17 @@ def load_t5_patcher(path: str, precision: str, device: str, disable_dynamic: boo
 
 
 def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynamic: bool) -> Any | None:
-    """The host's own loader, for files that it knows."""
-    if not Path(path).is_file():
+    """The host's own loader, for XXL files that it knows."""
+    if not Path(path).is_file() or Path(path).suffix.lower() not in SAFE:
         return None
-    packed = not path.lower().endswith((".safetensors", ".sft"))
-    shapes = {} if packed else _shapes(path)
+    shapes = _shapes(path)
     is_xxl = shapes.get(XXL_KEY, (0,))[0] == XXL_ROWS and shapes.get("shared.weight", (0,))[0] == XXL_VOCABULARY
-    quantized = any(key.endswith(QUANTIZATION_SUFFIXES) for key in shapes)
-    if not packed and not (is_xxl and (precision == DEFAULT or quantized)):
+    scaled = any(key.endswith(QUANTIZATION_SUFFIXES) for key in shapes)
+    if not is_xxl or not (precision == DEFAULT or scaled):
         return None
-    if Path(path).suffix.lower() in PICKLED:
-        check_pickled(Path(path))  # the host's own message would name neither the file nor what it is
-    if precision != DEFAULT:
+    if not scaled:
+        read_t5(Path(path))  # names and shapes: the host only logs missing keys, and goes on with whatever was in memory
+    elif precision != DEFAULT:
         log.warning("PixArt: %s keeps the precision of its file; %s was asked for.", path, precision)
     clip = comfy.sd.load_clip(
         ckpt_paths=[path],
@@ -88,17 +91,16 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
             f"{path} is a {type(clip.cond_stage_model).__name__}; expected a T5 encoder. "
             "PixArt reads captions with T5-v1.1-XXL; give its .safetensors file or its Hugging Face folder."
         )
-    if is_xxl and not quantized:
-        _check_keys(path, set(clip.cond_stage_model.t5xxl.transformer.state_dict()) - set(shapes))
+    _check_values(path, clip)
     return clip
 
 
-def _check_keys(path: str, missing: set[str]) -> None:
-    """The host's loader only logs missing keys, and goes on with whatever was in memory."""
-    if missing:
-        raise TextEncoderError(
-            f"{path}: not a whole T5 encoder; missing keys: {', '.join(sorted(missing)[:6])}. Download it again."
-        )
+def _check_values(path: str, clip: Any) -> None:
+    """The host takes NaN for weights without a word."""
+    for name, value in clip.cond_stage_model.t5xxl.transformer.named_parameters():
+        plain = type(value.data) is torch.Tensor and not value.is_meta  # the host's quantized tensors have types of their own
+        if plain and not is_finite(value.data):
+            raise TextEncoderError(f"{path}: NaN or infinite values in {name}. Download or export it again.")
 
 
 def _shapes(path: str) -> dict[str, tuple[int, ...]]:
@@ -110,28 +112,33 @@ def _shapes(path: str) -> dict[str, tuple[int, ...]]:
         return {}
 
 
-def _from_weights(path: Path, dtype: torch.dtype | None, options: dict[str, Any], disable_dynamic: bool) -> Any:
+def _from_weights(path: Path, precision: str, options: dict[str, Any], disable_dynamic: bool) -> Any:
     """A CLIP with the sizes of the weights."""
     weights = read_t5(path)
-    dtype = dtype or weights.tensors["shared.weight"].dtype
-    options = {**options, "dtype": dtype, "t5xxl_model_config": host_config(weights)}
-    target = SimpleNamespace(
-        clip=pixart_t5.pixart_te(dtype_t5=dtype), tokenizer=tokenizer_class(weights, _tokenizer_file(path)), params={}
-    )
-    parameters = sum(tensor.numel() for tensor in weights.tensors.values())
-    at_creation = _supported(comfy.sd.CLIP.__init__, state_dict=[weights.tensors], disable_dynamic=disable_dynamic)
+    quantized = choose_precision(weights, precision if precision in STORED_PRECISIONS else None)
+    dtype = torch.bfloat16 if quantized else DTYPES[precision] or weights.dtype
+    if weights.precision and precision not in (DEFAULT, weights.precision):
+        log.warning("PixArt: %s is quantized to %s and stays so; %s was asked for.", path, weights.precision, precision)
+    parameters = sum(torch.Size(stored.shape).numel() for stored in weights.stored.values())
+    content: dict[str, Any] = {"disable_dynamic": True}  # packed weights are none that the host could page in itself
+    if quantized:
+        model_class = quantized_clip_class(weights, quantized, options)
+        parameters = resident_estimate(weights, quantized) // dtype.itemsize
+    else:
+        model_class = pixart_t5.pixart_te(dtype_t5=dtype)
+        content = {"disable_dynamic": disable_dynamic, "state_dict": [weights.tensors]}
+    at_creation = _supported(comfy.sd.CLIP.__init__, **content)
     clip = comfy.sd.CLIP(
-        target,
+        SimpleNamespace(clip=model_class, tokenizer=tokenizer_class(weights, _tokenizer_file(path)), params={}),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=parameters,
-        model_options=options,
+        model_options={**options, "dtype": dtype, "t5xxl_model_config": host_config(weights)},
         **at_creation,
     )
-    if "state_dict" not in at_creation:
+    if not quantized and "state_dict" not in at_creation:
         clip.load_sd(weights.tensors)
-    _check_complete(clip, weights)
     log.info(
-        "T5 %s: width %s, %s layers, %s", path, weights.config["d_model"], weights.config["num_layers"], dtype
+        "T5 %s: width %s, %s layers, %s", path, weights.config["d_model"], weights.config["num_layers"], quantized or dtype
     )
     return clip
 
@@ -161,17 +168,6 @@ def _tokenizer_file(path: Path) -> Path | None:
     if path.is_file():
         return None
     return find_tokenizer(path) or find_tokenizer(path.parent / "tokenizer")
-
-
-def _check_complete(clip: Any, weights: T5Weights) -> None:
-    """Never a partly loaded encoder: the host's loader only logs missing keys."""
-    wanted = set(clip.cond_stage_model.t5xxl.transformer.state_dict())
-    missing, unknown = sorted(wanted - set(weights.tensors)), sorted(set(weights.tensors) - wanted)
-    if missing or unknown:
-        raise TextEncoderError(
-            f"{weights.path}: not a whole T5 encoder; missing keys: {', '.join(missing[:6]) or 'none'}; unknown keys: "
-            f"{', '.join(unknown[:6]) or 'none'}. Download it again, or choose the folder instead of one of its shards."
-        )
 
 
 def _supported(function: Any, **arguments: Any) -> dict[str, Any]:

@@ -1,13 +1,23 @@
-"""The T5 stream among the tokens of any host CLIP: cut to a limit, counted, encoded."""
+"""The T5 stream among the tokens of any host CLIP: prepared, cut to a limit, counted, encoded."""
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ...pixart.errors import InputError, TextEncoderError
+from ...pixart.text.captions import prepare
+from ...pixart.text.prompt_file import fingerprint
+from .quantized_t5 import precision_of
 
 STREAM = "t5xxl"
 PAD_ID, END_ID = 0, 1  # of every T5
+PROMPT_KEY = "pixart_prompt"  # in a conditioning: what PixArtSavePrompt writes beside the states
+_FILE_NAMES = re.compile(r"(embedding:\S+)")  # the host's syntax; names of files are not prompt text
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,14 @@ class Encoded:
         return f"{line}\ncut ({self.count - self.limit} tokens): {self.cut}" if self.cut else line
 
 
+def prepare_text(text: str, clean: bool, lower_case: bool) -> str:
+    """As the core's `prepare`, but `embedding:Name` keeps its case. Cleaning goes over everything."""
+    if clean:
+        return prepare(text, clean=True)
+    parts = _FILE_NAMES.split(text) if lower_case else [text]
+    return "".join(part if n % 2 else part.lower() for n, part in enumerate(parts)) if lower_case else text
+
+
 def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
     """Encodes with the weights of `(word:1.2)`, as CLIPTextEncode does, within `max_tokens`.
 
@@ -32,6 +50,34 @@ def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
     """
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}; expected at least 1, for the end token.")
+    tokens = _tokenize(clip, text)
+    words = [pair for row in tokens[STREAM] for pair in _without_end(row)]
+    kept, cut = words[: max_tokens - 1], words[max_tokens - 1 :]
+    conditioning = _encode_row(clip, tokens, [*kept, (END_ID, 1.0)])
+    note = {"prompt": text, "encoder": _fingerprint(clip), "count": len(words) + 1, "cut": _words(clip, cut)}
+    for entry in conditioning:
+        entry[1][PROMPT_KEY] = note
+    return Encoded(conditioning, len(words) + 1, max_tokens, note["cut"])
+
+
+def encode_padded_end(clip: Any, length: int) -> list:
+    """CONDITIONING of the empty prompt padded to `length` tokens, of which T5 itself sees the end token alone.
+
+    As the Σ repository pads its negative prompt. All padding has one state, since it attends to nothing but the end
+    token, and T5's positions act through attention alone: two tokens are enough to encode.
+    """
+    tokens = _tokenize(clip, "")
+    with _masked(clip):
+        conditioning = _encode_row(clip, tokens, [(END_ID, 1.0), (PAD_ID, 1.0)])
+    for entry in conditioning:
+        entry[0] = torch.cat([entry[0][:, :1], entry[0][:, 1:].expand(-1, max(length - 1, 0), -1)], dim=1)
+        entry[1].pop("attention_mask", None)
+        entry[1][PROMPT_KEY] = {"prompt": "", "encoder": _fingerprint(clip), "count": length, "cut": ""}
+    return conditioning
+
+
+def _tokenize(clip: Any, text: str) -> dict[str, list]:
+    """Rows of (token, weight) of each stream; raises TextEncoderError for a CLIP without T5."""
     if clip is None:
         raise TextEncoderError("clip is empty: the checkpoint it comes from holds no text encoder. Use PixArtT5Loader.")
     tokens = clip.tokenize(text)
@@ -42,15 +88,37 @@ def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
         )
     if getattr(clip.cond_stage_model, STREAM, True) is None:
         raise TextEncoderError("This CLIP was loaded without its T5, by which PixArt reads captions. Use PixArtT5Loader.")
-    words = [pair for row in tokens[STREAM] for pair in _without_end(row)]
-    kept, cut = words[: max_tokens - 1], words[max_tokens - 1 :]
+    return tokens
+
+
+def _encode_row(clip: Any, tokens: dict[str, list], row: list[tuple]) -> list:
     # SD3's CLIP-L and CLIP-G states stand before T5's: left out where both may be empty, cut off in any case.
     optional = {"l", "g"} if {"l", "g"} <= set(tokens) else set()
     given = {name: [] if name in optional else rows for name, rows in tokens.items()}
-    given[STREAM] = [[*kept, (END_ID, 1.0)]]
-    length = len(given[STREAM][0])
-    conditioning = [_last(entry, length) for entry in clip.encode_from_tokens_scheduled(given)]
-    return Encoded(conditioning, len(words) + 1, max_tokens, _words(clip, cut))
+    given[STREAM] = [row]
+    return [_last(entry, len(row)) for entry in clip.encode_from_tokens_scheduled(given)]
+
+
+@contextmanager
+def _masked(clip: Any) -> Iterator[None]:
+    """T5 ignores what follows the end token while the block runs, which the host's PixArt encoder doesn't by itself."""
+    t5 = getattr(clip.cond_stage_model, STREAM, None)
+    if not hasattr(t5, "enable_attention_masks"):
+        raise TextEncoderError("This CLIP's T5 can't mask padding; load it with PixArtT5Loader or CLIPLoader (type pixart).")
+    before, t5.enable_attention_masks = t5.enable_attention_masks, True
+    try:
+        yield
+    finally:
+        t5.enable_attention_masks = before
+
+
+def _fingerprint(clip: Any) -> str:
+    """Of the T5 inside; "" where its weights are not plain tensors (GGUF)."""
+    t5 = getattr(getattr(clip.cond_stage_model, STREAM, None), "transformer", None)
+    try:
+        return fingerprint(t5.shared.weight, t5.encoder.final_layer_norm.weight, len(t5.encoder.block), precision_of(t5))
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError, IndexError):
+        return ""
 
 
 def _last(entry: list, length: int) -> list:

@@ -17,6 +17,9 @@ from ...pixart.model import PixArtTransformer, pixel_size
 from .attention import host_attention
 
 Block = Callable[[BlockInputs], Tensor]
+# transformer_options: numbers of blocks whose self-attention does not mix tokens; on top of any replacement of the block
+IDENTITY_ATTENTION = "pixart_identity_attention"
+KV_COMPRESSION = "pixart_kv_compression"  # key of transformer_options: a tuple of KVCompression that hold at this step
 ReplacedBlocks = Mapping[tuple[str, int], Callable[[dict, dict], dict]]
 
 
@@ -60,11 +63,9 @@ class HostTransformer(PixArtTransformer):
         transformer_options: dict[str, Any],
     ) -> Tensor:
         height, width = x.shape[-2:]
-        if size is None and self.config.micro_condition:
-            size = pixel_size(timesteps, height, width)  # of the latent before it is padded
-        padded = comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size,) * 2, padding_mode="replicate")
+        padded, size = self._padded(x, timesteps, size)
         tokens = padded.shape[-2] * padded.shape[-1] // self.patch_size**2
-        options = {**transformer_options, "total_blocks": self.config.depth, "block_type": "double"}
+        options = self._block_options(transformer_options)
         out = super().forward(
             padded,
             timesteps,
@@ -74,19 +75,48 @@ class HostTransformer(PixArtTransformer):
             block_wrappers=_block_wrappers(self.config.depth, options),
             block_residuals=control_residuals(control, self.config, tokens),
             attention_options=options,
+            kv_compression=options.get(KV_COMPRESSION, ()),
         )
         return out[:, : self.config.in_channels, :height, :width]
+
+    def first_block(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        context_mask: Tensor | None,
+        size: Tensor | None,
+        transformer_options: dict[str, Any],
+    ) -> BlockInputs:
+        """What block 1 would see without control: where a ControlNet branches off. Arguments as in `forward`."""
+        padded, size = self._padded(x, timesteps, size)
+        options = self._block_options(transformer_options)
+        inputs, _ = self.embed(padded, timesteps, context, context_mask, size, options)
+        hidden = _block_wrappers(1, options)[0](inputs, self.blocks[0])
+        return replace(inputs, hidden=hidden)
+
+    def _padded(self, x: Tensor, timesteps: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The latent in whole patches, and the size of the picture before that, for α-1024."""
+        if size is None and self.config.micro_condition:
+            size = pixel_size(timesteps, *x.shape[-2:])
+        return comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size,) * 2, padding_mode="replicate"), size
+
+    def _block_options(self, transformer_options: dict[str, Any]) -> dict[str, Any]:
+        return {**transformer_options, "total_blocks": self.config.depth, "block_type": "double"}
 
 
 def _block_wrappers(depth: int, options: dict[str, Any]) -> dict[int, Callable[[BlockInputs, Block], Tensor]]:
     """One wrapper per block: says which block is running, and calls the host's replacement if there is one."""
     replaced: ReplacedBlocks = options.get("patches_replace", {}).get("dit", {})
+    perturbed = options.get(IDENTITY_ATTENTION, ())
 
     def wrapper(index: int) -> Callable[[BlockInputs, Block], Tensor]:
         replacement = replaced.get(("double_block", index))
 
         def run(inputs: BlockInputs, block: Block) -> Tensor:
             inputs.attention_options["block_index"] = index  # our own copy of transformer_options
+            if index in perturbed:
+                inputs = replace(inputs, identity_attention=True)
             return block(inputs) if replacement is None else _call_replacement(replacement, inputs, block)
 
         return run

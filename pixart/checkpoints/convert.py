@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import get_variant
+from ..config import COMPRESSION_MODES, get_variant
 from ..errors import CheckpointError, UnsupportedError
 from .detect import AUTO, Detection
 from .hints import NOTE_KEY, PIXELS_PER_LATENT, TRANSFORMER_CLASSES
@@ -23,25 +24,42 @@ from .read import WEIGHTS_NAME
 LAYOUTS = ("original", "diffusers")
 
 
-def convert_file(src: str | Path, dst: str | Path, to: str, ema: bool = False, variant: str = AUTO) -> Path:
+def convert_file(
+    src: str | Path, dst: str | Path, to: str, ema: bool = False, variant: str = AUTO, kv_compression: str | None = None
+) -> Path:
     """Writes `src` in layout `to` ("original" | "diffusers") and returns what was written.
 
     dst: .safetensors; .pth for "original"; for "diffusers" any other name is a folder with config.json.
     Weights keep their bits and dtype. y_embedding is kept (in diffusers files as
     `caption_projection.y_embedding`, which diffusers skips); a stored pos_embed is dropped, since
-    positions are computed. Raises CheckpointError, and UnsupportedError for KV-compressed models to diffusers.
+    positions are computed.
+    kv_compression: "MODE:RATIO:FIRST-LAST", e.g. "uniform:2:14-27", for weights trained with a mode that
+    leaves no trace in them; it is noted in the file, and every loader here follows the note.
+    Raises CheckpointError, and UnsupportedError for KV-compressed models to diffusers.
     """
     src, dst = Path(src), Path(dst)
     if to not in LAYOUTS:
         raise CheckpointError(f"{dst}: unknown layout {to!r}; expected one of {', '.join(LAYOUTS)}.")
     if dst.exists() and src.exists() and dst.resolve() == src.resolve():
         raise CheckpointError(f"{dst}: is the source itself; choose another destination.")
-    prepared = prepare_file(src, variant, ema)
+    prepared = prepare_file(src, variant, ema, parse_compression(kv_compression) if kv_compression else {})
     write = write_original if to == "original" else write_diffusers
     try:
         return write(prepared.state_dict, dst, prepared.detection)
     except OSError as error:
         raise CheckpointError(f"{dst}: can't be written ({error}); choose another destination.") from error
+
+
+def parse_compression(text: str) -> dict[str, Any]:
+    """Fields of Hints from "MODE:RATIO:FIRST-LAST"; raises CheckpointError."""
+    match = re.fullmatch(r"(\w+):(\d{1,3}):(\d{1,3})-(\d{1,3})", text)
+    if not match or match[1] not in COMPRESSION_MODES or int(match[2]) < 2 or int(match[3]) > int(match[4]):
+        raise CheckpointError(
+            f"KV compression {text!r}; expected MODE:RATIO:FIRST-LAST like uniform:2:14-27, with a ratio of 2 or more and a "
+            f"mode of {', '.join(COMPRESSION_MODES)}."
+        )
+    blocks = tuple((block, int(match[2])) for block in range(int(match[3]), int(match[4]) + 1))
+    return {"compressed_blocks": blocks, "compression_mode": match[1]}
 
 
 def write_original(state_dict: Mapping[str, Tensor], dst: str | Path, detection: Detection) -> Path:
@@ -109,13 +127,17 @@ def diffusers_config(detection: Detection) -> dict[str, Any]:
 
 def _note(detection: Detection) -> dict[str, Any]:
     """What the weights can't tell, so that a converted file is detected as its source was."""
+    compression: dict[str, Any] = {}
+    if detection.config.compressed_blocks and detection.config.compression_mode != "conv":
+        blocks = [list(pair) for pair in detection.config.compressed_blocks]
+        compression = {"compressed_blocks": blocks, "compression_mode": detection.config.compression_mode}
     return {
         "family": detection.family if detection.family_known else None,
         "base_size": detection.base_size,
         "num_heads": detection.config.num_heads,
         "position_range": detection.config.position_range,
         "ema": detection.ema,
-    }
+    } | compression
 
 
 def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -50,7 +50,9 @@ class Detection:
     def describe(self) -> str:
         """The report as text, one fact a line, reasons last."""
         c, variant = self.config, get_variant(self.variant)
-        compression = ", ".join(f"block {i}: {r}x{r}" for i, r in c.compressed_blocks) or "none"
+        shape = "1 of {r}" if c.compression_mode == "uniform_every" else "{r}x{r}"
+        compression = ", ".join(f"block {i}: {shape.format(r=r)}" for i, r in c.compressed_blocks) or "none"
+        compression += f" ({c.compression_mode})" if c.compressed_blocks else ""
         base = f"{self.base_size} px" if self.base_size else f"unknown ({variant.base_size} px assumed)"
         facts = {
             "file": self.source,
@@ -106,6 +108,7 @@ def examine(
     rows = shapes[NULL_CAPTION_KEY][0] if len(shapes.get(NULL_CAPTION_KEY, ())) == 2 else None
     table = read_stored_positions(state_dict.get(POSITION_KEY), sizes["hidden_size"])
     problems = hints.contradictions(sizes)
+    sizes["compressed_blocks"], mode = _compression(sizes, hints, reasons, problems)
     if variant == AUTO:
         chosen, base, known = _choose(sizes, rows, table, hints, reasons)
     else:
@@ -123,8 +126,9 @@ def examine(
         raise CheckpointError(f"{origin.source}: hidden size {sizes['hidden_size']}; expected a multiple of 4, in heads of {HEAD_DIM}.")
     position_range = _position_range(chosen, variant != AUTO, hints, table, reasons)
     config = TransformerConfig(
-        **sizes, num_heads=heads, max_tokens=rows or chosen.max_tokens, position_range=position_range, null_caption=rows is not None
-    )
+        **sizes, num_heads=heads, max_tokens=rows or chosen.max_tokens, position_range=position_range, null_caption=rows is not None,
+        compression_mode=mode,
+    )  # fmt: skip
     detection = Detection(
         variant=chosen.name, family=chosen.family, config=config, base_size=base, max_tokens=config.max_tokens,
         latent_scale=chosen.latent_scale, vae=chosen.vae, dtype=main_dtype(t for key, t in state_dict.items() if key != POSITION_KEY),
@@ -133,6 +137,22 @@ def examine(
         ema=origin.ema, family_known=known, reasons=tuple(reasons),
     )  # fmt: skip
     return detection, problems
+
+
+def _compression(sizes: dict, hints: Hints, reasons: list[str], problems: list[str]) -> tuple[tuple[tuple[int, int], ...], str]:
+    """Compressed blocks and their mode. Weights show "conv"; the other modes have none, and must be told."""
+    stored, told = sizes["compressed_blocks"], hints.compressed_blocks
+    if not told:
+        return stored, "conv"
+    mode = hints.compression_mode or "conv"
+    outside = [block for block, _ in told if block >= sizes["depth"]]
+    if outside or (stored != told if mode == "conv" else bool(stored)):
+        found = f"attn.sr in {len(stored)} blocks: {stored}" if stored else "no attn.sr"
+        problems.append(f"{hints.where} says KV compression {mode}, {told}; the weights have {found} and {sizes['depth']} blocks")
+        return stored, "conv"
+    if mode != "conv":
+        reasons.append(f"KV compression {mode} of {len(told)} block(s): from {hints.where}; it has no weights.")
+    return told, mode
 
 
 def _choose(

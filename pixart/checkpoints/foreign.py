@@ -29,7 +29,7 @@ ADAPTERS_AND_COUSINS = (
     Foreign(
         "a PixArt ControlNet",
         (("controlnet.", "copied_block."), ("controlnet_blocks.",)),
-        "it is an adapter beside a PixArt transformer: choose the transformer's own file here",
+        "it is an adapter beside a PixArt transformer: load it with PixArtControlNetLoader, and choose the transformer's own file here",
     ),
     Foreign("a Sana transformer", ((".inverted_conv.",), ("attention_y_norm.",), (".conv_inverted.",)), _DIFFUSION),
     Foreign("an Open-Sora transformer", ((".attn_temp.",), ("spatial_blocks.",)), _DIFFUSION),

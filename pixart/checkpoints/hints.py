@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import COMPRESSION_MODES
 from ..errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ class Hints:
     position_range: float | None = None
     family: str | None = None
     family_reason: str = ""
+    compressed_blocks: tuple[tuple[int, int], ...] = ()  # (block, ratio); modes without weights can't be seen
+    compression_mode: str | None = None
     ema: bool = False  # the weights are an average over training
     where: str = "config.json"
 
@@ -65,7 +68,7 @@ def hints_from_config(config: Mapping[str, Any], source: str, folder: Path | Non
     family, reason = _family_of_pipeline(folder) if folder else (None, "")
     return Hints(
         sizes=tuple(sizes), num_heads=heads, base_size=sample * PIXELS_PER_LATENT,
-        position_range=(sample // patch) / scale, family=family, family_reason=reason,
+        position_range=(sample // patch) / scale, family=family, family_reason=reason, **_compression_of(config),
     )  # fmt: skip
 
 
@@ -78,7 +81,7 @@ def hints_from_note(note: str | Mapping[str, Any] | None) -> Hints:
             return Hints()
     if not isinstance(note, Mapping):
         return Hints()
-    known = {}
+    known = _compression_of(note)
     for name, is_valid in _NOTE_FIELDS.items():
         value = note.get(name)
         if value is not None and is_valid(value):
@@ -88,6 +91,22 @@ def hints_from_note(note: str | Mapping[str, Any] | None) -> Hints:
     if not known:
         return Hints()
     return Hints(**known, family_reason="a note in the file says so", where="a note in the file")
+
+
+def _compression_of(note: Mapping[str, Any]) -> dict[str, Any]:
+    """The two fields on KV compression, of a note or a config.json; raises CheckpointError, since a guess would draw wrongly."""
+    blocks, mode = note.get("compressed_blocks"), note.get("compression_mode")
+    if not blocks:
+        return {}
+    pairs = list(blocks) if isinstance(blocks, (list, tuple)) else [blocks]
+    sound = all(isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs)
+    sound = sound and all(block >= 0 and 2 <= ratio <= LARGEST for block, ratio in pairs) and len(dict(pairs)) == len(pairs)
+    if not sound or (mode is not None and mode not in COMPRESSION_MODES):
+        raise CheckpointError(
+            f"The file says compressed_blocks {str(blocks)[:60]}, compression_mode {mode!r}; expected pairs [block, ratio], each "
+            f"block once, and one of {', '.join(COMPRESSION_MODES)}. Convert it again, with --kv-compression."
+        )
+    return {"compressed_blocks": tuple(sorted((block, ratio) for block, ratio in pairs)), "compression_mode": mode}
 
 
 def _count(config: Mapping[str, Any], name: str, default: int, source: str) -> int:

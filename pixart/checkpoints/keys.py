@@ -209,3 +209,40 @@ def _concatenate(pieces: list[Tensor]) -> Tensor:
     if pieces[0].dtype.itemsize == 1 and type(pieces[0]) is Tensor:  # fp8 has no cat on every backend
         return torch.cat([piece.view(torch.uint8) for piece in pieces]).view(pieces[0].dtype)
     return torch.cat(pieces)
+
+
+# -- ControlNets: the reference's names beside those of diffusers' example and SimpleTuner ----------
+
+CONTROL_GROUPS = {"controlnet": "copied_block", "controlnet_blocks": "transformer_block"}  # list of blocks: name of the copy
+CONTROL_PROJECTIONS = ("before_proj", "after_proj")
+_CONTROL = re.compile(
+    r"^(?P<prefix>(?:.*?\.)??)(?P<group>" + "|".join(CONTROL_GROUPS) + r")\.(?P<index>\d+)\."
+    r"(?P<part>" + "|".join((*CONTROL_GROUPS.values(), *CONTROL_PROJECTIONS)) + r")\.(?P<rest>.+)$"
+)
+
+
+class ControlKey(NamedTuple):
+    """A key of a ControlNet file, taken apart; `target` is the native key, or a block's key in the base's own layout."""
+
+    prefix: str
+    index: int
+    block: str | None  # key inside the copied block, under the group name of its layout ("blocks.0.", "transformer_blocks.0.")
+    target: str  # native key of a projection; "" for a block's
+
+
+def control_key(key: str) -> ControlKey | None:
+    """Takes a ControlNet's key apart, or None if it is none."""
+    match = _CONTROL.match(key)
+    if match is None:
+        return None
+    index, part = int(match["index"]), match["part"]
+    if part in CONTROL_PROJECTIONS:
+        return ControlKey(match["prefix"], index, None, f"controlnet.{index}.{part}.{match['rest']}")
+    group = "blocks" if part == CONTROL_GROUPS["controlnet"] else "transformer_blocks"
+    return ControlKey(match["prefix"], index, f"{group}.{index}.{match['rest']}", "")
+
+
+def control_block_key(key: str) -> str:
+    """The ControlNet's native key of `blocks.{i}.{rest}`; other keys keep their names."""
+    block = _BLOCK.match(key)
+    return f"controlnet.{block['index']}.{CONTROL_GROUPS['controlnet']}.{block['rest']}" if block else key

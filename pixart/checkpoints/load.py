@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def prepare(
     quantized = {key.rpartition(".")[0] for key in extras}
     problems += contradictions + list(unjoined.values())
     problems += _shape_problems(tensors, detection.config, quantized, unjoined)
-    problems += _value_problems(tensors, quantized)
+    problems += value_problems(tensors, quantized)
     if problems:
         raise CheckpointError(_report(source, problems, detection, damaged=len(problems) > len(contradictions)))
     return Prepared(tensors, detection, extras)
@@ -108,11 +109,12 @@ def load_transformer(
     return model
 
 
-def prepare_file(path: str | Path, variant: str = AUTO, ema: bool = False) -> Prepared:
-    """`read_checkpoint` and `prepare` in one step."""
+def prepare_file(path: str | Path, variant: str = AUTO, ema: bool = False, told: Mapping[str, Any] | None = None) -> Prepared:
+    """`read_checkpoint` and `prepare` in one step. told: fields of Hints that the caller knows better than the file."""
     raw: RawCheckpoint = read_checkpoint(path, ema)
+    hints = replace(raw.hints, **told) if told else raw.hints
     return prepare(
-        raw.state_dict, source=raw.source, variant=variant, ema=raw.ema, container=raw.container, hints=raw.hints, notes=raw.notes
+        raw.state_dict, source=raw.source, variant=variant, ema=raw.ema, container=raw.container, hints=hints, notes=raw.notes
     )
 
 
@@ -172,8 +174,8 @@ def _shape_problems(
     """Missing and unknown keys and wrong shapes, against an empty model of that config."""
     empty = PixArtTransformer(config, device="meta")
     expected = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
-    problems = [f"missing {key}" for key in _grouped(k for k in expected if k not in tensors and k not in unjoined)]
-    problems += [f"unknown key {key}" for key in _grouped(k for k in tensors if k not in expected)]
+    problems = [f"missing {key}" for key in group_keys(k for k in expected if k not in tensors and k not in unjoined)]
+    problems += [f"unknown key {key}" for key in group_keys(k for k in tensors if k not in expected)]
     for key, shape in expected.items():
         if key not in tensors:
             continue
@@ -184,11 +186,11 @@ def _shape_problems(
     return problems
 
 
-def _grouped(keys: Iterable[str]) -> list[str]:
+def group_keys(keys: Iterable[str]) -> list[str]:
     """Keys with equal names in several blocks on one line: `blocks.{0-27}.attn.qkv.weight`."""
     groups: dict[str, list[int]] = {}
     for key in keys:
-        match = re.match(r"(.*?\bblocks\.)(\d+)(\..+)$", key)
+        match = re.match(r"(.*?\b(?:blocks|controlnet)\.)(\d+)(\..+)$", key)
         groups.setdefault(f"{match[1]}{{}}{match[3]}" if match else key.replace("{", "{{"), []).append(int(match[2]) if match else -1)
     return [
         pattern.replace("{}", str(numbers[0]) if len(numbers) == 1 else "{" + _ranges(numbers) + "}")
@@ -206,7 +208,7 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _value_problems(tensors: Mapping[str, Tensor], quantized: set[str]) -> list[str]:
+def value_problems(tensors: Mapping[str, Tensor], quantized: set[str]) -> list[str]:
     """Keys with NaN or infinite values, or no floating-point numbers at all. min and max carry both and need no copy of the weights."""
     problems = []
     for key, tensor in tensors.items():

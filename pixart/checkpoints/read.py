@@ -57,6 +57,21 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> RawCheckpoint:
     return _unwrap(tensors, str(path), container, ema, _hints_of_file(path, extra))
 
 
+def read_tensors(path: str | Path) -> RawCheckpoint:
+    """Tensors of a file, or of a folder with one; unlike `read_checkpoint` it asks no config.json what they are."""
+    path = Path(path)
+    if path.is_dir():
+        found = _weight_files(path)
+        tensors: dict[str, Any] = {}
+        for file in found:
+            tensors.update(_read_file(file)[1])
+        return _unwrap(tensors, str(path), "folder", False, Hints())
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder; check the path.")
+    container, tensors, _ = _read_file(path)
+    return _unwrap(tensors, str(path), container, False, Hints())
+
+
 def _hints_of_file(path: Path, extra: Mapping[str, Any]) -> Hints:
     """Hints from a note in the file, else from a diffusers config.json beside it."""
     hints = hints_from_note(extra.get(NOTE_KEY))
@@ -163,22 +178,7 @@ def _read_folder(folder: Path, ema: bool) -> RawCheckpoint:
     pipeline = folder if (folder / "transformer").is_dir() else None
     weights = folder / "transformer" if pipeline else folder
     config = read_json(weights / "config.json", required=False)
-    indexes = sorted(weights.glob("*.index.json"))
-    if indexes:
-        files = _shards(indexes[0])
-    else:
-        found = sorted(f for f in weights.iterdir() if f.suffix in WEIGHT_SUFFIXES)
-        preferred = [f for f in found if f.name.startswith(WEIGHTS_NAME)] or found
-        preferred = [f for f in preferred if f.suffix in (".safetensors", ".sft")] or preferred
-        if len(preferred) > 1:
-            preferred = [f for f in preferred if f.stem == WEIGHTS_NAME] or preferred
-        if len(preferred) != 1:
-            names = ", ".join(f.name for f in preferred) or ", ".join(sorted(f.name for f in weights.iterdir())) or "nothing"
-            raise CheckpointError(
-                f"{weights}: found {names}; expected one weight file, {WEIGHTS_NAME}.safetensors (with config.json). "
-                "Choose the file itself, or the folder of a PixArt pipeline or transformer."
-            )
-        files = preferred
+    files = _weight_files(weights)
     tensors: dict[str, Any] = {}
     extra: Mapping[str, Any] = {}
     for file in files:
@@ -187,6 +187,25 @@ def _read_folder(folder: Path, ema: bool) -> RawCheckpoint:
     hints = hints_from_config(config, str(weights), pipeline or weights.parent) if config else hints_from_note(extra.get(NOTE_KEY))
     kind = f"folder, {len(files)} shards" if len(files) > 1 else "folder"
     return _unwrap(tensors, str(folder), f"diffusers {kind}" if config else kind, ema, hints)
+
+
+def _weight_files(weights: Path) -> list[Path]:
+    """The shards of a folder, or its one weight file."""
+    indexes = sorted(weights.glob("*.index.json"))
+    if indexes:
+        return _shards(indexes[0])
+    found = sorted(f for f in weights.iterdir() if f.suffix in WEIGHT_SUFFIXES)
+    preferred = [f for f in found if f.name.startswith(WEIGHTS_NAME)] or found
+    preferred = [f for f in preferred if f.suffix in (".safetensors", ".sft")] or preferred
+    if len(preferred) > 1:
+        preferred = [f for f in preferred if f.stem == WEIGHTS_NAME] or preferred
+    if len(preferred) != 1:
+        names = ", ".join(f.name for f in preferred) or ", ".join(sorted(f.name for f in weights.iterdir())) or "nothing"
+        raise CheckpointError(
+            f"{weights}: found {names}; expected one weight file, {WEIGHTS_NAME}.safetensors (with config.json). "
+            "Choose the file itself, or the folder of a PixArt pipeline or transformer."
+        )
+    return preferred
 
 
 def _shards(index: Path) -> list[Path]:

@@ -45,7 +45,7 @@ def read_sizes(shapes: Mapping[str, tuple[int, ...]], source: str, reasons: list
     )  # fmt: skip
     patch = vote(dim("x_embedder.proj.weight", 3), default=2)
     ratios = {i: dim(f"blocks.{i}.attn.sr.weight", 3) for i in blocks if f"blocks.{i}.attn.sr.weight" in shapes}
-    compressed = tuple((i, r) for i, r in sorted(ratios.items()) if r)
+    compressed = tuple((i, r) for i, r in sorted(ratios.items()) if r and r > 1)  # a 1 x 1 kernel is left over, and reported
     micro = any(key.startswith(("csize_embedder.", "ar_embedder.")) for key in shapes)
     if compressed:
         reasons.append(f"{len(compressed)} block(s) have attn.sr / attn.norm: trained with KV compression.")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..errors import InputError, TextEncoderError
+from .files import text_encoder_folder
 
 END_TOKEN = "</s>"
 WHERE_TO_GET = (
@@ -140,3 +141,11 @@ def find_tokenizer(path: Path) -> Path | None:
             if (folder / name).is_file():
                 return folder / name
     return None
+
+
+def tokenizer_places(path: Path) -> list[Path]:
+    """Where the tokenizer of a T5 file or folder may lie: in the folder, or beside the file."""
+    if not path.is_dir():
+        return [path.with_suffix(""), path.parent, path.parent.parent / "tokenizer"]
+    folder = text_encoder_folder(path)
+    return [path, folder, folder.parent]

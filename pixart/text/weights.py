@@ -3,16 +3,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import TextEncoderError, UnsupportedError
+from . import packed
+from .files import DECODER_KEYS, StoredTensor, stored_tensors, text_encoder_folder, weight_files
+
+__all__ = ["T5Weights", "is_finite", "read_t5", "text_encoder_folder"]
 
 PREFIXES = ("", "transformer.", "text_encoder.", "t5xxl.transformer.", "text_encoders.t5xxl.transformer.", "t5.")
 EMBEDDING = "shared.weight"
@@ -20,11 +24,14 @@ EMBEDDING_ALIAS = "encoder.embed_tokens.weight"  # the same matrix under its oth
 POSITIONS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 TOKENIZER_KEY = "spiece_model"  # ComfyUI's place for a SentencePiece model inside a weight file
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
-DECODER_KEYS = re.compile(r"decoder\.|lm_head\.")
+IGNORED = ("logit_scale", "scaled_fp8")
+SCALED_FP8 = (".scale_weight", ".weight_scale")  # ComfyUI's two spellings: the true weight is the stored one times this
+FP8_EXTRAS = (".scale_input", ".input_scale")  # for products in fp8, which are not taken here
+FP8_MARK, FP8_FORMATS = ".comfy_quant", ("float8_e4m3fn", "float8_e5m2")
 # config.json fields that shapes don't show, and those that they do
 FREE_FIELDS = ("layer_norm_epsilon", "relative_attention_max_distance", "feed_forward_proj")
 SHAPE_FIELDS = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
+MOST_LAYERS = 512
 FOREIGN = (  # a key's part -> what the file is
     ("text_model.encoder", "a CLIP text encoder"),
     ("x_embedder.proj", "a diffusion transformer"),
@@ -38,131 +45,110 @@ FOREIGN = (  # a key's part -> what the file is
 
 @dataclass
 class T5Weights:
-    """State dict under transformers' names, the sizes it implies, and a tokenizer if the file had one."""
+    """The encoder half of a T5 under transformers' names, complete and of the right shapes, but not read yet."""
 
     path: Path
-    tensors: dict[str, Tensor]
+    stored: dict[str, StoredTensor]
+    layers: dict[str, dict[str, StoredTensor]]  # quantized ones: name without `.weight` -> its parts
     config: dict[str, int | float | str]
+    dtype: torch.dtype  # in which `stream` gives the tensors
+    precision: str | None = None  # of the quantized layers: int8, nf4 or fp4
     sentencepiece: bytes | None = None
     ignored: list[str] = field(default_factory=list)
+    scales: dict[str, StoredTensor] = field(default_factory=dict)  # of a scaled fp8 file: weight's name -> its scale
+
+    def raw(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what is not quantized, one at a time as stored, scaled fp8 in bf16; raises TextEncoderError for NaN."""
+        for name, stored in self.stored.items():
+            value = self._sound(name, stored.read())
+            if name in self.scales:
+                value = (value.float() * self._sound(self.scales[name].key, self.scales[name].read()).float()).bfloat16()
+            yield name, value
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """The same in `dtype`."""
+        return ((name, _cast(name, value, self.dtype)) for name, value in self.raw())
+
+    def stream_packed(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(layer, its parts) of what is quantized; the parts are named as in `packed.PARTS`."""
+        for layer, parts in self.layers.items():
+            yield layer, {part: self._sound(f"{layer}.{part}", stored.read()) for part, stored in parts.items()}
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All at once, for small models and for state dicts."""
+        return dict(self.stream())
+
+    def _sound(self, name: str, value: Tensor) -> Tensor:
+        if not is_finite(value):
+            raise TextEncoderError(f"{self.path}: NaN or infinite values in {name}. Download or export it again.")
+        return value
 
 
 def read_t5(path: Path, dtype: torch.dtype | None = None) -> T5Weights:
-    """Reads the encoder half of a T5, in `dtype` (default: as stored, fp8 as bf16).
+    """Reads names and shapes of a T5's encoder half; its tensors come in `dtype` (default: as most of it is stored, fp8 as bf16).
 
-    Raises TextEncoderError for what is missing, damaged or not a T5.
+    Raises TextEncoderError for what is missing, misshapen, damaged or not a T5.
     """
-    files, settings = _weight_files(path)
-    raw = {key: value for file in files for key, value in _read_tensors(file)}
+    files, settings = weight_files(path)
+    packed.check_settings(settings, path)
+    raw = {stored.key: stored for file in files for stored in stored_tensors(file)}
     model = raw.pop(TOKENIZER_KEY, None)
-    tensors, ignored = _strip(raw, path)
-    config = _sizes(tensors, path)
+    stored, ignored = _strip(raw, path)
+    stored, scales = _split_scales(stored, path)
+    stored, layers = packed.split(stored, path)
+    shapes = {name: each.shape for name, each in stored.items()}
+    shapes |= {f"{layer}.weight": packed.shape_of(parts, f"{path}: {layer}") for layer, parts in layers.items()}
+    config = _sizes(shapes, path)
     _merge_settings(config, settings, path)
-    spoiled = [key for key, value in tensors.items() if not _is_finite(value)]
-    if spoiled:
-        raise TextEncoderError(f"{path}: NaN or infinite values in {_some(spoiled)}. Download or export it again.")
+    check_shapes(shapes, config, path)
     if dtype is None:
-        stored = tensors[EMBEDDING].dtype
-        dtype = stored if stored.is_floating_point and stored.itemsize > 1 else torch.bfloat16
-    tensors = {key: _cast(key, value, dtype) for key, value in tensors.items()}
-    return T5Weights(path, tensors, config, None if model is None else model.numpy().tobytes(), ignored)
+        dtype = torch.bfloat16 if layers else _main_dtype(stored)
+    precision = packed.precision_of(next(iter(layers.values()))) if layers else None
+    tokenizer = None if model is None else model.read().numpy().tobytes()
+    return T5Weights(path, stored, layers, config, dtype, precision, tokenizer, ignored, scales)
 
 
-def text_encoder_folder(path: Path) -> Path:
-    """The folder with the weights: `path`, or its text_encoder/ if it is a pipeline's folder."""
-    inner = path / "text_encoder"
-    return inner if inner.is_dir() and not (path / "config.json").is_file() else path
+def expected_shapes(config: dict[str, int | float | str]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a T5 encoder of these sizes, under transformers' names."""
+    width, inner, d_ff = int(config["d_model"]), int(config["d_kv"]) * int(config["num_heads"]), int(config["d_ff"])
+    gated = str(config["feed_forward_proj"]).startswith("gated")
+    block: dict[str, tuple[int, ...]] = {
+        **{f"layer.0.SelfAttention.{name}.weight": (inner, width) for name in "qkv"},
+        "layer.0.SelfAttention.o.weight": (width, inner),
+        "layer.0.layer_norm.weight": (width,),
+        **{f"layer.1.DenseReluDense.{name}.weight": (d_ff, width) for name in (("wi_0", "wi_1") if gated else ("wi",))},
+        "layer.1.DenseReluDense.wo.weight": (width, d_ff),
+        "layer.1.layer_norm.weight": (width,),
+    }
+    return {
+        EMBEDDING: (int(config["vocab_size"]), width),
+        POSITIONS: (int(config["relative_attention_num_buckets"]), int(config["num_heads"])),
+        **{f"encoder.block.{i}.{name}": shape for i in range(int(config["num_layers"])) for name, shape in block.items()},
+        "encoder.final_layer_norm.weight": (width,),
+    }
 
 
-def _weight_files(path: Path) -> tuple[list[Path], dict]:
-    """Files to read, and the folder's config.json."""
-    if not path.exists():
-        raise TextEncoderError(f"{path} does not exist; expected a T5 folder or a .safetensors file.")
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise TextEncoderError(f"{path}: expected a .safetensors file or a Hugging Face folder.")
-        return [path], {}
-    folder = text_encoder_folder(path)
-    settings = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if "quantization_config" in settings:
-        raise UnsupportedError(f"{folder} is quantized; give the original fp32, bf16 or fp16 folder.")
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return [folder / name], settings
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return _shards(index), settings
-    single = sorted(folder.glob("*.safetensors"))
-    if len(single) == 1:
-        return single, settings
-    raise TextEncoderError(
-        f"{folder} holds no T5 weights: expected {', '.join(WEIGHT_FILES[:2])}, or the shards and their index."
-    )
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
-    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise TextEncoderError(f"{index} names shards outside its folder: {', '.join(outside)}. Download it again.")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
+def check_shapes(shapes: dict[str, tuple[int, ...]], config: dict, path: Path) -> None:
+    """Raises TextEncoderError naming every missing, unknown and misshapen tensor: never a partly loaded encoder."""
+    expected = expected_shapes(config)
+    problems = [f"missing {name}" for name in expected if name not in shapes]
+    problems += [f"unknown {name}" for name in shapes if name not in expected]
+    problems += [
+        f"{name} has shape {shape}, expected {expected[name]}"
+        for name, shape in shapes.items()
+        if name in expected and shape != expected[name]
+    ]
+    if problems:
         raise TextEncoderError(
-            f"{index} names {len(names)} shards, but {', '.join(missing) or 'none of them'} is missing from "
-            f"{index.parent}. Download the missing files into that folder."
+            f"{path} is not a complete T5 encoder: {_some(problems, 12, '; ')}. Download it again, or choose the folder "
+            "instead of one of its shards."
         )
-    return [index.parent / name for name in names]
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise TextEncoderError(f"{path} can't be read as JSON ({error}). Download it again.") from None
-    if not isinstance(values, dict):
-        raise TextEncoderError(f"{path} holds a {type(values).__name__}, expected an object. Download it again.")
-    return values
-
-
-def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor but the decoder's."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(str(path), framework="pt") as file:
-                for key in file.keys():
-                    if not DECODER_KEYS.match(key):
-                        yield key, file.get_tensor(key)
-        else:
-            yield from _tensors_only(path, torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)))
-    except TextEncoderError:
-        raise
-    except Exception as error:  # torch's unpickler raises anything on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TextEncoderError(
-            f"{path} ({path.stat().st_size} bytes) is damaged or incomplete: {reason}. Download it again."
-        ) from None
-
-
-def _tensors_only(path: Path, loaded: object) -> list[tuple[str, Tensor]]:
-    """The entries of a pickled state dict; raises TextEncoderError for anything else."""
-    if not isinstance(loaded, dict):
-        raise TextEncoderError(f"{path} holds a {type(loaded).__name__}, expected T5 weights by name. Give another file.")
-    loaded = loaded["state_dict"] if isinstance(loaded.get("state_dict"), dict) else loaded
-    strangers = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise TextEncoderError(f"{path}: {', '.join(strangers[:6])} is no tensor; expected T5 weights only.")
-    return list(loaded.items())
-
-
-def check_pickled(path: Path) -> None:
-    """Raises TextEncoderError unless the .pth, .pt or .bin file is a sound pickle of a T5 encoder's tensors."""
-    _strip(dict(_read_tensors(path)), path)
-
-
-def _strip(raw: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _strip(raw: dict[str, StoredTensor], path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """Removes the prefix and the decoder; refuses what is no T5."""
-    prefix = next((p for p in PREFIXES if p + QUERY in raw), None)
+    prefix = next((p for p in PREFIXES if any(p + key in raw for key in packed.spellings(QUERY))), None)
     if prefix is None:
         guess = next((what for part, what in FOREIGN if any(part in key for key in raw)), None)
         raise TextEncoderError(
@@ -172,39 +158,66 @@ def _strip(raw: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[
     tensors, ignored = {}, []
     for key, value in raw.items():
         name = key.removeprefix(prefix)
-        if not key.startswith(prefix) or DECODER_KEYS.match(name) or name in ("logit_scale", "scaled_fp8"):
+        if not key.startswith(prefix) or DECODER_KEYS.match(name) or name in IGNORED:
             ignored.append(key)
         else:
             tensors[name] = value
     if EMBEDDING_ALIAS in tensors:
         tensors.setdefault(EMBEDDING, tensors[EMBEDDING_ALIAS])
         del tensors[EMBEDDING_ALIAS]
-    scales = [key for key in tensors if key.endswith((".scale_weight", ".weight_scale", ".comfy_quant"))]
-    if scales or prefix + "scaled_fp8" in raw:
-        raise UnsupportedError(f"{path} is a scaled fp8 file, made for ComfyUI's loader; give an fp16 or bf16 T5.")
     if POSITIONS.replace("block.0", "block.1") in tensors:
         raise UnsupportedError(f"{path} is a UMT5 (every block has its own positions); PixArt uses T5.")
     return tensors, ignored
 
 
-def _sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, int | float | str]:
+def _split_scales(
+    tensors: dict[str, StoredTensor], path: Path
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """(tensors, scales by weight) of ComfyUI's scaled fp8 files; refuses its other quantizations."""
+    plain, scales = {}, {}
+    for name, stored in tensors.items():
+        mark = next((end for end in SCALED_FP8 if name.endswith(end)), None)
+        if mark is not None and torch.Size(stored.shape).numel() == 1:
+            scales[name.removesuffix(mark) + ".weight"] = stored
+        elif mark is not None or (name.endswith(FP8_MARK) and not _is_fp8(stored)):
+            raise UnsupportedError(
+                f"{path}: {name} is of a quantization made for ComfyUI's own loader; here expected scaled fp8 with one scale a "
+                "weight. Give an fp16 or bf16 T5."
+            )
+        elif not name.endswith((*FP8_EXTRAS, FP8_MARK)):
+            plain[name] = stored
+    return plain, scales
+
+
+def _is_fp8(mark: StoredTensor) -> bool:
+    try:
+        found = json.loads(bytes(mark.read().to(torch.uint8).tolist()))
+        return found["format"] in FP8_FORMATS
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _sizes(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, int | float | str]:
     """T5Config fields that the shapes imply."""
-    gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in tensors
+    gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes
     first = f"encoder.block.0.layer.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"
-    missing = [key for key in (EMBEDDING, POSITIONS, QUERY, first) if key not in tensors]
+    needed = (EMBEDDING, POSITIONS, QUERY, first)
+    missing = [key for key in needed if key not in shapes]
     if missing:
         raise TextEncoderError(f"{path}: incomplete T5, without {', '.join(missing)}. Download it again.")
-    flat = [key for key in (EMBEDDING, POSITIONS, QUERY, first) if tensors[key].ndim != 2]
+    flat = [key for key in needed if len(shapes[key]) != 2 or 0 in shapes[key]]
     if flat:
         raise TextEncoderError(f"{path}: {', '.join(flat)} should be matrices; this is a quantized or damaged T5.")
-    vocab_size, d_model = tensors[EMBEDDING].shape
-    buckets, heads = tensors[POSITIONS].shape
-    blocks = {int(m[1]) for m in (re.match(r"encoder\.block\.(\d+)\.", key) for key in tensors) if m}
+    vocab_size, d_model = shapes[EMBEDDING]
+    buckets, heads = shapes[POSITIONS]
+    blocks = {int(m[1]) for m in (re.match(r"encoder\.block\.(\d{1,6})\.", key) for key in shapes) if m}
+    if max(blocks) >= MOST_LAYERS:
+        raise TextEncoderError(f"{path}: names block {max(blocks)}; no T5 has so many. The file is damaged.")
     return {
         "vocab_size": vocab_size,
         "d_model": d_model,
-        "d_kv": tensors[QUERY].shape[0] // heads,
-        "d_ff": tensors[first].shape[0],
+        "d_kv": shapes[QUERY][0] // heads,
+        "d_ff": shapes[first][0],
         "num_layers": max(blocks) + 1,
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
@@ -219,13 +232,26 @@ def _merge_settings(config: dict, settings: dict, path: Path) -> None:
         for name in SHAPE_FIELDS
         if name in settings and settings[name] != config[name]
     ]
+    gated = str(settings.get("feed_forward_proj", config["feed_forward_proj"])).startswith("gated")
+    if gated != str(config["feed_forward_proj"]).startswith("gated"):
+        wrong.append(f"feed_forward_proj {settings['feed_forward_proj']} (weights: {config['feed_forward_proj']})")
     if wrong:
         raise TextEncoderError(f"{path}: config.json contradicts the weights in {', '.join(wrong)}.")
     config.update({name: settings[name] for name in FREE_FIELDS if name in settings})
 
 
-def _is_finite(value: Tensor) -> bool:
-    if not value.numel():
+def _main_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
+    """In which most weights are stored: some files keep the embedding or the norms wider. bf16 where that is no float."""
+    count: Counter = Counter()
+    for each in stored.values():
+        count[each.dtype] += torch.Size(each.shape).numel()
+    dtype = count.most_common(1)[0][0]
+    return dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether there is no NaN and no infinity; integers have none."""
+    if not value.numel() or not value.is_floating_point():
         return True
     value = value.float() if value.dtype.itemsize == 1 else value
     return bool(torch.isfinite(torch.stack(torch.aminmax(value))).all())
@@ -236,6 +262,6 @@ def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(torch.float32 if dtype == torch.float16 and ".wo." in key else dtype)
 
 
-def _some(names: list[str], limit: int = 4) -> str:
+def _some(names: list[str], limit: int = 4, between: str = ", ") -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return between.join(names[:limit]) + more

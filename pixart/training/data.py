@@ -22,6 +22,7 @@ class Batch:
     """latent: (B, C, H, W), in the model's space; context: (B, M, C'); mask: (B, M); size: (B, 2) pixels.
 
     features: (B, N, F), what is known of every token's picture, for sources with `feature_count` F.
+    hint: (B, C, H, W), the edge map's latent, for recipes with `control_blocks`.
     """
 
     latent: Tensor
@@ -29,6 +30,7 @@ class Batch:
     mask: Tensor
     size: Tensor
     features: Tensor | None = None
+    hint: Tensor | None = None
 
 
 class Source(Protocol):

@@ -39,11 +39,16 @@ def initialize_weights(model: PixArtTransformer) -> None:
     nn.init.zeros_(model.final_layer.linear.bias)
 
 
-def copy_weights(model: PixArtTransformer, path: str, variant: str) -> None:
-    """Starts from a file's weights; raises ConfigError if they are another model's. The null caption may be absent."""
-    start = load_transformer(path, variant=variant, dtype=torch.float32).state_dict()
-    own = model.state_dict()
-    missing = sorted(own.keys() - start.keys() - {NULL_CAPTION_KEY})
+def copy_weights(model: PixArtTransformer, path: str, variant: str) -> list[int]:
+    """Starts from a file's weights; raises ConfigError if they are another model's. The null caption may be absent.
+
+    So may KV compression; the blocks that the model compresses and the file doesn't are returned.
+    """
+    loaded = load_transformer(path, variant=variant, dtype=torch.float32)
+    start, own = loaded.state_dict(), model.state_dict()
+    new = sorted(dict(model.config.compressed_blocks).keys() - dict(loaded.config.compressed_blocks).keys())
+    optional = {key for key in own if key.startswith(tuple(f"blocks.{i}.attn.{part}." for i in new for part in ("sr", "norm")))}
+    missing = sorted(own.keys() - start.keys() - optional - {NULL_CAPTION_KEY})
     other = sorted(key for key in start.keys() if key not in own or own[key].shape != start[key].shape)
     if missing or other:
         raise ConfigError(
@@ -51,6 +56,7 @@ def copy_weights(model: PixArtTransformer, path: str, variant: str) -> None:
             f"shape: {', '.join(other[:4]) or 'nothing'}. Give weights of that variant."
         )
     model.load_state_dict(start, strict=False)
+    return new
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from ..config import get_variant
 from ..errors import UnsupportedError
 from ..model import PixArtTransformer
 from .alignment import AlignedTransformer, alignment_loss
-from .data import bucket_sizes, draw_buckets, make_source
-from .diffusion import NoiseSchedule, sample_timesteps, training_loss
+from .compression import begin_compression
+from .data import Batch, bucket_sizes, draw_buckets, make_source
+from .diffusion import STEPS, NoiseSchedule, sample_timesteps, training_loss
 from .initialize import copy_weights, initialize_weights, pass_noise_through
 from .optimizer import make_optimizers
 from .recipe import Recipe, load_recipe
@@ -41,13 +43,22 @@ def train(config_path: str | Path, resume: bool = True, stop_after: float | None
     The full state is kept in the recipe's `run_dir`; with `resume` a run goes on from there, else it
     begins anew. `stop_after`: seconds after which it saves and stops early.
     """
-    trainer = Trainer(load_recipe(config_path))
+    trainer = make_trainer(load_recipe(config_path))
     if resume:
         trainer.resume()
     with _signals(trainer.ask_to_stop):
         trainer.run(stop_after)
     trainer.save()
     return Path(trainer.recipe.output)
+
+
+def make_trainer(recipe: Recipe) -> Trainer:
+    """The trainer of a transformer, or of a ControlNet beside one."""
+    if not recipe.control_blocks:
+        return Trainer(recipe)
+    from .controlnet import ControlTrainer  # it is a Trainer, so it imports this module
+
+    return ControlTrainer(recipe)
 
 
 @contextmanager
@@ -87,17 +98,32 @@ class Trainer:
 
     def _new_model(self) -> PixArtTransformer:
         attention = dense_attention if self.accelerator.device.type == "cpu" else torch_attention
-        model = PixArtTransformer(get_variant(self.recipe.variant).transformer, attention=attention)
+        config = get_variant(self.recipe.variant).transformer
+        if self.recipe.compressed_blocks:
+            config = replace(config, compressed_blocks=self.recipe.compressed_blocks)
+        model = PixArtTransformer(config, attention=attention)
+        new = [block for block, _ in config.compressed_blocks]  # blocks whose compression begins here
         if self.recipe.initialize:
-            copy_weights(model, self.recipe.initialize, self.recipe.variant)
+            new = copy_weights(model, self.recipe.initialize, self.recipe.variant)
         else:
             initialize_weights(model)
             if self.recipe.pass_noise:
                 pass_noise_through(model)
+        if new:
+            begin_compression(model, new, self._probe())
         if self.recipe.compile_blocks:  # one graph serves every block and size; over twice as fast on a CPU
             for block in model.blocks:
                 block.compile(dynamic=True)
         return model
+
+    def _probe(self, count: int = 16) -> tuple[Tensor, ...]:
+        """Arguments of a forward on noisy pictures at timesteps from 0 to 999, to measure a model with."""
+        stage = self.recipe.stages[-1]
+        batch = self.source.batch((stage.base_size, stage.base_size), count, np.random.default_rng(self.recipe.seed))
+        timestep = torch.linspace(0, STEPS - 1, count).long()
+        noise = torch.randn(batch.latent.shape, generator=torch.Generator().manual_seed(self.recipe.seed))
+        noisy = NoiseSchedule().add_noise(batch.latent, noise, timestep)
+        return noisy, timestep, batch.context, batch.mask
 
     @property
     def _bare_model(self) -> nn.Module:
@@ -143,9 +169,8 @@ class Trainer:
         timestep = sample_timesteps(len(latent), stage.timestep_mean, stage.timestep_std, noise_generator).to(device)
         noise = torch.randn(latent.shape, generator=noise_generator).to(device)
         noisy = self.schedule.add_noise(latent, noise, timestep)
-        pixels = batch.size.to(device) if self.transformer.config.micro_condition else None
         with self.accelerator.autocast():
-            prediction = self.model(noisy, timestep, batch.context.to(device), batch.mask.to(device), pixels)
+            prediction = self.model(noisy, timestep, *self._inputs(batch))
         aligned: list[Tensor] = []
         if self.recipe.align_weight:
             prediction, read = prediction
@@ -155,6 +180,16 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self._update(bool(torch.isfinite(norm)))
         return losses[0].item(), losses[1].item(), float(norm), *(loss.item() for loss in aligned)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor | None, ...]:
+        """What the model is told of a batch beside the noisy latent and its timestep."""
+        device = self.accelerator.device
+        pixels = batch.size.to(device) if self.transformer.config.micro_condition else None
+        return batch.context.to(device), batch.mask.to(device), pixels
+
+    def _trained(self, module: nn.Module) -> nn.Module:
+        """The part of the transformer that is written."""
+        return module
 
     def _update(self, finite: bool) -> None:
         """One step of the optimizers and the EMA; gradients that are not finite are skipped, and many are an error."""
@@ -190,7 +225,7 @@ class Trainer:
         """Writes the EMA weights and the full state, each replaced whole."""
         if not self.accelerator.is_main_process:
             return
-        weights = {k: v.half().cpu().contiguous() for k, v in self.ema.module.state_dict().items()}
+        weights = {k: v.half().cpu().contiguous() for k, v in self._trained(self.ema.module).state_dict().items()}
         metadata = {"format": "pt", "step": str(self.step), "license": "Apache-2.0", NOTE_KEY: json.dumps({"ema": True})}
         output = Path(self.recipe.output)
         output.parent.mkdir(parents=True, exist_ok=True)

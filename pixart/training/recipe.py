@@ -34,6 +34,7 @@ class Recipe:
     run_dir: str  # full state for resuming, and the log
     stages: tuple[Stage, ...]
     initialize: str | None = None  # start from these weights instead of random ones
+    compressed_blocks: tuple[tuple[int, int], ...] = ()  # (block, ratio) of KV compression, which the start may lack
     pass_noise: bool = False  # begin as the identity on noise, see `initialize.pass_noise_through`
     seed: int = 0
     precision: str = "bf16"  # or "no" for fp32
@@ -47,6 +48,7 @@ class Recipe:
     max_loss_weight: float = 1.0  # noise loss is weighted by min(1/alpha_bar, this); 1 is the plain loss
     align_weight: float = 0.0  # of the auxiliary loss, see `alignment.py`; 0 is without
     align_block: int = 0  # whose tokens are aligned
+    control_blocks: int = 0  # train a ControlNet of so many blocks beside `initialize`; 0 trains the transformer
     save_every: int = 250
     compile_blocks: bool = False  # torch.compile, which needs a C++ compiler
 
@@ -84,6 +86,10 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"{path}: no stages; expected a list with base_size, steps, batch_size, learning_rate.")
     values["stages"] = tuple(from_fields(Stage, stage, f"{path}, stage {i}") for i, stage in enumerate(stages))
     values["betas"] = tuple(values.get("betas", (0.9, 0.99)))
+    pairs = values.get("compressed_blocks", [])
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and [type(n) for n in pair] == [int, int] for pair in pairs):
+        raise ConfigError(f"{path}: compressed_blocks is {pairs!r}; expected pairs [block, ratio], like [[4, 2], [5, 2]].")
+    values["compressed_blocks"] = tuple(tuple(pair) for pair in pairs)
     recipe = from_fields(Recipe, values, str(path))
     get_variant(recipe.variant)
     return recipe

@@ -25,7 +25,7 @@ def test_latents_are_the_encoders_but_for_soft_edges(width: int, height: int) ->
 
 
 def test_batch_has_the_shapes_that_training_expects() -> None:
-    source = SceneSource(SimpleNamespace(text_encoder=str(WEIGHTS["text_encoders"]), caption_dropout=0.0))
+    source = SceneSource(SimpleNamespace(text_encoder=str(WEIGHTS["text_encoders"]), caption_dropout=0.0, control_blocks=0))
     batch = source.batch((304, 208), 3, np.random.default_rng(0))
     assert batch.latent.shape == (3, 4, 38, 26) and batch.features.shape == (3, 19 * 13, FEATURE_COUNT)
     assert source.feature_count == FEATURE_COUNT
@@ -36,8 +36,23 @@ def test_batch_has_the_shapes_that_training_expects() -> None:
 
 
 def test_dropped_captions_are_the_empty_prompt() -> None:
-    source = SceneSource(SimpleNamespace(text_encoder=str(WEIGHTS["text_encoders"]), caption_dropout=1.0))
+    source = SceneSource(SimpleNamespace(text_encoder=str(WEIGHTS["text_encoders"]), caption_dropout=1.0, control_blocks=0))
     batch = source.batch((128, 128), 2, np.random.default_rng(1))
     empty = source.encoder.encode([""])
     assert torch.equal(batch.mask, empty.mask.expand(2, -1))
     torch.testing.assert_close(batch.context, empty.states.float().expand(2, -1, -1))
+
+
+def test_hints_are_the_outlines_of_the_pictures() -> None:
+    source = SceneSource(SimpleNamespace(text_encoder=str(WEIGHTS["text_encoders"]), caption_dropout=0.0, control_blocks=3))
+    batch = source.batch((256, 256), 4, np.random.default_rng(2))
+    assert batch.hint.shape == batch.latent.shape
+    for latent, hint in zip(batch.latent, batch.hint):
+        dark = hint[:, 0, 0]  # no outline in the corner
+        outline = (hint - dark[:, None, None]).abs().amax(0) > 0.05
+        change = torch.zeros_like(outline)
+        change[:, 1:] |= (latent[:, :, 1:] - latent[:, :, :-1]).abs().amax(0) > 0.5
+        change[1:] |= (latent[:, 1:] - latent[:, :-1]).abs().amax(0) > 0.5
+        assert 0 < outline.sum() < outline.numel() / 2
+        near = torch.nn.functional.max_pool2d(outline[None].float(), 3, 1, 1)[0].bool()
+        assert (change & ~near).sum() == 0  # colours change nowhere but along the outline

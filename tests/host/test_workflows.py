@@ -8,14 +8,30 @@ from typing import Any
 
 import pytest
 
+from demo.family_workflows import FAMILY_WORKFLOWS
+from demo.guidance_workflows import GUIDANCE_WORKFLOWS
+from demo.kv_workflows import KV_WORKFLOWS
 from demo.workflows import WORKFLOWS
 from tests.support.demo import ROOT
 
 FOLDER = ROOT / "workflows"
-STEMS = ("demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch")
-LOADERS = {"PixArtModelLoader": "diffusion_models", "PixArtT5Loader": "text_encoders", "VAELoader": "vae"}
-RELEASED = tuple(stem for stem in STEMS if stem.startswith(("sigma", "alpha")))
-FILE_MENUS = {("PixArtModelLoader", "model_name"), ("PixArtT5Loader", "t5_name"), ("VAELoader", "vae_name"), ("LoadImage", "image")}
+FAMILY = tuple(FAMILY_WORKFLOWS)  # few steps, ControlNet and the like; each has settings of its own
+COMPRESSED = tuple(KV_WORKFLOWS)
+STEMS = (
+    "demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch", *COMPRESSED, *FAMILY,
+    *GUIDANCE_WORKFLOWS,
+)  # fmt: skip
+LOADERS = {
+    "PixArtModelLoader": "diffusion_models", "PixArtT5Loader": "text_encoders", "VAELoader": "vae", "PixArtControlNetLoader": "controlnet",
+    "PixArtHED": "controlnet", "PixArtConsistencyDecoder": "vae", "CheckpointLoaderSimple": "checkpoints",
+    "PixArtLoraLoader": "loras",
+}  # fmt: skip
+RELEASED = tuple(stem for stem in STEMS if stem.startswith(("sigma", "alpha", "hires")))
+FILE_MENUS = {
+    ("PixArtModelLoader", "model_name"), ("PixArtT5Loader", "t5_name"), ("VAELoader", "vae_name"), ("LoadImage", "image"),
+    ("PixArtControlNetLoader", "control_net_name"), ("PixArtHED", "hed_name"), ("PixArtConsistencyDecoder", "vae_name"),
+    ("CheckpointLoaderSimple", "ckpt_name"), ("PixArtLoraLoader", "lora_name"),
+}  # fmt: skip
 
 
 def read(name: str) -> dict[str, Any]:
@@ -151,7 +167,7 @@ def test_loaders_offer_the_download(stem: str) -> None:
         assert model["url"].endswith(model["name"])
 
 
-@pytest.mark.parametrize("stem", RELEASED)
+@pytest.mark.parametrize("stem", [stem for stem in RELEASED if stem not in COMPRESSED])
 def test_released_models_use_their_own_size_tokens_and_vae(stem: str) -> None:
     from pixart.config import get_variant
 
@@ -165,7 +181,48 @@ def test_released_models_use_their_own_size_tokens_and_vae(stem: str) -> None:
     assert ("sdxl" in inputs["VAELoader"]["vae_name"]) == (variant.vae == "sdxl")
 
 
-@pytest.mark.parametrize("stem", STEMS)
+def of_kind(graph: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
+    """Ids and inputs of the nodes of a class."""
+    return {number: node["inputs"] for number, node in graph.items() if node["class_type"] == kind}
+
+
+@pytest.mark.parametrize("stem", COMPRESSED)
+def test_compressed_workflows_draw_with_the_2k_weights(stem: str) -> None:
+    """Patches follow each other from the 2K model to the sampler of the large picture, on blocks of their own; decoding is tiled."""
+    from pixart.config import get_variant
+    from pixart.kv_compress import KVCompression, check_together
+
+    graph = read(f"api/{stem}.json")
+    patches, variant = of_kind(graph, "PixArtKVCompress"), get_variant("sigma-2k")
+    (latent,) = of_kind(graph, "PixArtResolution").values()
+    (sampler,) = [s for s in of_kind(graph, "KSampler").values() if s["model"][0] in patches]
+    (decode,) = of_kind(graph, "VAEDecodeTiled").values()
+    assert graph[decode["samples"][0]]["inputs"] == sampler
+    found, number = [], sampler["model"][0]
+    while number in patches:
+        values = dict(patches[number])
+        number = values.pop("model")[0]
+        found.append(KVCompression(**values))
+    check_together(found, variant.transformer)
+    assert len(found) == len(patches)
+    assert graph[number]["inputs"]["variant"] == "sigma-2k" and graph[number]["inputs"]["model_name"] in variant.files
+    if stem.startswith("sigma"):
+        assert stem == {"2048": "sigma-2k-kv"}.get(latent["base"], f"sigma-{latent['base']}-kv")
+        assert latent["width"] == latent["height"] == int(latent["base"]) and sampler["denoise"] == 1.0
+
+
+@pytest.mark.parametrize("stem", ["hires-2k", "hires-4096"])
+def test_hires_fix_draws_again_from_a_part_of_the_noise(stem: str) -> None:
+    graph = read(f"api/{stem}.json")
+    (latent,), (scale,) = of_kind(graph, "PixArtResolution").values(), of_kind(graph, "ImageScaleBy").values()
+    assert latent["base"] == "1024" and 1024 * scale["scale_by"] == (2048 if stem == "hires-2k" else 4096)
+    (encode,) = of_kind(graph, "VAEEncodeTiled")
+    first, second = sorted(of_kind(graph, "KSampler").values(), key=lambda s: -s["denoise"])
+    assert first["denoise"] == 1.0 and graph[first["model"][0]]["inputs"]["variant"] == "sigma-1024"
+    assert 0 < second["denoise"] < 1 and second["latent_image"] == [encode, 0]
+
+
+@pytest.mark.parametrize("stem", [stem for stem in STEMS if stem not in FAMILY])
 def test_sampling_defaults(stem: str) -> None:
     for node in read(f"api/{stem}.json").values():
         if node["class_type"] == "KSampler":
@@ -179,3 +236,28 @@ def test_every_workflow_has_its_picture(stem: str) -> None:
     picture = FOLDER / f"{stem}.jpg"
     assert picture.read_bytes()[:2] == b"\xff\xd8"
     assert picture.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(
+    ("stem", "kind", "expected"),
+    [
+        ("lcm", "KSampler", {"steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple"}),
+        ("lcm", "ModelSamplingDiscrete", {"sampling": "lcm", "zsnr": False}),
+        ("dmd", "PixArtOneStep", {"timestep": 400}),
+        ("dmd", "SamplerCustom", {"cfg": 1.0, "add_noise": True}),
+        ("sa-solver", "SamplerSASolver", {"predictor_order": 2, "corrector_order": 2, "eta": 1.0, "simple_order_2": True}),
+        ("sa-solver", "BasicScheduler", {"steps": 25, "scheduler": "sgm_uniform", "denoise": 1.0}),
+        ("sa-solver", "SamplerCustom", {"cfg": 3.0}),
+        ("controlnet", "ControlNetApplyAdvanced", {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}),
+    ],
+)
+def test_settings_of_the_family(stem: str, kind: str, expected: dict[str, Any]) -> None:
+    (inputs,) = (node["inputs"] for node in read(f"api/{stem}.json").values() if node["class_type"] == kind)
+    assert expected.items() <= inputs.items()
+
+
+def test_two_stages_meet_at_the_same_step() -> None:
+    first, second = (node["inputs"] for node in read("api/900m-two-stage.json").values() if node["class_type"] == "KSamplerAdvanced")
+    assert first["end_at_step"] == second["start_at_step"] == 12 and first["steps"] == second["steps"] == 20
+    assert (first["add_noise"], second["add_noise"]) == ("enable", "disable")
+    assert (first["return_with_leftover_noise"], second["return_with_leftover_noise"]) == ("enable", "disable")

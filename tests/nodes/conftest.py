@@ -10,7 +10,7 @@ from tests.support import host, host_models
 host.load_pack()
 import folder_paths  # noqa: E402 - the host's, once it is on sys.path
 
-KINDS = ("diffusion_models", "text_encoders", "loras", "embeddings", "vae")
+KINDS = ("diffusion_models", "text_encoders", "loras", "embeddings", "vae", "controlnet")
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ hint = host.pack_module("nodes.host.vae_hint")
 
 @pytest.fixture
 def graph(monkeypatch: pytest.MonkeyPatch):
-    """Puts a graph with these VAELoader names into a running server's queue."""
+    """Puts a graph with these VAELoader names, and other nodes as {class: inputs}, into a running server's queue."""
 
-    def run(*names: str) -> None:
+    def run(*names: str, **others: dict) -> None:
         nodes = {str(i): {"class_type": "VAELoader", "inputs": {"vae_name": name}} for i, name in enumerate(names)}
+        nodes |= {kind: {"class_type": kind, "inputs": inputs} for kind, inputs in others.items()}
         nodes["x"] = {"class_type": "VAEDecode", "inputs": {"vae": ["0", 0]}}
         queue = SimpleNamespace(currently_running={0: (0, "id", nodes, {}, ["x"])})
         server = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace(prompt_queue=queue)))
@@ -62,3 +63,30 @@ def test_logged_once_per_model(sigma, graph, caplog) -> None:
 def test_alpha_without_a_graph_is_told_its_vae(alpha_1024_file, caplog) -> None:
     sample(host_models.load_model(alpha_1024_file), captions(3), captions(1), steps=1)
     assert "SD1 VAE" in caplog.text
+
+
+def test_the_consistency_decoder_is_alphas(graph) -> None:
+    graph(PixArtConsistencyDecoder={"vae_name": "whatever"})
+    assert hint.vae_warning("sd1") is None
+    assert "consistency" in hint.vae_warning("sdxl")
+
+
+@pytest.mark.parametrize(
+    ("family", "others", "warned"),
+    [("alpha", {}, False), ("alpha", {"CheckpointLoaderSimple": {"ckpt_name": "sd_xl_refiner_1.0.safetensors"}}, True),
+     ("sigma", {"CheckpointLoaderSimple": {"ckpt_name": "sd_xl_refiner_1.0.safetensors"}}, False),
+     ("alpha", {"CheckpointLoaderSimple": {"ckpt_name": "sd_xl_base_1.0.safetensors"}}, False),
+     ("alpha", {"CheckpointLoaderSimple": {"ckpt_name": "SDXL_Refiner.safetensors"}, "VAEEncode": {}}, False)],
+)  # fmt: skip
+def test_a_refiner_that_gets_alphas_latent_is_named(graph, family: str, others: dict, warned: bool) -> None:
+    graph("taesd", **others)
+    text = hint.refiner_warning(family)
+    assert bool(text) is warned
+    if text:
+        assert "VAEEncode" in text and "sd_xl_refiner_1.0" in text
+
+
+def test_the_refiner_warning_reaches_the_log(alpha_1024_file, graph, caplog) -> None:
+    graph("taesd", CheckpointLoaderSimple={"ckpt_name": "sd_xl_refiner_1.0.safetensors"})
+    sample(host_models.load_model(alpha_1024_file), captions(3), captions(1), steps=1)
+    assert sum("reads SDXL latents" in message for message in caplog.messages) == 1

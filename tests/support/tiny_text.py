@@ -76,3 +76,12 @@ def save_t5_folder(model, folder: Path, shard: str | None = None, pipeline: bool
     model.save_pretrained(weights, **({"max_shard_size": shard} if shard else {}))
     (tokenizer / "spiece.model").write_bytes(sentencepiece_model())
     return folder
+
+
+def save_slim_xxl(path: Path) -> Path:
+    """A file with the layer count, feed-forward width and vocabulary of XXL, otherwise tiny, in fp16."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=32128, d_model=16, d_kv=4, d_ff=10240, num_layers=24, num_heads=4, feed_forward_proj="gated-gelu")
+    return save_t5_file(T5EncoderModel(config), path, tokenizer=False, dtype=torch.float16)

@@ -204,15 +204,13 @@ def test_every_wrong_key_is_listed(tmp_path):
         assert part in str(error.value)
 
 
-def test_nan_umt5_and_scaled_fp8(tmp_path):
+def test_nan_and_umt5(tmp_path):
     norm = "encoder.final_layer_norm.weight"
     bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
     with pytest.raises(TextEncoderError, match=norm):
         load_text_encoder(_edited(tmp_path, lambda t: t.update({norm: t[norm] * float("nan")})))
     with pytest.raises(UnsupportedError, match="UMT5"):
         load_text_encoder(_edited(tmp_path, lambda t: t.update({bias: torch.zeros(32, 4)})))
-    with pytest.raises(UnsupportedError, match="scaled fp8"):
-        load_text_encoder(_edited(tmp_path, lambda t: t.update({"scaled_fp8": torch.zeros(1)})))
 
 
 def test_config_that_contradicts_the_weights(tmp_path):
@@ -226,3 +224,37 @@ def test_config_that_contradicts_the_weights(tmp_path):
 def test_unsupported_dtype(tmp_path):
     with pytest.raises(UnsupportedError, match="float8"):
         load_text_encoder(tmp_path, dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("ending", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("precision", [None, "fp8_e4m3fn"])
+def test_scaled_fp8_file(tmp_path, ending, precision):
+    """Weights of which plain fp8 would leave little: the scale brings them into its range."""
+    model = tiny_t5()
+    state = model.state_dict()
+    linear = {name: value for name, value in state.items() if "Dense" in name or "Attention" in name and "bias" not in name}
+
+    def edit(tensors):
+        for name, value in linear.items():
+            scale = value.abs().max() / 448
+            tensors[name] = (value / scale).to(torch.float8_e4m3fn)
+            layer = name.removesuffix(".weight")
+            tensors[f"{layer}.{ending}"] = scale.reshape(())
+            if ending == "weight_scale":
+                tensors[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+            else:
+                tensors[f"{layer}.scale_input"] = torch.ones(())
+        if ending == "scale_weight":
+            tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+
+    encoder = load_text_encoder(_edited(tmp_path, edit), precision=precision)
+    found = encoder.encode(PROMPTS[:1]).states[0].float()
+    assert torch.cosine_similarity(found, reference_states(model, PROMPTS[0]), dim=-1).min() > (0.99 if precision is None else 0.97)
+
+
+@pytest.mark.parametrize(
+    "ending, value", [("comfy_quant", torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)), ("weight_scale", torch.ones(8))]
+)
+def test_other_quantizations_of_the_host_are_named(tmp_path, ending, value):
+    with pytest.raises(UnsupportedError, match="made for ComfyUI's own loader"):
+        load_text_encoder(_edited(tmp_path, lambda t: t.update({f"encoder.block.0.layer.0.SelfAttention.q.{ending}": value})))

@@ -1,0 +1,191 @@
+"""What KV compression does to the demo's pictures: alignment score and distance from the uncompressed ones.
+
+`python -m benchmarks.kv_quality` draws the held-out prompts of demo.evaluate with each setting, from the same noise, and
+writes kv_quality.json and kv_quality.png; settings already measured are kept. `--recipe configs/train/demo-kv.json` adds
+the model of that recipe, trained and as it begins.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from demo import WEIGHTS  # noqa: E402
+from demo.evaluate import KINDS, Run, Sampler, measure  # noqa: E402
+from pixart import Pipeline, load_transformer  # noqa: E402
+from pixart.kv_compress import KVCompression  # noqa: E402
+from pixart.model import PixArtTransformer  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+EXACT = "uncompressed"
+PARTS = {"all": (0, -1), "first half": (0, 3), "last half": (4, -1), "without ends": (1, 6)}  # of the demo's 8 blocks
+PERCENTS = ((0.0, 0.5), (0.2, 1.0), (0.5, 1.0))
+KEYS = {"length kept": {"keep_length": True}, "keys x 1.15": {"key_scale": 1.15}, "keys x 1.3": {"key_scale": 1.3}}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to draw: patches for the demo's transformer, or another transformer."""
+
+    name: str
+    group: str  # colour of the plot
+    compression: tuple[KVCompression, ...] = ()
+    transformer: PixArtTransformer | None = None
+
+
+def settings() -> Iterator[Setting]:
+    """The grid: method, ratio and blocks in full; parts of sampling and keys at each method's ratio 2."""
+    yield Setting(EXACT, EXACT)
+    for method in ("mean", "stride"):
+        for ratio in (2, 4):
+            for part, (first, last) in PARTS.items():
+                yield Setting(f"{method} {ratio}, {part}", f"{method} {ratio}", (KVCompression(ratio, method, first, last),))
+        for start, end in PERCENTS:
+            one = KVCompression(2, method, start_percent=start, end_percent=end)
+            yield Setting(f"{method} 2, {start:.0%} to {end:.0%} of sampling", f"{method}, part of sampling", (one,))
+    for part in ("all", "last half"):
+        for keys, values in KEYS.items():
+            first, last = PARTS[part]
+            yield Setting(f"mean 2, {part}, {keys}", "mean 2, other keys", (KVCompression(2, "mean", first, last, **values),))
+    both = (KVCompression(2, "mean", 0, 3), KVCompression(4, "mean", 4, -1))
+    yield Setting("mean 2 first half, mean 4 last half", "mean 2 and 4", both)
+
+
+def trained_settings(recipe_path: Path) -> Iterator[Setting]:
+    """The compressed model that a recipe makes: as it begins, and its result if there is one."""
+    from pixart.training.loop import Trainer
+    from pixart.training.recipe import load_recipe
+
+    recipe = replace(load_recipe(recipe_path), compile_blocks=False, precision="no")
+    begun = Trainer(recipe).transformer.cpu().eval().requires_grad_(False)
+    yield Setting("conv, not yet trained", "conv", transformer=begun)
+    if Path(recipe.output).is_file():
+        yield Setting("conv, trained", "conv", transformer=load_transformer(recipe.output, variant=recipe.variant))
+
+
+def share_of_attention(setting: Setting, config: Any) -> float:
+    """Work of self-attention beside the uncompressed model's: mean of 1 / R² over blocks and sampling."""
+    saved = sum(1 - ratio**-2 for _, ratio in config.compressed_blocks)
+    for one in setting.compression:
+        saved += (1 - one.ratio**-2) * len(one.blocks(config.depth)) * (one.end_percent - one.start_percent)
+    return 1 - saved / config.depth
+
+
+def make_sampler(pipeline: Pipeline, compression: tuple[KVCompression, ...], steps: int, latents: list[Tensor]) -> Sampler:
+    """As demo.evaluate's; the final latents are added to `latents`."""
+
+    def sample(prompts: list[str], width: int, height: int, guidance: float, seeds: list[int]) -> np.ndarray:
+        last: list[Tensor] = []
+
+        def keep(_: int, __: int, found: Tensor) -> None:
+            last[:] = [found]
+
+        pictures = pipeline(
+            prompts, steps=steps, guidance=guidance, width=width, height=height, use_bins=False, seed=seeds,
+            output="np", progress=False, kv_compression=compression, callback=keep,
+        )  # fmt: skip
+        latents.append(last[0].cpu())
+        return pictures
+
+    return sample
+
+
+def measure_setting(pipeline: Pipeline, setting: Setting, chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
+    """Figures of one setting, and the latents of all its pictures."""
+    if setting.transformer is not None:
+        other = setting.transformer.to(pipeline.device, pipeline.dtype)
+        pipeline = Pipeline(
+            other, pipeline.text_encoder, pipeline.vae, base_size=pipeline.base_size, max_tokens=pipeline.max_tokens
+        )
+    latents: list[Tensor] = []
+    run = Run(setting.name, chosen.count, chosen.size, chosen.size, chosen.cfg)
+    sampler = make_sampler(pipeline, setting.compression, chosen.steps, latents)
+    figures = measure(sampler, run, chosen.seed, chosen.batch)[0]
+    row = {
+        "name": setting.name,
+        "group": setting.group,
+        "compression": [asdict(one) for one in setting.compression],
+        "share_of_attention": round(share_of_attention(setting, pipeline.transformer.config), 4),
+        "alignment": round(float(np.mean([figures[kind]["correct"] for kind in KINDS.values()])), 4),
+        **{kind: figures[kind] for kind in KINDS.values()},
+    }
+    return row, torch.cat(latents)
+
+
+def run(pipeline: Pipeline, wanted: Sequence[Setting], chosen: argparse.Namespace) -> None:
+    """Measures the settings that are missing; the file is written after each."""
+    file = chosen.out / "kv_quality.json"
+    facts = {name: getattr(chosen, name) for name in ("count", "steps", "size", "cfg", "seed", "dtype")}
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if report.get("settings") != facts:
+        report = {"settings": facts, "machine": {"torch": torch.__version__, "device": chosen.device}, "results": {}}
+    exact: Tensor | None = None
+    for setting in wanted:
+        if setting.name in report["results"] and setting.name != EXACT:
+            continue
+        row, latents = measure_setting(pipeline, setting, chosen)
+        exact = latents if exact is None else exact  # the first setting is the uncompressed one
+        row["latent_mse"] = round(float((latents - exact).square().mean()), 6)
+        row["latent_error"] = round(float((latents - exact).norm() / exact.norm()), 4)
+        report["results"][setting.name] = row
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"{setting.name:<44} alignment {row['alignment']:.1%}  latent error {row['latent_error']:.3f}", flush=True)
+    plot(report, chosen.out / "kv_quality.png")
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Alignment and distance against the work that is left of self-attention."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
+    rows = list(report["results"].values())
+    for group in dict.fromkeys(row["group"] for row in rows):
+        found = [row for row in rows if row["group"] == group]
+        work = [100 * row["share_of_attention"] for row in found]
+        axes[0].plot(work, [100 * row["alignment"] for row in found], "o", label=group)
+        axes[1].plot(work, [row["latent_error"] for row in found], "o", label=group)
+    axes[0].axhline(100 * report["results"][EXACT]["alignment"], color="0.6", lw=0.8)
+    axes[0].set(xlabel="work of self-attention, %", ylabel="pictures as asked, %", title="alignment")
+    axes[1].set(xlabel="work of self-attention, %", ylabel="relative error of the latent", title="distance from the uncompressed picture")
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kv_quality", description=__doc__)
+    parser.add_argument("--count", type=int, default=100, help="prompts of each kind")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--cfg", type=float, default=4.5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="*", metavar="TEXT", help="settings whose name holds one of these (default: all)")
+    parser.add_argument("--recipe", type=Path, help="a training recipe with compressed_blocks")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    chosen = parser.parse_args(arguments)
+    pipeline = Pipeline.from_files(
+        WEIGHTS["diffusion_models"], WEIGHTS["text_encoders"], WEIGHTS["vae"],
+        dtype=getattr(torch, chosen.dtype), device=chosen.device, variant="demo",
+    )  # fmt: skip
+    wanted = [*settings(), *(trained_settings(chosen.recipe) if chosen.recipe else ())]
+    if chosen.only is not None:
+        wanted = [one for one in wanted if one.name == EXACT or any(text in one.name for text in chosen.only)]
+    run(pipeline, wanted, chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What the demo's ControlNet adds: the same held-out prompts and seeds, with outlines and without, read by the checker.
+
+`python -m demo.evaluate_control` writes demo/results/controlnet.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pixart import Pipeline
+from pixart.checkpoints.controlnet import load_controlnet
+from pixart.controlnet import ControlledTransformer
+
+from . import WEIGHTS
+from .dataset import edge_grid
+from .evaluate import KINDS, Question, Run, make_questions, summarise
+from .layout import arrange
+from .reader import check
+
+FOLDER = Path(__file__).parent
+CONTROLNET = FOLDER / "weights" / "controlnet" / "pixart-demo-controlnet.safetensors"
+
+
+class Hinted(ControlledTransformer):
+    """A controlled transformer with the hints of one batch; guidance repeats them for the negative prompts."""
+
+    hint: Tensor
+    strength: float = 1.0
+
+    def forward(self, latent, timestep, context, mask=None, size=None) -> Tensor:
+        hint = self.hint.to(latent).repeat(latent.shape[0] // self.hint.shape[0], 1, 1, 1)
+        return super().forward(latent, timestep, context, mask, size, hint=hint, strength=self.strength)
+
+
+def hints(questions: Sequence[Question], width: int, height: int) -> Tensor:
+    """Latents (B, 4, height/8, width/8) of the outlines of each question's scene, one pixel wide."""
+    grids = [edge_grid(arrange(question.scene, width, height), height, width, 1) for question in questions]
+    return torch.from_numpy(np.stack(grids)).permute(0, 3, 1, 2).contiguous()
+
+
+def measure(pipeline: Pipeline, run: Run, steps: int, seed: int, batch: int) -> dict:
+    """Shares of right pictures of each kind."""
+    figures = {}
+    for objects, kind in KINDS.items():
+        questions = make_questions(run, objects, seed)
+        verdicts = []
+        for start in tqdm(range(0, len(questions), batch), desc=f"{run.name}, {kind}", leave=False):
+            part = questions[start : start + batch]
+            pipeline.transformer.hint = hints(part, run.width, run.height)
+            images = pipeline(
+                [question.caption.text for question in part], steps=steps, guidance=run.guidance, width=run.width, height=run.height,
+                use_bins=False, seed=[seed * 100_000 + start + i for i in range(len(part))], output="np", progress=False,
+            )  # fmt: skip
+            pictures = (np.asarray(images) * 255).round().astype(np.uint8)
+            verdicts += [check(q.scene, p, q.caption.stated) for q, p in zip(part, pictures, strict=True)]
+        figures[kind] = summarise(verdicts)
+    return figures
+
+
+def evaluate(pipeline: Pipeline, controlnet: Path, run: Run, steps: int = 20, seed: int = 0, batch: int = 16) -> dict:
+    """Figures with the ControlNet at strength 1, and at 0."""
+    model = Hinted(pipeline.transformer, load_controlnet(controlnet, dtype=pipeline.dtype, device=pipeline.device))
+    controlled = Pipeline(model, pipeline.text_encoder, pipeline.vae, base_size=pipeline.base_size, max_tokens=pipeline.max_tokens)
+    report = {"steps": steps, "seed": seed, "guidance": run.guidance, "width": run.width, "height": run.height, "runs": {}}
+    for name, strength in (("with outlines", 1.0), ("without", 0.0)):
+        model.strength = strength
+        report["runs"][name] = measure(controlled, replace(run, name=name), steps, seed, batch)
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: evaluate the demo's ControlNet."""
+    parser = argparse.ArgumentParser(prog="python -m demo.evaluate_control", description=main.__doc__)
+    parser.add_argument("--controlnet", type=Path, default=CONTROLNET)
+    parser.add_argument("--count", type=int, default=100, help="prompts of each kind")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=FOLDER / "results" / "controlnet.json")
+    chosen = parser.parse_args(arguments)
+    pipeline = Pipeline.from_files(*(WEIGHTS[kind] for kind in ("diffusion_models", "text_encoders", "vae")), variant="demo")
+    report = evaluate(pipeline, chosen.controlnet, Run("heldout", chosen.count), chosen.steps, chosen.seed, chosen.batch)
+    chosen.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(json.dumps(report["runs"], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

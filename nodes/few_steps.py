@@ -1,0 +1,70 @@
+"""Few-step models: timesteps as SIGMAS, and the one step of DMD."""
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..pixart.timesteps import DMD_TIMESTEP, LAST_TIMESTEP, parse_timesteps
+from .host.one_step import many_step_warning, one_step_sampler, timestep_sigmas
+from .host.schema import schema
+
+log = logging.getLogger(__name__)
+
+
+class PixArtTimesteps(io.ComfyNode):
+    """Timesteps as SIGMAS."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """For SamplerCustom."""
+        return schema(
+            node_id="PixArtTimesteps",
+            display_name="PixArt Timesteps",
+            category="PixArt",
+            description="Turns a list of PixArt timesteps, 999 is pure noise, into SIGMAS for SamplerCustom; a last step to 0 is added. "
+            "999, 759, 499, 259 are those of LCM and Flash in four steps.",
+            search_aliases=["sigmas", "manual sigmas", "custom timesteps", "lcm timesteps"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model whose noise levels are meant; connect it after ModelSamplingDiscrete."),
+                io.String.Input("timesteps", default="999, 759, 499, 259", tooltip="Whole numbers 999 to 0, falling."),
+            ],
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, timesteps: str) -> io.NodeOutput:
+        """Parses the list, asks the model for its sigmas."""
+        return io.NodeOutput(timestep_sigmas(model, parse_timesteps(timesteps)))
+
+
+class PixArtOneStep(io.ComfyNode):
+    """Sampler and sigmas of one-step models."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """For SamplerCustom with cfg 1."""
+        return schema(
+            node_id="PixArtOneStep",
+            display_name="PixArt One Step",
+            category="PixArt",
+            description="The sampler and the sigmas of PixArt-DMD, for SamplerCustom with cfg 1: one step from pure noise of unit "
+            "variance at timestep 400. The picture is the first output of SamplerCustom.",
+            search_aliases=["dmd", "one step sampler", "distribution matching distillation"],
+            inputs=[
+                io.Model.Input("model", tooltip="A one-step model, such as PixArt-Alpha-DMD-XL-2-512x512."),
+                io.Int.Input(
+                    "timestep", default=DMD_TIMESTEP, min=1, max=LAST_TIMESTEP, tooltip="Where the model was trained: 400 for PixArt-DMD."
+                ),
+            ],
+            outputs=[io.Sampler.Output(), io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, timestep: int) -> io.NodeOutput:
+        """(SAMPLER, SIGMAS); warns if the model's file looks like one for many steps."""
+        warning = many_step_warning(model)
+        if warning:
+            log.warning("%s", warning)
+        return io.NodeOutput(one_step_sampler(), timestep_sigmas(model, [timestep]))

@@ -1,0 +1,80 @@
+"""The consistency decoder behind the methods that the host's VAE nodes call."""
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...pixart.consistency import ConsistencyVae, load_consistency_decoder
+
+BYTES_PER_PIXEL = 9000  # of activations in fp16, estimated from the decoder's widest stage (320 channels at full size)
+
+
+def load_decoder(path: str) -> ConsistencyDecoder:
+    """A VAE from a diffusers folder or file."""
+    device = management.vae_device()
+    dtype = management.vae_dtype(device, [torch.float16, torch.float32])
+    return ConsistencyDecoder(load_consistency_decoder(path, dtype), device)
+
+
+class ConsistencyDecoder:
+    """What VAEDecode, VAEDecodeTiled and VAEEncode need of a VAE; loaded and unloaded like any other model."""
+
+    def __init__(self, vae: ConsistencyVae, device: Any) -> None:
+        self.vae = vae
+        self.device = device
+        self.output_device = management.intermediate_device()
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            torch.nn.ModuleList([vae.module]),  # the patcher sets `device`, which diffusers' classes don't let be set
+            load_device=device,
+            offload_device=management.vae_offload_device(),
+        )
+
+    def decode(self, samples: Tensor, **_: Any) -> Tensor:
+        """Latents (B, 4, h, w) -> IMAGE (B, H, W, 3)."""
+        self._load(samples.shape[-2] * samples.shape[-1])
+        return self.vae.decode(samples).movedim(1, -1).to(self.output_device)
+
+    def decode_tiled(self, samples: Tensor, tile_x: int = 64, tile_y: int = 64, overlap: int = 16, **_: Any) -> Tensor:
+        """The same in overlapping tiles of so many latents; `decode` where one tile is enough."""
+        self._load(tile_x * tile_y)
+        pictures = comfy.utils.tiled_scale(
+            samples, self.vae.decode, tile_x=tile_x, tile_y=tile_y, overlap=overlap, out_channels=3,
+            upscale_amount=self.spacial_compression_decode(), output_device=self.output_device,
+        )  # fmt: skip
+        return pictures.movedim(1, -1)
+
+    def encode(self, pixel_samples: Tensor, **_: Any) -> Tensor:
+        """IMAGE (B, H, W, C) -> latents; sides that don't divide by 8 are cropped, as the host's VAE does."""
+        step = self.spacial_compression_encode()
+        height, width = (side // step * step for side in pixel_samples.shape[1:3])
+        self._load(height * width // step**2)
+        pixels = pixel_samples[:, :height, :width, :3].movedim(-1, 1)
+        return self.vae.encode(pixels).to(self.output_device)
+
+    def spacial_compression_decode(self) -> int:
+        """Pixels per latent; the spelling is the host's."""
+        return self.vae.pixels_per_latent
+
+    def spacial_compression_encode(self) -> int:
+        """As for decoding."""
+        return self.vae.pixels_per_latent
+
+    def temporal_compression_decode(self) -> None:
+        """No video."""
+        return None
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """For VAESave."""
+        return self.vae.module.state_dict()
+
+    def throw_exception_if_invalid(self) -> None:
+        """A loaded decoder is a whole one."""
+
+    def _load(self, latents: int) -> None:
+        needed = latents * self.vae.pixels_per_latent**2 * BYTES_PER_PIXEL
+        management.load_models_gpu([self.patcher], memory_required=needed)

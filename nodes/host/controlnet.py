@@ -1,0 +1,173 @@
+"""A PixArt ControlNet as the host's CONTROL_NET: residuals for the model's blocks, computed beside its forward."""
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.controlnet
+import comfy.latent_formats
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from torch import Tensor
+
+from ...pixart.bins import resize_and_crop
+from ...pixart.checkpoints.controlnet import prepare_controlnet
+from ...pixart.checkpoints.read import read_tensors
+from ...pixart.controlnet import PixArtControlNet
+from ...pixart.errors import InputError
+from ...pixart.model import PIXELS_PER_LATENT
+from .attention import host_attention
+from .transformer import HostTransformer
+
+log = logging.getLogger(__name__)
+CROPPED_RATIO = 1.05  # from here on cutting a hint to the picture's shape is worth a warning
+
+
+def load_control(path: str) -> PixArtControl:
+    """A CONTROL_NET from a file or diffusers folder; raises CheckpointError for anything but a whole PixArt ControlNet."""
+    raw = read_tensors(Path(path))
+    prepared = prepare_controlnet(raw.state_dict, raw.source)
+    log.info("PixArt ControlNet: %s", prepared.describe())
+    # manual_cast: the weights stay as in the file and are cast to whatever dtype the model computes in.
+    model = PixArtControlNet(prepared.config, operations=comfy.ops.manual_cast, attention=host_attention, device="meta")
+    model.load_state_dict(prepared.state_dict, strict=True, assign=True)
+    model.requires_grad_(False).eval()
+    return PixArtControl(model, management.get_torch_device(), raw.source)
+
+
+class PixArtControl(comfy.controlnet.ControlNet):
+    """Applied by ControlNetApplyAdvanced: strength, range, chaining and batches are the host's.
+
+    The ControlNet reads the model's own embeddings and first block, so it follows LoRA and any size.
+    """
+
+    def __init__(self, control_model: PixArtControlNet | None, load_device: Any, source: str) -> None:
+        # Any latent format but None makes the host keep the VAE; the one used is the model's, see `_encode`.
+        super().__init__(
+            control_model, load_device=load_device, latent_format=comfy.latent_formats.LatentFormat(), extra_conds=[]
+        )
+        self.source = source
+        self._model: Any = None  # of the running sampler, and the transformer in it
+        self._base: HostTransformer | None = None
+        self._hints: dict[tuple[int, int], Tensor] = {}  # latent size -> encoded hint, kept for one run
+
+    def copy(self) -> PixArtControl:
+        """For each node that applies it; weights are shared."""
+        other = PixArtControl(None, self.load_device, self.source)
+        other.control_model = self.control_model
+        other.control_model_wrapped = self.control_model_wrapped
+        self.copy_to(other)
+        return other
+
+    def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> PixArtControl:
+        """A copy with weights of its own for another device (hosts that sample on several)."""
+        other = self.copy()
+        other.control_model = copy.deepcopy(self.control_model)
+        other.load_device = load_device
+        other.control_model_wrapped = comfy.model_patcher.ModelPatcher(
+            other.control_model, load_device=load_device, offload_device=management.unet_offload_device()
+        )
+        if autoregister:
+            self.multigpu_clones[load_device] = other
+        return other
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        """Checks that model and ControlNet belong together, before the first step."""
+        super().pre_run(model, percent_to_timestep_function)
+        network = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)  # within torch.compile's wrapper
+        if not isinstance(network, HostTransformer):
+            raise InputError(
+                f"The ControlNet {self.source} is for PixArt models loaded by PixArtModelLoader, this one is a "
+                f"{type(network).__name__}; load the model with PixArtModelLoader or choose its own ControlNet."
+            )
+        self.control_model.check_fits(network.config)
+        self._model, self._base = model, network
+
+    def cleanup(self) -> None:
+        """Nothing of a run outlives it."""
+        self._model = self._base = None
+        self._hints = {}
+        super().cleanup()
+
+    def get_control(
+        self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, transformer_options: dict[str, Any]
+    ) -> dict[str, list[Tensor | None]] | None:
+        """{"input": residuals} for the model's forward, joined with those of the ControlNets before this one."""
+        previous = None
+        if self.previous_controlnet is not None:
+            previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        start, end = self.timestep_range or (float("inf"), 0.0)
+        if t[0] > start or t[0] < end:
+            return previous
+        residuals = self._residuals(x_noisy, t, cond, batched_number, transformer_options)
+        return self.control_merge({"input": residuals}, previous, output_dtype=None)
+
+    def _residuals(self, x_noisy, t, cond, batched_number, transformer_options) -> list[Tensor]:
+        base = self._base
+        sampling = self.model_sampling_current
+        dtype = getattr(self._model, "manual_cast_dtype", None) or self._model.get_dtype()
+
+        def placed(tensor: Tensor) -> Tensor:
+            return tensor.to(device=x_noisy.device, dtype=dtype)
+
+        mask, size = (None if cond.get(name) is None else cond[name].to(x_noisy.device) for name in ("context_mask", "size"))
+        inputs = base.first_block(
+            placed(sampling.calculate_input(t, x_noisy)), sampling.timestep(t).float(), placed(cond["c_crossattn"]),
+            mask, size, transformer_options,
+        )  # fmt: skip
+        own_text = cond.get("crossattn_controlnet")  # from CLIPTextEncodeControlnet
+        if own_text is not None:
+            inputs = replace(inputs, context=base.y_embedder(placed(self._checked_text(own_text))), context_mask=None)
+        return self.control_model(inputs, base.embed_latent(placed(self._hint(x_noisy, batched_number))))
+
+    def _checked_text(self, states: Tensor) -> Tensor:
+        expected = self._base.config.caption_channels
+        if states.shape[-1] != expected:
+            raise InputError(
+                f"The text for the ControlNet is {states.shape[-1]} wide; expected T5 states of width {expected}. "
+                "Encode it with the T5 of the model, or leave out the node that sets it."
+            )
+        return states
+
+    def _hint(self, x_noisy: Tensor, batched_number: int) -> Tensor:
+        """The hint's latent for this batch, (B, C, h, w), in the model's scale."""
+        size = (x_noisy.shape[-2], x_noisy.shape[-1])
+        if size not in self._hints:
+            self._hints[size] = self._encode(*size)
+        hint = comfy.controlnet.broadcast_image_to(self._hints[size], x_noisy.shape[0], batched_number)
+        return hint.expand(x_noisy.shape[0], -1, -1, -1)
+
+    def _encode(self, rows: int, columns: int) -> Tensor:
+        """Scales and crops the picture to the latent's size, encodes it, and applies the model's latent scale."""
+        if self.vae is None:
+            raise InputError(
+                "A PixArt ControlNet reads its hint as a latent: connect the model's VAE to `vae` of ControlNetApplyAdvanced."
+            )
+        height, width = rows * PIXELS_PER_LATENT, columns * PIXELS_PER_LATENT
+        image = self.cond_hint_original
+        image = image.repeat(1, 3, 1, 1) if image.shape[1] == 1 else image[:, :3]
+        self._warn_if_cropped(image, width, height)
+        others = management.loaded_models(only_currently_used=True)
+        latent = self.vae.encode(resize_and_crop(image, width, height).movedim(1, -1))
+        management.load_models_gpu(others)
+        expected = (self._base.config.in_channels, rows, columns)
+        if tuple(latent.shape[1:]) != expected:
+            raise InputError(
+                f"The VAE made a latent of shape {tuple(latent.shape[1:])} of the ControlNet's hint; expected {expected}. "
+                "Connect the model's own VAE to `vae` of ControlNetApplyAdvanced."
+            )
+        return self._model.latent_format.process_in(latent)
+
+    def _warn_if_cropped(self, image: Tensor, width: int, height: int) -> None:
+        ratio = (image.shape[-1] / image.shape[-2]) / (width / height)
+        if not 1 / CROPPED_RATIO < ratio < CROPPED_RATIO:
+            log.warning(
+                "PixArt: the ControlNet's hint is %dx%d, the picture %dx%d: the hint was scaled and its centre used, the "
+                "rest is cut off. PixArtCropToSize brings it to the picture's size.",
+                image.shape[-1], image.shape[-2], width, height,
+            )  # fmt: skip

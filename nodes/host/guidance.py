@@ -1,0 +1,55 @@
+"""Guidance away from a weakened prediction of the same model, through the host's post-CFG hook."""
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_patcher
+import comfy.samplers
+from torch import Tensor
+
+from ...pixart.errors import InputError
+from ...pixart.guidance import PERTURBED_ATTENTION, parse_blocks
+from .transformer import IDENTITY_ATTENTION, HostTransformer
+
+
+def guide_by_perturbation(model: Any, kind: str, blocks: str, scale: float, start: float, end: float) -> Any:
+    """A clone of MODEL whose guided prediction is pushed away from one with changed blocks.
+
+    guided + scale * (cond - perturbed): equation 13 of arXiv:2403.17377 on top of CFG, as diffusers' PAG pipelines
+    have it; linear, so the same for noise and for denoised latents. kind: of pixart.guidance. start, end: part of
+    the noise schedule, 0 to 1. Raises InputError for blocks that the model doesn't have, and for other models.
+    """
+    network = model.model.diffusion_model
+    if not isinstance(network, HostTransformer):
+        raise InputError(f"This MODEL is {type(network).__name__}, in which blocks can't be perturbed. Load PixArt with PixArtModelLoader.")
+    chosen = parse_blocks(blocks, network.config.depth)
+    sampling = model.get_model_object("model_sampling")
+    highest, lowest = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
+
+    def guide(args: dict[str, Any]) -> Tensor:
+        """Called by the host's sampler after CFG, at each step."""
+        if scale == 0 or not lowest <= args["sigma"][0].item() <= highest:
+            return args["denoised"]
+        options = _weakened(args["model_options"], kind, chosen)
+        (perturbed,) = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        return args["denoised"] + scale * (args["cond_denoised"] - perturbed)
+
+    patched = model.clone()
+    patched.set_model_sampler_post_cfg_function(guide)
+    return patched
+
+
+def _weakened(model_options: dict[str, Any], kind: str, blocks: frozenset[int]) -> dict[str, Any]:
+    """A copy of the host's model options in which the blocks are perturbed."""
+    options = model_options.copy()
+    if kind == PERTURBED_ATTENTION:
+        options["transformer_options"] = {**options.get("transformer_options", {}), IDENTITY_ATTENTION: blocks}
+        return options
+    for index in blocks:
+        options = comfy.model_patcher.set_model_options_patch_replace(options, _skip, "dit", "double_block", index)
+    return options
+
+
+def _skip(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Replaces a block by nothing."""
+    return args

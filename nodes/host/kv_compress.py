@@ -1,0 +1,63 @@
+"""Training-free KV compression as a patch of the host's MODEL."""
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_base
+from comfy.patcher_extension import WrappersMP
+
+from ...pixart.errors import InputError
+from ...pixart.kv_compress import KVCompression, check_together
+from .supported import PixArtModel
+from .transformer import KV_COMPRESSION
+
+NODE = "PixArtKVCompress"
+OPTIONS = 5  # place of transformer_options among the arguments of apply_model
+
+
+class CompressWhileActive:
+    """Wrapper of `apply_model`: names the compression to the network in the steps in which it holds.
+
+    The step is looked at here, outside of what torch.compile traces, and only if it matters: reading
+    sigma waits for the GPU.
+    """
+
+    def __init__(self, compression: KVCompression) -> None:
+        self.compression = compression
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """args: x, sigma, c_concat, c_crossattn, control, transformer_options."""
+        if not self._holds(executor.class_obj.model_sampling, args[1]):
+            return executor(*args, **kwargs)
+        named = "transformer_options" in kwargs
+        options = kwargs["transformer_options"] if named else args[OPTIONS]
+        options = {**options, KV_COMPRESSION: (*options.get(KV_COMPRESSION, ()), self.compression)}
+        if named:
+            return executor(*args, **{**kwargs, "transformer_options": options})
+        return executor(*args[:OPTIONS], options, *args[OPTIONS + 1 :], **kwargs)
+
+    def _holds(self, sampling: Any, sigma: Any) -> bool:
+        return self.compression.always or self.compression.active_at(float(sampling.timestep(sigma[:1])))
+
+
+def compress_model(model: Any, compression: KVCompression) -> Any:
+    """A clone of a ModelPatcher with the compression added; raises InputError for models and blocks that can't have it."""
+    if not isinstance(model.model, PixArtModel):
+        raise InputError(f"{NODE}: {_stranger(model.model)}")
+    present = [wrapper.compression for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, NODE)]
+    try:
+        check_together([*present, compression], model.get_model_object("diffusion_model").config)
+    except InputError as error:
+        raise InputError(f"{NODE}: {error}") from error
+    patched = model.clone()
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, NODE, CompressWhileActive(compression))
+    return patched
+
+
+def _stranger(model: Any) -> str:
+    if isinstance(model, comfy.model_base.PixArt):
+        return (
+            "this PixArt was loaded by ComfyUI's own loader, whose attention has no place for the patch; "
+            "expected a MODEL of PixArtModelLoader. Load the same file with that node."
+        )
+    return f"this model is a {type(model).__name__}; expected a PixArt, from PixArtModelLoader. Take the node out for other models."

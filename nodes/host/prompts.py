@@ -1,0 +1,97 @@
+"""Prompt files and the host's CONDITIONING: where they lie, and what of a conditioning can be kept in one."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from torch import Tensor
+
+from ...pixart.errors import InputError
+from ...pixart.text.embeddings import TextEmbeddings
+from ...pixart.text.prompt_file import load_prompts, save_prompts
+from .family import caption_width_of
+from .tokens import PROMPT_KEY
+
+FOLDER = "prompts"  # under input/ and output/
+ENDING = ".safetensors"
+KEPT = {"attention_mask", "width", "height", "pooled_output", PROMPT_KEY}  # pooled_output: PixArt reads none
+
+
+def choices() -> list[str]:
+    """Menu entries: input/prompts, then output/prompts marked as the host marks such files."""
+    return [*_files(folder_paths.get_input_directory(), ""), *_files(folder_paths.get_output_directory(), " [output]")]
+
+
+def resolve(name: str) -> Path:
+    """Path of a menu entry; raises InputError for a name that is not in the menu."""
+    found = {**_files(folder_paths.get_output_directory(), " [output]"), **_files(folder_paths.get_input_directory(), "")}
+    if name not in found:
+        raise InputError(
+            f"{name!r} is no prompt file: expected a {ENDING} file in the folder {FOLDER} of ComfyUI's input or output. "
+            "Put it there and refresh the page (key R)."
+        )
+    return found[name]
+
+
+def save(conditioning: list, prefix: str, prompt: str) -> Path:
+    """Writes one conditioning to output/prompts, under a name that is not taken yet; raises InputError for what a file can't keep."""
+    if len(conditioning) != 1:
+        raise InputError(f"The conditioning has {len(conditioning)} prompts; expected one. Save them one by one.")
+    states, values = conditioning[0]
+    lost = sorted(name for name, value in values.items() if name not in KEPT and value is not None)
+    if lost:
+        raise InputError(
+            f"The conditioning also holds {', '.join(lost)}, which a prompt file can't keep. Save it right after "
+            "PixArtTextEncode, and apply such nodes after PixArtLoadPrompt."
+        )
+    if states.ndim != 3:
+        raise InputError(f"The conditioning has shape {tuple(states.shape)}; expected (batch, tokens, channels).")
+    note = values.get(PROMPT_KEY) or {}
+    size = (int(values["height"]), int(values["width"])) if values.get("height") and values.get("width") else None
+    rows = states.shape[0]
+    embeddings = TextEmbeddings(
+        states, _mask(states, values.get("attention_mask")), (note.get("count", states.shape[1]),) * rows,
+        (note.get("cut", ""),) * rows, size=size,
+    )  # fmt: skip
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(f"{FOLDER}/{prefix}", folder_paths.get_output_directory())
+    path = next(p for n in range(counter, 10**6) if not (p := Path(folder) / f"{name}_{n:05}{ENDING}").exists())
+    return save_prompts(path, embeddings, (prompt or note.get("prompt", ""),) * rows, note.get("encoder", ""))
+
+
+def load(path: Path, model: Any | None) -> tuple[list, str]:
+    """(CONDITIONING, what to show on the node); raises InputError naming the file if it doesn't fit the model."""
+    found = load_prompts(path, None if model is None else caption_width_of(model))
+    embeddings = found.embeddings
+    values: dict[str, Any] = {"pooled_output": None}
+    if not bool(embeddings.mask.all()):
+        values["attention_mask"] = embeddings.mask
+    if embeddings.size:
+        values["height"], values["width"] = embeddings.size
+    cut = next(iter(embeddings.truncated), "")
+    values[PROMPT_KEY] = {
+        "prompt": next(iter(found.prompts), ""), "encoder": found.encoder, "count": next(iter(embeddings.token_counts), 0), "cut": cut,
+    }  # fmt: skip
+    shown = [*found.prompts, f"{embeddings.states.shape[1]} tokens, {found.encoder or 'encoder unknown'}"]
+    return [[embeddings.states.float(), values]], "\n".join([*shown, f"cut: {cut}"] if cut else shown)
+
+
+def _mask(states: Tensor, given: Tensor | None) -> Tensor:
+    """bool (B, M), True where there is no mask."""
+    mask = torch.ones(states.shape[:2], dtype=torch.bool)
+    if given is not None:
+        given = given.reshape(-1, given.shape[-1]).cpu() != 0
+        length = min(given.shape[-1], mask.shape[-1])
+        mask[:, :length] = given[:, :length]
+    return mask
+
+
+def _files(base: str, mark: str) -> dict[str, Path]:
+    """Menu entry -> path, of the prompt files under a folder of the host; links that lead out of it are left out."""
+    folder = Path(base) / FOLDER
+    if not folder.is_dir():
+        return {}
+    inside = folder.resolve()
+    found = sorted(path for path in folder.rglob(f"*{ENDING}") if path.is_file() and path.resolve().is_relative_to(inside))
+    return {path.relative_to(folder).as_posix() + mark: path for path in found}

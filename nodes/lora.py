@@ -1,0 +1,58 @@
+"""LoRA and its kin, in every format that trainers of PixArt write."""
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..pixart.adapters.settings import CONFIG_NAME
+from .host.files import choices, resolve
+from .host.lora import apply_lora
+from .host.schema import schema
+
+FOLDER, COMPONENT = "loras", "transformer"
+LARGEST = 100.0
+log = logging.getLogger(__name__)
+
+
+class PixArtLoraLoader(io.ComfyNode):
+    """A LoRA on MODEL, and on CLIP if one is connected."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Menus are read anew each time."""
+        return schema(
+            node_id="PixArtLoraLoader",
+            display_name="PixArt LoRA Loader",
+            category="PixArt",
+            description="Applies a LoRA, LoHa, LoKr or DoRA trained on PixArt: files of diffusers, PEFT, kohya, OneTrainer, "
+            "SimpleTuner and LyCORIS, and PEFT folders. Says how many of its keys were applied, and which were not.",
+            search_aliases=["lora", "load lora", "lycoris", "dora", "peft", "onetrainer"],
+            inputs=[
+                io.Model.Input("model", tooltip="From PixArtModelLoader, or another PixArt loader."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=choices(FOLDER, COMPONENT, CONFIG_NAME),
+                    tooltip="A file or a PEFT folder (with adapter_config.json) under models/loras.",
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=-LARGEST, max=LARGEST, step=0.01,
+                    tooltip="Of the change of the model: 0 is none, 1 as trained, negative the opposite.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="Only for a LoRA with T5 layers (OneTrainer's lora_te)."),
+                io.Float.Input(
+                    "strength_clip", default=1.0, min=-LARGEST, max=LARGEST, step=0.01, optional=True,
+                    tooltip="Of the change of T5, where a CLIP is connected.",
+                ),
+            ],
+            outputs=[io.Model.Output(), io.Clip.Output(tooltip="Empty where no CLIP is connected.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Any, lora_name: str, strength: float, clip: Any = None, strength_clip: float = 1.0) -> io.NodeOutput:
+        """Clones with patches; what was applied is shown on the node and logged, as a warning where keys are left."""
+        path = resolve(FOLDER, COMPONENT, lora_name, CONFIG_NAME)
+        model, clip, fit = apply_lora(model, clip, path, strength, strength_clip)
+        log.log(logging.WARNING if fit.left else logging.INFO, "PixArt LoRA %s", fit.describe())
+        return io.NodeOutput(model, clip, ui=ui.PreviewText(fit.describe()))

@@ -1,0 +1,95 @@
+"""What PEFT writes beside an adapter's weights: its alpha, which the tensors don't tell."""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+from ..errors import CheckpointError, UnsupportedError
+from .names import TEXT, TRANSFORMER
+
+CONFIG_NAME = "adapter_config.json"
+METADATA_KEY = "lora_adapter_metadata"  # of diffusers, in a safetensors header
+KINDS = ("LORA", "LOHA", "LOKR")
+_COMPONENTS = {TRANSFORMER: ("transformer.", "unet."), TEXT: ("text_encoder.",)}
+_NO_PATTERN = re.compile(r"[\w.]+")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """alpha and rank of a PEFT adapter, for all layers and for some."""
+
+    alpha: float | None
+    rank: int | None
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    ranks: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilized: bool = False  # arXiv:2312.03732: alpha / sqrt(rank)
+
+    def scale(self, module: str, rank: int | None) -> float:
+        """alpha / rank for a layer; `rank` is that of its matrices, None if they don't tell."""
+        rank = rank or _of_layer(self.ranks, module, self.rank)
+        alpha = _of_layer(self.alphas, module, self.alpha)
+        if not rank or alpha is None:
+            return 1.0
+        return alpha / (sqrt(rank) if self.rank_stabilized else rank)
+
+
+def settings_from_config(config: Mapping[str, Any], source: str) -> Settings:
+    """Settings of an adapter_config.json. Raises UnsupportedError for methods that only PEFT itself can run."""
+    kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights")
+    if kind not in KINDS:
+        raise UnsupportedError(f"{source}: a PEFT adapter of type {kind}; expected one of {', '.join(KINDS)}. Merge it with PEFT instead.")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        raise UnsupportedError(
+            f"{source}: init_lora_weights is {start!r}: such an adapter changes the base model's own weights too. Save it from "
+            "PEFT as a plain LoRA (path_initial_model_for_weight_conversion) and load that."
+        )
+    return Settings(
+        alpha=_number(config, "lora_alpha" if kind == "LORA" else "alpha", source),
+        rank=_number(config, "r", source),
+        alphas=_patterns(config, "alpha_pattern", source),
+        ranks=_patterns(config, "rank_pattern", source),
+        rank_stabilized=bool(config.get("use_rslora", False)),
+    )
+
+
+def settings_from_metadata(text: str | None, source: str) -> dict[str, Settings]:
+    """TRANSFORMER and TEXT -> settings, from the JSON that diffusers writes into a file's header."""
+    try:
+        values = json.loads(text) if text else {}
+    except ValueError:
+        values = {}
+    if not isinstance(values, Mapping):
+        return {}
+    found = {}
+    for model, prefixes in _COMPONENTS.items():
+        for prefix in prefixes:
+            config = {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
+            if config:
+                found[model] = settings_from_config(config, source)
+    return found
+
+
+def _number(config: Mapping[str, Any], name: str, source: str) -> Any:
+    value = config.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9):
+        raise CheckpointError(f"{source}: {name} is {value!r}; expected a number.")
+    return value
+
+
+def _patterns(config: Mapping[str, Any], name: str, source: str) -> dict[str, float]:
+    """Layer name -> number. PEFT reads the names as regular expressions, this only as names: the file is untrusted."""
+    found = {}
+    for pattern in config.get(name) or {}:
+        plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not _NO_PATTERN.fullmatch(plain):
+            raise UnsupportedError(f"{source}: {name} has the pattern {pattern!r}; expected names of layers. Merge it with PEFT instead.")
+        found[plain] = _number(config[name], pattern, source)
+    return found
+
+
+def _of_layer(patterns: Mapping[str, float], module: str, default: float | None) -> float | None:
+    return next((value for name, value in patterns.items() if module == name or module.endswith(f".{name}")), default)

@@ -1,0 +1,113 @@
+"""Adapters saved by the PEFT library itself, against its own merge, on diffusers' transformer."""
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("diffusers")
+
+from pixart.adapters import fit_adapter, load_adapter, merge_layers, parameter_shapes
+from pixart.adapters.settings import settings_from_config
+from pixart.checkpoints import load_transformer
+from pixart.errors import CheckpointError, UnsupportedError
+from tests.support import checkpoint_factory as factory
+
+CONFIG = factory.diffusers_config(hidden=72, depth=2)
+TARGETS = ["attn1.to_q", "attn1.to_v", "attn2.to_k", "attn2.to_out.0", "ff.net.0.proj", "adaln_single.linear", "proj_out"]
+SOME = {"transformer_blocks.1.attn1.to_v": 3, "attn2.to_k": 5}
+CASES = {
+    "lora": lambda: peft.LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS),
+    "patterns": lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, rank_pattern=SOME, alpha_pattern={**SOME, "proj_out": 1}, target_modules=TARGETS
+    ),
+    "rank-stabilized": lambda: peft.LoraConfig(r=9, lora_alpha=2, use_rslora=True, target_modules=TARGETS),
+    "dora": lambda: peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=TARGETS),
+    "bias": lambda: peft.LoraConfig(r=4, lora_alpha=2, lora_bias=True, target_modules=["attn1.to_v", "attn1.to_out.0"]),
+    "loha": lambda: peft.LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
+    "lokr": lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=TARGETS),
+    "lokr-whole": lambda: peft.LoKrConfig(r=64, alpha=32, target_modules=TARGETS),
+}
+
+
+def randomized(config):
+    """diffusers' model with a PEFT adapter whose matrices are all random."""
+    model = peft.get_peft_model(factory.reference_model(CONFIG), config)
+    order = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("lora_", "hada_", "lokr_")):
+            size = 1.0 if "magnitude" in name else 0.0
+            parameter.data = size + 0.2 * torch.randn(parameter.shape, generator=order)
+    return model
+
+
+def ours(tmp_path):
+    """The same base model, from a file, and the place of the adapter."""
+    diffusers = factory.reference_model(CONFIG).state_dict()
+    path = factory.write("safetensors", tmp_path / "model", CONFIG, diffusers, factory.original_keys(diffusers, 2))
+    return load_transformer(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_of_peft_merges_as_peft_merges_it(case, tmp_path):
+    adapted = randomized(CASES[case]())
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = factory.original_keys(adapted.merge_and_unload().state_dict(), 2)
+    model = ours(tmp_path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fit = fit_adapter(load_adapter(tmp_path / "adapter"), parameter_shapes(model))
+    merge_layers(model, fit.layers, 1.0)
+    left = {key for key in fit.left if not key.endswith("base_layer.bias")}  # PEFT stores the base model's biases too
+    assert not left and len(fit.layers) >= 4
+    changed = 0
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+        changed += not torch.equal(value, before[key])
+    assert changed >= 4
+
+
+def test_the_file_inside_the_folder_and_diffusers_header_say_the_same(tmp_path):
+    """alpha stands in adapter_config.json, or in the header that diffusers writes."""
+    adapted = randomized(CASES["patterns"]())
+    adapted.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    renamed = {key.replace("base_model.model.", "transformer."): value for key, value in tensors.items()}
+    header = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    save_file(renamed, tmp_path / "diffusers.safetensors", metadata={"lora_adapter_metadata": header})
+    scales = [
+        {layer.place: layer.scale for layer in load_adapter(path).layers}
+        for path in (tmp_path / "adapter", tmp_path / "adapter/adapter_model.safetensors", tmp_path / "diffusers.safetensors")
+    ]
+    assert scales[0] == scales[1] == scales[2]
+    assert len(set(scales[0].values())) > 2
+    save_file(tensors, tmp_path / "alone.safetensors")  # without either, alpha is the rank
+    assert {layer.scale for layer in load_adapter(tmp_path / "alone.safetensors").layers} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "IA3"}, "type IA3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's own weights"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "pattern"),
+    ],
+)
+def test_methods_that_only_peft_can_run_are_refused(config, message):
+    with pytest.raises(UnsupportedError, match=message):
+        settings_from_config({"r": 4, "lora_alpha": 4, **config}, "x")
+
+
+def test_damaged_settings_are_named():
+    with pytest.raises(CheckpointError, match="lora_alpha is 'much'"):
+        settings_from_config({"r": 4, "lora_alpha": "much"}, "x")
+
+
+def test_folders_without_weights_or_config_are_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="found adapter_config.json; expected a PEFT folder"):
+        load_adapter(tmp_path)

@@ -1,0 +1,104 @@
+"""The family's workflows through the real queue, those that the demo's models can drive, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from demo.launch import graph as workflow
+from demo.launch.client import ComfyClient, Graph, QueueError
+from pixart.config import get_variant
+from pixart.controlnet import ControlNetConfig, PixArtControlNet
+from tests.support.demo import DEMO, ROOT, SECOND_MODEL
+from tests.support.graphs import insert, node_of, picture
+
+RED, BLACK = "a red circle on a white background", "a yellow cross on a black background"
+
+
+def api(stem: str) -> Graph:
+    """A workflow as shipped."""
+    return workflow.load(ROOT / f"workflows/api/{stem}.json")
+
+
+def on_demo(graph: Graph) -> Graph:
+    """A graph of released models with the demo's in their place."""
+    values = {
+        "PixArtModelLoader": {"model_name": DEMO["diffusion_models"].name, "variant": "auto"},
+        "PixArtT5Loader": {"t5_name": DEMO["text_encoders"].name},
+        "VAELoader": {"vae_name": DEMO["vae"].name},
+        "PixArtResolution": {"base": "256", "width": 256, "height": 256},
+    }
+    for node in graph.values():
+        node["inputs"].update(values.get(node["class_type"], {}))
+    return graph
+
+
+def save_controlnet(base: Path, name: str, **sizes: int) -> str:
+    """A random ControlNet of the demo's width among the host's models."""
+    demo = get_variant("demo").transformer
+    config = {"hidden_size": demo.hidden_size, "depth": 2, "num_heads": demo.num_heads, "mlp_hidden": demo.mlp_hidden, **sizes}
+    model = PixArtControlNet(ControlNetConfig(**config))
+    generator = torch.Generator().manual_seed(0)
+    folder = base / "models/controlnet"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: torch.randn(v.shape, generator=generator) * 0.05 for k, v in model.state_dict().items()}, folder / name)
+    return name
+
+
+def test_sa_solver_draws_what_the_prompt_says(client: ComfyClient, demo_graph: Graph) -> None:
+    drawn, others = api("sa-solver"), {}
+    for prompt in (RED, BLACK):
+        workflow.configure(demo_graph, {"prompt": prompt, "steps": 12})
+        others[prompt] = picture(client, demo_graph)
+    workflow.configure(drawn, {"prompt": RED})
+    node_of(drawn, "BasicScheduler")["steps"] = 12
+    found = picture(client, drawn)
+    assert np.abs(found - others[RED]).mean() < np.abs(found - others[BLACK]).mean()
+
+
+def test_a_controlnet_changes_the_picture_as_strong_as_it_is_set(client: ComfyClient, base: Path) -> None:
+    graph = api("controlnet-demo")
+    node_of(graph, "KSampler")["steps"] = 3
+    node_of(graph, "PixArtControlNetLoader")["control_net_name"] = save_controlnet(base, "random.safetensors")
+    found = {}
+    for strength in (0.0, 0.3, 1.0):
+        node_of(graph, "ControlNetApplyAdvanced")["strength"] = strength
+        found[strength] = picture(client, graph)
+    weak, strong = (np.abs(found[strength] - found[0.0]).mean() for strength in (0.3, 1.0))
+    assert 0.001 < weak < strong
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"), [({"hidden_size": 144, "num_heads": 2}, "144 wide, the model 216"), ({"depth": 8}, "at most 7")]
+)
+def test_a_controlnet_of_another_model_stops_with_both_numbers(client: ComfyClient, base: Path, sizes: dict, message: str) -> None:
+    graph = api("controlnet-demo")
+    node_of(graph, "PixArtControlNetLoader")["control_net_name"] = save_controlnet(base, f"other-{len(message)}.safetensors", **sizes)
+    with pytest.raises(QueueError, match=message):
+        client.run(graph)
+
+
+def test_the_second_stage_finishes_what_the_first_began(client: ComfyClient) -> None:
+    graph = on_demo(api("900m-two-stage"))
+    one = picture(client, graph)
+    stages = [node["inputs"] for node in graph.values() if node["class_type"] == "PixArtModelLoader"]
+    stages[1]["model_name"] = SECOND_MODEL
+    assert np.abs(picture(client, graph) - one).mean() > 0.01
+
+
+def test_one_step_is_one_forward(client: ComfyClient) -> None:
+    steps: list[tuple[int, int]] = []
+    client.wait(client.queue(on_demo(api("dmd"))), on_progress=lambda node, done, total: steps.append((done, total)))
+    assert (1, 1) in steps and max(total for _, total in steps) == 1
+
+
+def test_timesteps_out_of_order_are_named(client: ComfyClient) -> None:
+    graph = api("sa-solver")
+    model = node_of(graph, "SamplerCustom")["model"]
+    node_of(graph, "SamplerCustom")["sigmas"] = [insert(graph, "PixArtTimesteps", model=model, timesteps="100, 900"), 0]
+    with pytest.raises(QueueError, match="900 after 100"):
+        client.run(graph)

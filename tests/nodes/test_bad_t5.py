@@ -1,0 +1,152 @@
+"""Text encoder files that are damaged, foreign, incomplete or malicious: refused by name, never partly loaded."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support import host, tiny_text
+
+errors = host.pack_module("pixart.errors")
+text_nodes = host.pack_module("nodes.text")
+encoder = host.pack_module("nodes.host.text_encoder")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """transformers' encoder of the tiny T5."""
+    return tiny_text.tiny_t5()
+
+
+@pytest.fixture(scope="module")
+def t5_file(reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny T5 in one file, with its tokenizer inside."""
+    return tiny_text.save_t5_file(reference, tmp_path_factory.mktemp("t5") / "t5.safetensors")
+
+
+@pytest.fixture(scope="module")
+def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layer count, feed-forward width and vocabulary of XXL, otherwise tiny."""
+    return tiny_text.save_slim_xxl(tmp_path_factory.mktemp("xxl") / "t5xxl.safetensors")
+
+
+class TestBadFiles:
+    def refused(self, path: Path, kind=None) -> str:
+        with pytest.raises(kind or errors.TextEncoderError) as caught:
+            encoder.load_t5(str(path), "default", "default")
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    def test_truncated(self, t5_file: Path, tmp_path: Path) -> None:
+        (tmp_path / "t5.safetensors").write_bytes(t5_file.read_bytes()[:-50])
+        assert "damaged or incomplete" in self.refused(tmp_path / "t5.safetensors")
+
+    def test_transformer_chosen_as_text_encoder(self, sigma_file: Path) -> None:
+        assert "not a T5 encoder" in self.refused(sigma_file)
+
+    def test_missing_keys(self, t5_file: Path, tmp_path: Path) -> None:
+        state = load_file(t5_file)
+        del state["encoder.block.1.layer.1.DenseReluDense.wo.weight"]
+        save_file(state, tmp_path / "t5.safetensors")
+        assert "encoder.block.1.layer.1.DenseReluDense.wo.weight" in self.refused(tmp_path / "t5.safetensors")
+
+    def test_nan(self, t5_file: Path, tmp_path: Path) -> None:
+        state = load_file(t5_file)
+        state["encoder.final_layer_norm.weight"][0] = torch.nan
+        save_file(state, tmp_path / "t5.safetensors")
+        assert "NaN" in self.refused(tmp_path / "t5.safetensors")
+
+    def test_no_tokenizer_for_its_vocabulary(self, reference, tmp_path: Path) -> None:
+        path = tiny_text.save_t5_file(reference, tmp_path / "t5.safetensors", tokenizer=False)
+        message = self.refused(path)
+        assert "256 token embeddings" in message and "spiece_model" in message
+
+    def test_tokenizer_of_another_t5(self, reference, tmp_path: Path) -> None:
+        path = tiny_text.save_t5_file(reference, tmp_path / "t5.safetensors")
+        state = load_file(path)
+        state["shared.weight"] = state["shared.weight"][:40].clone()
+        save_file(state, path)
+        assert "expected ids below 40" in self.refused(path)
+
+    def test_names_outside_the_menu(self, models: Path) -> None:
+        with pytest.raises(errors.PixArtError, match="not in the folder text_encoders"):
+            text_nodes.PixArtT5Loader.execute(t5_name="../x", precision="default", device="default")
+
+    @pytest.mark.parametrize("content", [b"", b"junk" * 50], ids=["empty", "junk"])
+    @pytest.mark.parametrize("name", ["t5.pth", "t5.bin"])
+    def test_damaged_pickles(self, name: str, content: bytes, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(content)
+        assert "damaged or incomplete" in self.refused(tmp_path / name)
+
+    def test_pickle_of_another_model(self, tmp_path: Path) -> None:
+        torch.save({"state_dict": {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2, 2)}}, tmp_path / "t5.pth")
+        assert "a CLIP text encoder" in self.refused(tmp_path / "t5.pth")
+
+    @pytest.mark.parametrize("name", ["t5.pth", "t5.bin", "t5.pt"])
+    def test_pickle_with_code_is_not_run(self, name: str, tmp_path: Path) -> None:
+        class Payload:
+            def __reduce__(self):
+                return Path.touch, (tmp_path / "ran",)
+
+        torch.save({"state_dict": {"shared.weight": torch.zeros(2, 2), "x": Payload()}}, tmp_path / name)
+        self.refused(tmp_path / name)
+        assert not (tmp_path / "ran").exists()
+
+    def test_pickle_with_keys_that_are_no_names(self, tmp_path: Path) -> None:
+        torch.save({0: torch.zeros(2), ("a",): torch.zeros(2)}, tmp_path / "t5.bin")
+        assert "the keys 0, ('a',) are no names" in self.refused(tmp_path / "t5.bin")
+
+    @pytest.mark.parametrize("keep", [100, 5000, -50])
+    def test_truncated_xxl(self, keep: int, slim: Path, tmp_path: Path) -> None:
+        (tmp_path / "t5xxl.safetensors").write_bytes(slim.read_bytes()[:keep])
+        assert "damaged or incomplete" in self.refused(tmp_path / "t5xxl.safetensors")
+
+    def test_misshapen_weights(self, t5_file: Path, tmp_path: Path) -> None:
+        state = load_file(t5_file)
+        state["encoder.block.1.layer.1.DenseReluDense.wo.weight"] = torch.zeros(32, 63)
+        save_file(state, tmp_path / "t5.safetensors")
+        assert "wo.weight has shape (32, 63), expected (32, 64)" in self.refused(tmp_path / "t5.safetensors")
+
+
+class TestBadXXL:
+    """Files that the host would load without complaint."""
+
+    @pytest.fixture
+    def refused(self, slim: Path, tmp_path: Path, monkeypatch):
+        """Loads the slim XXL, edited, through the host's own loader with its settings bent to the slim sizes."""
+        import comfy.sd
+
+        config = {"t5xxl_model_config": encoder.host_config(encoder.read_t5(slim)), "dtype": torch.float16}
+        host_loader = comfy.sd.load_clip
+        monkeypatch.setattr(comfy.sd, "detect_te_model", lambda state_dict: comfy.sd.TEModel.T5_XXL)
+        monkeypatch.setattr(
+            comfy.sd, "load_clip", lambda ckpt_paths, clip_type, **_: host_loader(ckpt_paths, clip_type=clip_type, model_options=config)
+        )
+
+        def refused(edit) -> str:
+            state = load_file(slim)
+            edit(state)
+            save_file(state, tmp_path / "t5xxl.safetensors")
+            with pytest.raises(errors.TextEncoderError) as caught:
+                encoder.load_t5(str(tmp_path / "t5xxl.safetensors"), "default", "default")
+            assert str(tmp_path / "t5xxl.safetensors") in str(caught.value)
+            return str(caught.value)
+
+        return refused
+
+    def test_missing_key(self, refused) -> None:
+        key = "encoder.block.7.layer.0.SelfAttention.q.weight"
+        assert f"missing {key}" in refused(lambda state: state.pop(key))
+
+    def test_misshapen_weight(self, refused) -> None:
+        key = "encoder.block.7.layer.0.SelfAttention.q.weight"
+        assert f"{key} has shape (4, 4)" in refused(lambda state: state.update({key: torch.zeros(4, 4)}))
+
+    @pytest.mark.parametrize("key", ["encoder.block.9.layer.1.DenseReluDense.wo.weight", "encoder.final_layer_norm.weight"])
+    def test_nan(self, key: str, refused) -> None:
+        def edit(state) -> None:
+            state[key].view(-1)[-1] = torch.nan
+
+        assert f"NaN or infinite values in {key}" in refused(edit)

@@ -1,0 +1,232 @@
+"""Few-step models through the host's samplers, beside diffusers' schedulers on the same model and noise."""
+from __future__ import annotations
+
+import importlib
+import logging
+
+import comfy.samplers
+import nodes as host_nodes
+import pytest
+import torch
+from comfy_extras import nodes_custom_sampler, nodes_model_advanced
+
+from tests.support import host
+from tests.support.host_models import captions, difference, noise
+
+errors = host.pack_module("pixart.errors")
+few_steps = host.pack_module("nodes.few_steps")
+k_diffusion = importlib.import_module("comfy.k_diffusion.sampling")
+SHAPE = (1, 4, 8, 8)
+
+
+def result(node_output):
+    """First value of a node of either API generation."""
+    return node_output.result if hasattr(node_output, "result") else node_output
+
+
+def custom(model, sampler, sigmas, cfg=1.0, latent=None, positive=None, negative=None, seed=1):
+    """The host's SamplerCustom."""
+    given = {"samples": torch.zeros(SHAPE) if latent is None else latent}
+    node = nodes_custom_sampler.SamplerCustom
+    arguments = dict(model=model, add_noise=True, noise_seed=seed, cfg=cfg, positive=positive or captions(5),
+                     negative=negative or captions(2, seed=1), sampler=sampler, sigmas=sigmas, latent_image=given)  # fmt: skip
+    run = getattr(node, "execute", None) or node().sample
+    return result(run(**arguments))[0]["samples"]
+
+
+def first_noise(seed=1):
+    """What the host draws for that seed."""
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def predicted_noise(model, latent, timestep, positive=None):
+    """The network's prediction for an input of unit variance."""
+    states = (positive or captions(5))[0][0]
+    with torch.no_grad():
+        return model.model.diffusion_model(latent, torch.tensor([float(timestep)]), context=states)
+
+
+@pytest.fixture
+def fixed_noise(monkeypatch):
+    """The same noise for every step of the host's samplers and of diffusers' schedulers."""
+    drawn = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(100 + i)) for i in range(60)]
+
+    def host_sampler(*_, **__):
+        waiting = iter(drawn)
+        return lambda sigma, sigma_next: next(waiting)
+
+    monkeypatch.setattr(k_diffusion, "default_noise_sampler", host_sampler)
+
+    def schedulers(module):
+        waiting = iter(drawn)
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(waiting))
+
+    return schedulers
+
+
+def forwards(model, monkeypatch):
+    """Collects batch size and timestep of each forward."""
+    seen = []
+    network = model.model.diffusion_model
+    original = network._denoise
+
+    def count(x, timesteps, *rest):
+        seen.append((x.shape[0], int(timesteps[0])))
+        return original(x, timesteps, *rest)
+
+    monkeypatch.setattr(network, "_denoise", count)
+    return seen
+
+
+def lcm_model(model):
+    return nodes_model_advanced.ModelSamplingDiscrete().patch(model, "lcm", False)[0]
+
+
+def diffusers_lcm(model, fixed_noise, steps):
+    """diffusers' LCMScheduler on the same network and noise; its timesteps and the latent in VAE scale."""
+    import diffusers.schedulers.scheduling_lcm as scheduling
+
+    fixed_noise(scheduling)
+    scheduler = scheduling.LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, set_alpha_to_one=True)
+    scheduler.set_timesteps(steps, original_inference_steps=50)
+    latent = first_noise()
+    for timestep in scheduler.timesteps:
+        latent = scheduler.step(predicted_noise(model, latent, timestep), timestep, latent, return_dict=False)[0]
+    return [int(t) for t in scheduler.timesteps], latent / 0.13025
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_lcm_equals_diffusers_with_one_forward_per_step(sigma, fixed_noise, monkeypatch, steps) -> None:
+    """KSampler with sampler lcm, scheduler simple and cfg 1 on ModelSamplingDiscrete lcm."""
+    timesteps, expected = diffusers_lcm(sigma, fixed_noise, steps)
+    seen = forwards(sigma, monkeypatch)
+    found = host_nodes.common_ksampler(
+        lcm_model(sigma), 1, steps, 1.0, "lcm", "simple", captions(5), captions(2, seed=1), {"samples": torch.zeros(SHAPE)}
+    )[0]["samples"]
+    assert seen == [(1, timestep) for timestep in timesteps]
+    assert difference(found, expected) < 1e-3
+
+
+def test_lcm_by_a_list_of_timesteps(sigma, fixed_noise) -> None:
+    """Flash samples as LCM does."""
+    timesteps, expected = diffusers_lcm(sigma, fixed_noise, 4)
+    model = lcm_model(sigma)
+    sigmas = few_steps.PixArtTimesteps.execute(model, ", ".join(map(str, timesteps))).result[0]
+    assert timesteps == [999, 759, 499, 259] and len(sigmas) == 5
+    assert difference(custom(model, comfy.samplers.ksampler("lcm"), sigmas), expected) < 1e-3
+
+
+def test_timesteps_are_the_models(sigma, monkeypatch) -> None:
+    sigmas = few_steps.PixArtTimesteps.execute(sigma, "999 400 20").result[0]
+    table = sigma.get_model_object("model_sampling").sigmas
+    torch.testing.assert_close(sigmas, torch.stack([table[999], table[400], table[20], torch.tensor(0.0)]))
+    seen = forwards(sigma, monkeypatch)
+    custom(sigma, comfy.samplers.ksampler("euler"), sigmas)
+    assert [timestep for _, timestep in seen] == [999, 400, 20]
+
+
+def test_one_step_equals_diffusers(sigma, monkeypatch) -> None:
+    """The DMD branch of diffusers' pipeline: DDPM's x0 from unit noise at timestep 400."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    scheduler.set_timesteps(timesteps=[400])
+    unit = first_noise()
+    expected = scheduler.step(predicted_noise(sigma, unit, 400), 400, unit).pred_original_sample / 0.13025
+    seen = forwards(sigma, monkeypatch)
+    sampler, sigmas = few_steps.PixArtOneStep.execute(sigma, 400).result
+    assert float(sigmas[0]) == pytest.approx(2.041, abs=1e-3) and float(sigmas[1]) == 0
+    assert difference(custom(sigma, sampler, sigmas), expected) < 1e-4
+    assert seen == [(1, 400)]
+    plain = custom(sigma, comfy.samplers.ksampler("euler"), sigmas)
+    assert difference(plain, expected) > 1e-2  # the host alone would begin with noise that is too weak
+
+
+def test_one_step_at_the_end_of_the_schedule(sigma) -> None:
+    """There the host's own scaling is the same."""
+    sampler, sigmas = few_steps.PixArtOneStep.execute(sigma, 999).result
+    assert difference(custom(sigma, sampler, sigmas), custom(sigma, comfy.samplers.ksampler("euler"), sigmas)) < 1e-4
+
+
+def test_one_step_from_a_picture(sigma) -> None:
+    """A latent that isn't empty is noised to the timestep, as for any other sampler."""
+    sampler, sigmas = few_steps.PixArtOneStep.execute(sigma, 400).result
+    start = noise(seed=3)
+    euler = custom(sigma, comfy.samplers.ksampler("euler"), sigmas, latent=start)
+    assert difference(custom(sigma, sampler, sigmas, latent=start), euler) < 1e-4
+
+
+def test_many_step_models_and_guidance_warn(sigma, caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        sampler, sigmas = few_steps.PixArtOneStep.execute(sigma, 400).result
+    assert any("many steps" in message and "DMD" in message for message in caplog.messages)
+    caplog.clear()
+    patched = sigma.clone()
+    patched.add_patches({"diffusion_model.blocks.0.mlp.fc2.bias": (torch.zeros(144),)}, 1.0)
+    with caplog.at_level(logging.WARNING):
+        few_steps.PixArtOneStep.execute(patched, 400)  # a LoRA may have made it one
+        custom(sigma, sampler, sigmas)
+    assert not any("many steps" in message or "cfg" in message for message in caplog.messages)
+    with caplog.at_level(logging.WARNING):
+        custom(sigma, sampler, sigmas, cfg=4.5)
+    assert any("set cfg to 1 (it is 4.5)" in message for message in caplog.messages)
+
+
+def test_bad_timesteps_are_refused(sigma) -> None:
+    with pytest.raises(errors.InputError, match="400 after 200"):
+        few_steps.PixArtTimesteps.execute(sigma, "200, 400")
+
+
+def sa_sampler(model, eta=1.0):
+    """The host's SamplerSASolver as the workflow sets it: the paper's orders, and its interval of noise."""
+    node = nodes_custom_sampler.SamplerSASolver
+    run = getattr(node, "execute", None) or node().get_sampler
+    return result(run(model=model, eta=eta, sde_start_percent=0.201, sde_end_percent=0.801, s_noise=1.0, predictor_order=2,
+                      corrector_order=2, use_pece=False, simple_order_2=True))[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_sa_solver_equals_diffusers(sigma, fixed_noise, monkeypatch, eta) -> None:
+    """Order 2 predictor and corrector with tau 0 and 1 everywhere: the network sees the same latent at every step.
+
+    But the last, to which the host predicts with order 1, and diffusers, as the reference, with order 2.
+    """
+    import diffusers.schedulers.scheduling_sasolver as scheduling
+
+    fixed_noise(scheduling)
+    scheduler = scheduling.SASolverScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", predictor_order=2, corrector_order=2, tau_func=lambda t: eta,
+        timestep_spacing="linspace",
+    )  # fmt: skip
+    scheduler.set_timesteps(10)
+    latent, expected = first_noise(), []
+    for timestep in scheduler.timesteps:
+        expected.append(latent)
+        latent = scheduler.step(predicted_noise(sigma, latent, timestep), timestep, latent, return_dict=False)[0]
+    seen = []
+    network = sigma.model.diffusion_model
+    original = network._denoise
+
+    def look(x, *rest):
+        seen.append(x.clone())
+        return original(x, *rest)
+
+    monkeypatch.setattr(network, "_denoise", look)
+    sigmas = few_steps.PixArtTimesteps.execute(sigma, ", ".join(str(int(t)) for t in scheduler.timesteps)).result[0]
+    solver = sa_sampler(sigma, eta)
+    solver.extra_options["tau_func"] = lambda s: eta
+    custom(sigma, solver, sigmas)
+    assert len(seen) == len(expected) == 10
+    assert max(difference(ours, theirs) for ours, theirs in zip(seen[:-1], expected[:-1])) < 2e-3
+
+
+def test_sa_solver_is_noisy_where_the_paper_says(sigma) -> None:
+    """tau is 1 for the steps that arrive at 0.2 <= t <= 0.8, of 25 that fall evenly from 1 to 0.001."""
+    arrivals = [1 - i * 0.999 / 25 for i in range(26)]
+    expected = [0.2 <= t <= 0.8 for t in arrivals[:-1]]
+    scheduled = comfy.samplers.calculate_sigmas(sigma.get_model_object("model_sampling"), "sgm_uniform", 25)
+    tau = sa_sampler(sigma).extra_options["tau_func"]
+    assert len(scheduled) == 26 and [tau(s) == 1 for s in scheduled[:-1]] == expected
+    sampling = sigma.get_model_object("model_sampling")
+    for s, t in zip(scheduled[:-1], arrivals):
+        assert int(sampling.timestep(s)) == pytest.approx(1000 * t - 1, abs=0.51)

@@ -1,0 +1,189 @@
+"""KV compression through the host's MODEL: files trained with it, and the PixArtKVCompress patch."""
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.model_base
+import nodes as host_nodes
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from safetensors.torch import save_file
+
+from tests.nodes.test_contract import controlled
+from tests.nodes.test_lora import native
+from tests.support import checkpoint_factory, host
+from tests.support.host_models import CAPTIONS, captions, difference, forward, load_model, noise, sample
+from tests.support.kv_reference import compressed_model, predict, write_compressed
+
+errors = host.pack_module("pixart.errors")
+core = host.pack_module("pixart.kv_compress")
+load = host.pack_module("pixart.checkpoints.load")
+KV_COMPRESSION = host.pack_module("nodes.host.transformer").KV_COMPRESSION
+node = host.pack_module("nodes.kv_compress").PixArtKVCompress
+DEFAULTS = {
+    "ratio": 2, "method": "mean", "first_block": 0, "last_block": -1, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0,
+}  # fmt: skip
+SIZES = {"depth": 3, "captions": CAPTIONS, "null_rows": None}
+BLOCKS = {0: 3, 2: 2}
+
+
+def patch(model, **changes):
+    """The node's MODEL."""
+    return node.execute(model=model, **{**DEFAULTS, **changes}).result[0]
+
+
+def run(model, steps: int = 3):
+    return sample(model, captions(5), captions(2, seed=1), steps=steps)
+
+
+def keys_seen(model, steps: int = 1) -> list[list[int]]:
+    """Keys of each block's self-attention, step by step; there are 16 picture tokens and 5 words."""
+    watched, seen = model.clone(), []
+
+    def override(function, q, k, v, *args, **kwargs):
+        seen.append(k.shape[1])
+        return function(q, k, v, *args, **kwargs)
+
+    watched.model_options["transformer_options"]["optimized_attention_override"] = override
+    run(watched, steps)
+    own = seen[::2]  # self, cross, self, ...
+    return [own[i : i + 3] for i in range(0, len(own), 3)]
+
+
+class TestTrained:
+    @pytest.mark.parametrize("kind", [kind for kind in checkpoint_factory.FORMATS if kind != "pth-ema"])
+    @pytest.mark.parametrize("mode", ["conv", "uniform_every"])
+    def test_every_format_is_exact(self, kind: str, mode: str, tmp_path: Path) -> None:
+        """5 x 7 tokens, beside diffusers' model with attention in loops."""
+        path, config = write_compressed(kind, tmp_path, BLOCKS, mode, **SIZES)
+        latent, states, mask = noise(10, 14, 2), captions(7, batch=2)[0][0], torch.arange(7)[None] < torch.tensor([[7], [2]])
+        expected = predict(compressed_model(config, BLOCKS, mode, (5, 7)), latent, torch.tensor([999, 30]), states, mask)[:, :4]
+        model = load_model(path, weight_dtype="fp32")
+        assert difference(forward(model, latent, torch.tensor([999.0, 30.0]), states, context_mask=mask), expected) < 1e-5
+
+    def test_sampler_and_keys(self, tmp_path: Path) -> None:
+        model = load_model(write_compressed("safetensors", tmp_path, BLOCKS, "conv", **SIZES)[0])
+        assert keys_seen(model) == [[1, 16, 4]]
+        assert torch.isfinite(run(model)).all()
+
+    def test_blocks_are_not_compressed_twice(self, tmp_path: Path) -> None:
+        model = load_model(write_compressed("safetensors", tmp_path, BLOCKS, "conv", **SIZES)[0])
+        with pytest.raises(errors.InputError, match=r"PixArtKVCompress: block\(s\) 0, 2 of 0-2 .* Expected blocks among 1"):
+            patch(model)
+        assert keys_seen(patch(model, first_block=1, last_block=1)) == [[1, 4, 4]]
+
+
+class TestPatch:
+    def test_same_as_the_core(self, sigma, sigma_file: Path) -> None:
+        compression = (core.KVCompression(2, last_block=0), core.KVCompression(4, "stride", first_block=2))
+        latent, step, states = noise(10, 14, 2), torch.tensor([999.0, 30.0]), captions(7, batch=2)[0][0]
+        found = forward(sigma, latent, step, states, transformer_options={KV_COMPRESSION: compression})
+        expected = load.load_transformer(sigma_file)(latent, step, states, kv_compression=compression)[:, :4]
+        assert difference(found, expected) < 1e-5
+        assert difference(found, forward(sigma, latent, step, states)) > 1e-3
+
+    def test_changes_the_picture_and_leaves_its_input_alone(self, sigma) -> None:
+        """As when the node is bypassed again."""
+        plain = run(sigma)
+        patched = patch(sigma)
+        assert difference(run(patched), plain) > 1e-4
+        assert torch.equal(run(sigma), plain)
+        assert torch.equal(run(patched), run(patched.clone()))
+
+    def test_inputs_reach_the_attention(self, sigma) -> None:
+        assert keys_seen(sigma) == [[16, 16, 16]]
+        assert keys_seen(patch(sigma)) == [[4, 4, 4]]
+        assert keys_seen(patch(sigma, ratio=3, method="stride", first_block=1, last_block=1)) == [[16, 4, 16]]
+        assert keys_seen(patch(sigma, min_tokens=17)) == [[16, 16, 16]]
+
+    def test_part_of_sampling(self, sigma) -> None:
+        """The normal schedule's four steps are at timesteps 999, 666, 333 and 0."""
+        found = keys_seen(patch(sigma, start_percent=0.2, end_percent=0.9), steps=4)
+        assert found == [[16] * 3, [4] * 3, [4] * 3, [16] * 3]
+
+    def test_two_nodes(self, sigma) -> None:
+        first = patch(sigma, last_block=0)
+        assert keys_seen(patch(first, ratio=4, first_block=2)) == [[4, 16, 1]]
+        assert keys_seen(first) == [[4, 16, 16]]
+        halves = patch(patch(sigma, ratio=4, end_percent=0.5), ratio=2, start_percent=0.5)
+        assert keys_seen(halves, steps=4) == [[1] * 3, [1] * 3, [4] * 3, [4] * 3]
+
+    def test_lora_before_and_after(self, sigma, models: Path) -> None:
+        save_file(native()[0], str(models / "loras" / "test.safetensors"))
+
+        def with_lora(model):
+            return host_nodes.LoraLoaderModelOnly().load_lora_model_only(model, "test.safetensors", 1.0)[0]
+
+        both = run(patch(with_lora(sigma)))
+        assert torch.equal(both, run(with_lora(patch(sigma))))
+        assert difference(both, run(patch(sigma))) > 1e-2 and difference(both, run(with_lora(sigma))) > 1e-4
+
+    def test_with_block_replacement_and_control(self, sigma) -> None:
+        patched = patch(sigma, last_block=1)
+        replaced = patched.clone()
+        replaced.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 1)
+        assert torch.equal(run(replaced), run(patched)) and keys_seen(replaced) == [[4, 4, 16]]
+        residual = torch.randn(2, 16, 144, generator=torch.Generator().manual_seed(0))
+        both = controlled(patched, {"input": [residual]})
+        assert difference(both, run(patched)) > 1e-3 and difference(both, controlled(sigma, {"input": [residual]})) > 1e-4
+
+    @pytest.mark.parametrize("compile_first", [True, False])
+    def test_torch_compile_of_the_host(self, sigma, compile_first: bool) -> None:
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+        def compiled(model):
+            clone = model.clone(disable_dynamic=True) if "disable_dynamic" in model.clone.__code__.co_varnames else model.clone()
+            set_torch_compile_wrapper(model=clone, backend="eager")
+            return clone
+
+        values = {"last_block": 1, "end_percent": 0.5}
+        both = patch(compiled(sigma), **values) if compile_first else compiled(patch(sigma, **values))
+        assert difference(run(both), run(patch(sigma, **values))) < 1e-5
+
+    def test_other_wrappers_see_and_change_the_options(self, sigma) -> None:
+        """One that hands transformer_options on as a keyword, as any pack may."""
+        patched, seen = sigma.clone(), []
+
+        def wrapper(executor, *args, **kwargs):
+            seen.append(args[5].get(KV_COMPRESSION))
+            return executor(*args[:5], transformer_options=args[5], **kwargs)
+
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", wrapper)
+        assert keys_seen(patch(patched)) == [[4, 4, 4]] and seen == [None]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"first_block": 3}, "PixArtKVCompress: first_block is 3; expected 0 to 2"),
+            ({"last_block": 27}, "PixArtKVCompress: last_block is 27; expected 0"),
+            ({"start_percent": 0.7, "end_percent": 0.2}, "PixArtKVCompress: end_percent is 0.2; expected more than start_percent 0.7"),
+            ({"ratio": 1}, "PixArtKVCompress: ratio is 1; expected 2 to 8"),
+            ({"method": "conv"}, "PixArtKVCompress: method is 'conv'; expected one of mean, stride"),
+        ],
+    )
+    def test_bad_values(self, sigma, changes: dict, message: str) -> None:
+        with pytest.raises(errors.InputError, match=message):
+            patch(sigma, **changes)
+
+    def test_a_block_twice(self, sigma) -> None:
+        with pytest.raises(errors.InputError, match=r"PixArtKVCompress: block\(s\) 1 are compressed already"):
+            patch(patch(sigma, last_block=1), first_block=1, last_block=1)
+
+    def test_models_that_are_no_pixart(self) -> None:
+        other = SimpleNamespace(model=object.__new__(comfy.model_base.SDXL))
+        with pytest.raises(errors.InputError, match="PixArtKVCompress: this model is a SDXL; expected a PixArt"):
+            patch(other)
+
+    def test_the_hosts_own_pixart(self) -> None:
+        other = SimpleNamespace(model=object.__new__(comfy.model_base.PixArt))
+        with pytest.raises(errors.InputError, match="PixArtKVCompress: this PixArt was loaded by ComfyUI's own loader.*PixArtModelLoader"):
+            patch(other)
+
+
+def test_defaults_of_the_node_are_the_cores() -> None:
+    given = {name: spec[1].get("default") for name, spec in node.INPUT_TYPES()["required"].items() if name != "model"}
+    assert given == {name: getattr(core.KVCompression(), name) for name in given}

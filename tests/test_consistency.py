@@ -1,0 +1,66 @@
+"""The consistency decoder beside diffusers' own, tiny."""
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pixart.consistency import load_consistency_decoder
+from pixart.errors import CheckpointError, InputError, UnsupportedError
+from tests.support.tiny_consistency import tiny_decoder, write_decoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+def latents(batch=1):
+    return torch.randn(batch, 4, 4, 6, generator=torch.Generator().manual_seed(2))
+
+
+def test_decoding_equals_diffusers(folder):
+    expected = tiny_decoder().decode(latents(), generator=torch.Generator().manual_seed(0)).sample / 2 + 0.5
+    found = load_consistency_decoder(folder).decode(latents())
+    assert found.shape == (1, 3, 32, 48)
+    torch.testing.assert_close(found, expected.clamp(0, 1))
+    assert found.std() > 0.01
+
+
+def test_a_picture_is_the_same_in_any_batch_and_for_any_run(folder):
+    vae = load_consistency_decoder(folder)
+    both = vae.decode(latents(2))
+    torch.testing.assert_close(both[1:], vae.decode(latents(2)[1:]))
+    assert not torch.equal(vae.decode(latents(), seed=1), vae.decode(latents()))
+
+
+def test_encoding_equals_diffusers(folder):
+    image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(4))
+    expected = tiny_decoder().encode(image * 2 - 1).latent_dist.mean
+    torch.testing.assert_close(load_consistency_decoder(folder).encode(image), expected)
+
+
+def test_latents_of_another_vae(folder):
+    with pytest.raises(InputError, match=r"\(1, 16, 4, 4\).*α"):
+        load_consistency_decoder(folder).decode(torch.zeros(1, 16, 4, 4))
+
+
+def test_other_weights_are_refused(folder, tmp_path):
+    save_file({"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match="not the consistency decoder.*openai/consistency-decoder"):
+        load_consistency_decoder(tmp_path / "vae.safetensors")
+    broken = write_decoder(tmp_path / "broken", leave_out="encoder.conv_in.bias")
+    with pytest.raises(CheckpointError, match="missing encoder.conv_in.bias"):
+        load_consistency_decoder(broken)
+    config = json.loads((broken / "config.json").read_text()) | {"_class_name": "AutoencoderKL"}
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="names AutoencoderKL"):
+        load_consistency_decoder(broken)
+
+
+def test_without_diffusers_the_error_names_the_package(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UnsupportedError, match="pip install diffusers"):
+        importlib.import_module("pixart.consistency").load_consistency_decoder(folder)

@@ -1,0 +1,58 @@
+"""The grid and the bookkeeping of benchmarks.kv_quality; drawing is demo.evaluate's, tested there."""
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import kv_quality
+from benchmarks.kv_quality import EXACT, Setting, settings, share_of_attention
+from pixart.config import get_variant
+from pixart.kv_compress import KVCompression, check_together
+
+DEMO = get_variant("demo").transformer
+
+
+def test_every_setting_fits_the_demo_and_has_a_name_of_its_own() -> None:
+    wanted = list(settings())
+    assert wanted[0].name == EXACT and not wanted[0].compression
+    assert len({one.name for one in wanted}) == len(wanted) > 20
+    for one in wanted:
+        check_together(one.compression, DEMO)
+        assert (share_of_attention(one, DEMO) < 1) == bool(one.compression)
+
+
+def test_share_of_attention() -> None:
+    def share(*compression: KVCompression) -> float:
+        return share_of_attention(Setting("x", "x", compression), DEMO)
+
+    assert share(KVCompression(2)) == 0.25
+    assert share(KVCompression(2, first_block=4), KVCompression(4, last_block=3)) == pytest.approx((0.25 + 1 / 16) / 2)
+    assert share(KVCompression(2, start_percent=0.5)) == pytest.approx(0.625)
+    trained = SimpleNamespace(compressed_blocks=((6, 2), (7, 2)), depth=8)
+    assert share_of_attention(Setting("x", "x"), trained) == pytest.approx(1 - 2 * 0.75 / 8)
+
+
+def test_report_compares_with_the_uncompressed_and_goes_on(tmp_path, monkeypatch) -> None:
+    drawn = []
+
+    def measured(pipeline, setting, chosen):
+        drawn.append(setting.name)
+        row = {"name": setting.name, "group": setting.group, "share_of_attention": 0.5, "alignment": 0.5}
+        return row, torch.full((2, 4, 2, 2), 2.0 + bool(setting.compression))
+
+    monkeypatch.setattr(kv_quality, "measure_setting", measured)
+    chosen = Namespace(out=tmp_path, count=1, steps=2, size=256, cfg=4.5, seed=0, dtype="float32", device="cpu")
+    wanted = [Setting(EXACT, EXACT), Setting("mean", "mean", (KVCompression(2),))]
+    kv_quality.run(None, wanted, chosen)
+    results = json.loads((tmp_path / "kv_quality.json").read_text())["results"]
+    assert (results[EXACT]["latent_mse"], results["mean"]["latent_mse"], results["mean"]["latent_error"]) == (0, 1, 0.5)
+    assert (tmp_path / "kv_quality.png").stat().st_size > 1000
+    kv_quality.run(None, [*wanted, Setting("new", "new", (KVCompression(2),))], chosen)
+    assert drawn == [EXACT, "mean", EXACT, "new"]
+    chosen.steps = 3  # another measurement
+    kv_quality.run(None, wanted, chosen)
+    assert drawn[4:] == [EXACT, "mean"]

@@ -1,0 +1,54 @@
+"""Preparing prompts, against diffusers' own pipeline."""
+import sys
+
+import pytest
+
+pytest.importorskip("ftfy")
+pytest.importorskip("bs4")
+
+from pixart.errors import UnsupportedError
+from pixart.text.captions import prepare
+
+AWKWARD = [
+    "a red circle", "", "   ", "A Cat, sitting on a MAT.", "<b>bold</b> and <i>thin</i> letters", "<p>one<br/>two</p><script>x()</script>",
+    "Tom &amp; Jerry &quot;quoted&quot;", "&lt;div&gt;escaped&lt;/div&gt;", "see https://example.com/a/b?c=d for more",
+    "www.site.org/page and http://x.net",
+    "mail me@example.com now", "photo by @someone on site.com", "a%20cat%21+and+a+dog",
+    "🦊 a fox 🌲 in a forest ✨", "画像 a picture 図", "한국어 and русский текст", "日本語だけ", "file_name.jpg of IMG_20230101_123456.png",
+    "this-is-my-cute-cat", "this_is_my_very_cute_cat", "two-part word", "\"\"\"shouting\"\"\" ''' quotes", "“curly” ‘single’ «guillemets»",
+    "dash — dash – dash ― dash", "wait... what.. . no", "price 1234567 #12 #12345 100000", "192.168.0.1 is home", "article 3:45 ",
+    "line one\nline two\\nline three", "tab\tseparated\r\nwords", "free shipping worldwide shipping", "download free now, free download",
+    "click for more and click on this", "png images of a jpg image", "page 12 of a book", "jc6640 jc6640vc 6640vc231 j2d1a2a", "40x50 cm 1.5x2.5 30х40",
+    "what : a colon", "no,space,after/comma.dot", "'single quoted whole'", "\"double quoted whole\"", ":starts badly", "ends badly-", ".hidden",
+    "(word:1.2) [bracket] {curly} |pipe|", "***stars*** #AUSVERKAUFT ~tilde~", "<person> waves at <person>", "mojibake: schÃ¶n cafÃ©",
+    "½ cup © 2020 Brand™ ®", "x" * 3000, "word " * 5000, "A @nick, B&C; D&amp;E &quot F", "ＦＵＬＬ　ＷＩＤＴＨ", "a\u00a0b\u200bc\ufeffd",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    """The text half of its Σ pipeline; it holds no weights."""
+    pipelines = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma")
+    made = pipelines.PixArtSigmaPipeline.__new__(pipelines.PixArtSigmaPipeline)
+    return lambda text, clean: pipelines.PixArtSigmaPipeline._text_preprocessing(made, text, clean_caption=clean)[0]
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # of BeautifulSoup, which takes short captions for file names
+@pytest.mark.parametrize("clean", [True, False])
+def test_awkward_captions_as_diffusers_prepares_them(diffusers, clean):
+    assert len(set(AWKWARD)) >= 50
+    wrong = [(text[:60], prepare(text, clean)[:60], expected[:60]) for text in AWKWARD
+             if prepare(text, clean) != (expected := diffusers(text, clean))]  # fmt: skip
+    assert not wrong
+
+
+def test_case_is_kept_on_request():
+    assert prepare(" A Cat ", lower_case=False) == " A Cat "
+
+
+@pytest.mark.parametrize("missing", ["ftfy", "bs4"])
+def test_missing_packages_are_named(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UnsupportedError, match="pip install ftfy beautifulsoup4"):
+        prepare("a", clean=True)
+    assert prepare("A") == "a"
