@@ -41,21 +41,19 @@ def perturbed_attention() -> Workflow:
 
 
 def regional_prompts() -> Workflow:
-    """One prompt for each half of the picture, and one for the whole."""
-    note = "\nEach half has its own prompt (x, y, width and height in pixels); the last prompt is for the whole picture."
+    """One prompt for each half of a wide picture; each half has a size that the model was trained at."""
+    note = "\nEach half has its own prompt (x, y, width and height in pixels), and a size that the model was trained at."
     flow = Workflow(DEMO, DEMO_NOTE + note)
     model, t5, vae = flow.loaders("demo")
-    whole = flow.text("Whole picture", t5, "a picture on a white background", 300, 2)
-    negative = flow.text("Negative prompt", t5, "", 300, 3)
-    positive = whole
-    for row, (side, prompt) in enumerate((("Left", "a red circle"), ("Right", "a blue square"))):
+    areas = []
+    for row, (side, prompt) in enumerate((("Left", "a red circle on a white background"), ("Right", "a blue square on a white background"))):
         text = flow.text(f"{side} half", t5, prompt, 300, row)
-        area = flow.add(
-            "ConditioningSetArea", f"{side} area", 2, row + 1, conditioning=[text, 0], width=128, height=256, x=128 * row, y=0, strength=1.0
-        )
-        both = {"conditioning_1": [positive, 0], "conditioning_2": [area, 0]}
-        positive = flow.add("ConditioningCombine", f"Add {side.lower()}", 2, row + 3, **both)
-    size = flow.add("PixArtResolution", "Size", 1, 4, base="256", width=256, height=256, batch_size=1)
+        place = {"width": 256, "height": 256, "x": 256 * row, "y": 0}
+        areas.append(flow.add("ConditioningSetArea", f"{side} area", 2, row + 1, conditioning=[text, 0], strength=1.0, **place))
+    both = {"conditioning_1": [areas[0], 0], "conditioning_2": [areas[1], 0]}
+    positive = flow.add("ConditioningCombine", "Both halves", 2, 3, **both)
+    negative = flow.text("Negative prompt", t5, "", 300, 2)
+    size = flow.add("EmptyLatentImage", "Size", 1, 3, width=512, height=256, batch_size=1)
     flow.decode(flow.sample("Sampler", model, positive, negative, [size, 0]), vae, "pixart-regional-prompts")
     return flow
 

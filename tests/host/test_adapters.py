@@ -46,7 +46,7 @@ def test_pag_changes_the_picture_and_keeps_its_subject(client: ComfyClient) -> N
 
 def test_each_region_follows_its_own_prompt(client: ComfyClient) -> None:
     image = picture(client, api("regional-prompts"))
-    for half, color in ((image[:, :128], "red"), (image[:, 128:], "blue")):
+    for half, color in ((image[:, :256], "red"), (image[:, 256:], "blue")):
         assert color in colors(half)
 
 

@@ -10,7 +10,7 @@ import pytest
 from demo import screenshots
 from demo.launch.client import ComfyClient
 from demo.launch.host import Host
-from tests.host.test_workflows import STEMS, read
+from tests.host.test_workflows import STEMS, read, specifications
 
 pytestmark = pytest.mark.browser
 CONVERT = "async () => (await window.app.graphToPrompt()).output"
@@ -44,10 +44,26 @@ def stripped(graph: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_defaults(graph: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """An API graph with the optional widgets that it leaves out, which the frontend always writes."""
+    filled = {}
+    for number, node in graph.items():
+        optional = specifications(object_info[node["class_type"]]).items()
+        defaults = {name: options["default"] for name, (_, options, required) in optional if not required and "default" in options}
+        filled[number] = {**node, "inputs": {**defaults, **node["inputs"]}}
+    return filled
+
+
+@pytest.fixture(scope="module")
+def object_info(server: Host) -> dict[str, Any]:
+    """The host's description of its nodes."""
+    return server.client.get_json("/object_info")
+
+
 @pytest.mark.parametrize("stem", STEMS)
-def test_the_frontend_turns_each_workflow_into_its_api_graph(page: Any, stem: str) -> None:
+def test_the_frontend_turns_each_workflow_into_its_api_graph(page: Any, object_info: dict[str, Any], stem: str) -> None:
     page.evaluate(screenshots.LOAD, read(f"{stem}.json"))
-    assert stripped(page.evaluate(CONVERT)) == stripped(read(f"api/{stem}.json"))
+    assert stripped(page.evaluate(CONVERT)) == stripped(with_defaults(read(f"api/{stem}.json"), object_info))
 
 
 def test_every_node_is_known_to_the_frontend(page: Any) -> None:
@@ -56,7 +72,7 @@ def test_every_node_is_known_to_the_frontend(page: Any) -> None:
         assert page.evaluate(UNKNOWN) == []
 
 
-def test_the_demo_graph_is_queued_by_a_click(page: Any, server: Host, client: ComfyClient) -> None:
+def test_the_demo_graph_is_queued_by_a_click(page: Any, client: ComfyClient, object_info: dict[str, Any]) -> None:
     page.reload()  # no dialogs left from other graphs
     page.wait_for_function(screenshots.READY)
     graph = read("demo.json")
@@ -66,4 +82,5 @@ def test_the_demo_graph_is_queued_by_a_click(page: Any, server: Host, client: Co
     assert any(shown.get("images") for shown in run["outputs"].values())
     assert len(screenshots.screenshot(page, graph)) > 20_000
     assert any(character.isdigit() for character in page.evaluate(COUNT))
-    assert stripped(page.evaluate(CONVERT)) == stripped(read("api/demo.json"))  # what is shown is not queued
+    expected = with_defaults(read("api/demo.json"), object_info)
+    assert stripped(page.evaluate(CONVERT)) == stripped(expected)  # what is shown is not queued
