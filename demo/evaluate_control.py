@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pixart import Pipeline
 from pixart.checkpoints.controlnet import load_controlnet
 from pixart.controlnet import ControlledTransformer
+from pixart.errors import InputError
 
 from . import WEIGHTS
 from .dataset import edge_grid
@@ -37,7 +38,9 @@ class Hinted(ControlledTransformer):
     hint: Tensor
     strength: float = 1.0
 
-    def forward(self, latent, timestep, context, mask=None, size=None) -> Tensor:
+    def forward(self, latent, timestep, context, mask=None, size=None, kv_compression=()) -> Tensor:
+        if kv_compression:
+            raise InputError("The ControlNet is evaluated without KV compression; leave kv_compression out.")
         hint = self.hint.to(latent).repeat(latent.shape[0] // self.hint.shape[0], 1, 1, 1)
         return super().forward(latent, timestep, context, mask, size, hint=hint, strength=self.strength)
 

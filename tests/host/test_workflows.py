@@ -177,7 +177,7 @@ def test_released_models_use_their_own_size_tokens_and_vae(stem: str) -> None:
     assert inputs["PixArtModelLoader"]["variant"] == variant.name
     assert inputs["PixArtModelLoader"]["model_name"] in variant.files
     assert inputs["PixArtResolution"]["base"] == str(variant.base_size)
-    assert inputs["PixArtTextEncode"]["max_tokens"] == variant.max_tokens
+    assert inputs["PixArtTextEncode"]["max_tokens"] == str(variant.max_tokens)
     assert ("sdxl" in inputs["VAELoader"]["vae_name"]) == (variant.vae == "sdxl")
 
 
