@@ -169,7 +169,10 @@ def controlnet() -> Workflow:
 
 def demo_controlnet() -> Workflow:
     """The same with the demo's own ControlNet, which reads the host's Canny edges."""
-    note = "pixart-demo-controlnet.safetensors -> demo/weights/controlnet\n"
+    note = (
+        "pixart-demo-controlnet.safetensors -> demo/weights/controlnet; it is not in this version yet: train it with\n"
+        "python -m pixart train configs/train/demo-controlnet.json\n"
+    )
     flow = FamilyWorkflow(
         DEMO, DEMO_NOTE + note + "\nThe picture is demo/inputs/pixart-scene.png; put it, or your own, in ComfyUI's input folder."
     )

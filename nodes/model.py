@@ -6,7 +6,8 @@ from comfy_api.latest import io
 from ..pixart.checkpoints.detect import AUTO
 from ..pixart.config import variant_names
 from .host.files import choices, resolve
-from .host.loader import DEFAULT, WEIGHT_DTYPES, load_model
+from .host.dtypes import DEFAULT
+from .host.loader import WEIGHT_DTYPES, load_model
 from .host.schema import schema
 
 FOLDER, COMPONENT = "diffusion_models", "transformer"

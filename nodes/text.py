@@ -7,10 +7,11 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..pixart.errors import InputError
+from .host.dtypes import DEFAULT
 from .host.family import SIGMA_TOKENS, max_tokens_of
 from .host.files import choices, resolve
 from .host.schema import schema
-from .host.text_encoder import DEFAULT, DEVICES, PRECISIONS, load_t5
+from .host.text_encoder import DEVICES, PRECISIONS, load_t5
 from .host.tokens import encode, prepare_text
 
 FOLDER, COMPONENT = "text_encoders", "text_encoder"

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .config import TransformerConfig
 from .errors import InputError
+from .timesteps import LAST_TIMESTEP
 
 METHODS = ("mean", "stride")
 MAX_RATIO = 8
-LAST_TIMESTEP = 999
 
 
 @dataclass(frozen=True)

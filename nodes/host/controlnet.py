@@ -12,7 +12,6 @@ import comfy.latent_formats
 import comfy.model_management as management
 import comfy.model_patcher
 import comfy.ops
-import torch
 from torch import Tensor
 
 from ...pixart.bins import resize_and_crop

@@ -7,9 +7,10 @@ import comfy.model_base
 import comfy.supported_models
 from torch import Tensor
 
+from ...pixart.checkpoints.detect import TOKENS_OF_FAMILY
 from ...pixart.errors import InputError
 
-ALPHA_TOKENS, SIGMA_TOKENS = 120, 300
+SIGMA_TOKENS = TOKENS_OF_FAMILY["sigma"]
 
 
 def max_tokens_of(model: Any) -> int:
@@ -18,7 +19,8 @@ def max_tokens_of(model: Any) -> int:
     config = getattr(inner.diffusion_model, "config", None)
     if config is not None:
         return config.max_tokens
-    return SIGMA_TOKENS if isinstance(inner.model_config, comfy.supported_models.PixArtSigma) else ALPHA_TOKENS  # Σ derives from α
+    family = "sigma" if isinstance(inner.model_config, comfy.supported_models.PixArtSigma) else "alpha"  # Σ derives from α
+    return TOKENS_OF_FAMILY[family]
 
 
 def caption_width_of(model: Any) -> int:

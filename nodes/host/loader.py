@@ -15,18 +15,11 @@ from torch import Tensor
 
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES, Detection, prepare, read_checkpoint
 from . import quantized
+from .dtypes import DTYPES
 from .supported import model_config
 
 log = logging.getLogger(__name__)
-DEFAULT = "default"
-WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
-    DEFAULT: None,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
+WEIGHT_DTYPES: dict[str, torch.dtype | None] = {**DTYPES, "fp8_e5m2": torch.float8_e5m2}
 
 
 def load_model(path: str, variant: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:

@@ -20,18 +20,11 @@ from ...pixart.text.names import STORED_PRECISIONS
 from ...pixart.text.quantize import choose_precision
 from ...pixart.text.tokenizer import find_tokenizer
 from ...pixart.text.weights import T5Weights, is_finite, read_t5
+from .dtypes import DEFAULT, DTYPES
 from .quantized_t5 import quantized_clip_class, resident_estimate
 from .tokenizer import tokenizer_class
 
 log = logging.getLogger(__name__)
-DEFAULT = "default"
-DTYPES: dict[str, torch.dtype | None] = {
-    DEFAULT: None,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-}
 PRECISIONS = (*DTYPES, *STORED_PRECISIONS)
 DEVICES = (DEFAULT, "cpu")
 XXL_KEY, XXL_ROWS = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight", 10240

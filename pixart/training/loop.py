@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..attention import dense_attention, torch_attention
 from ..checkpoints.hints import NOTE_KEY
 from ..config import get_variant
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..model import PixArtTransformer
 from .alignment import AlignedTransformer, alignment_loss
 from .compression import begin_compression
@@ -88,6 +88,8 @@ class Trainer:
         self.ema = AveragedModel(self.transformer, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
         model: nn.Module = self.transformer
         if recipe.align_weight:
+            if not getattr(self.source, "feature_count", 0):
+                raise ConfigError(f"The data source {recipe.source!r} knows no features of tokens; leave out align_weight.")
             model = AlignedTransformer(model, recipe.align_block, self.source.feature_count).to(self.accelerator.device)
         optimizers = make_optimizers(model, self.transformer, recipe)
         self.model, *self.optimizers = self.accelerator.prepare(model, *optimizers)

@@ -151,6 +151,11 @@ def test_alignment_teaches_tokens_their_features_and_leaves_no_trace(recipe_path
     assert resumed.step == 75
 
 
+def test_a_source_without_features_can_not_align(recipe_path):
+    with pytest.raises(ConfigError, match="align_weight"):
+        loop.Trainer(load_recipe(recipe_path(align_weight=1.0)))
+
+
 def test_squares_get_their_share():
     sizes = bucket_sizes(256, 256)
     drawn = draw_buckets(sizes, np.random.default_rng(0), square_share=0.5)

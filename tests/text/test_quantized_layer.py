@@ -1,0 +1,53 @@
+"""One quantized layer: the numbers of bitsandbytes, close to fp32, and no overflow."""
+import pytest
+import torch
+
+bnb = pytest.importorskip("bitsandbytes")
+
+from pixart.text import quantize
+from pixart.text.quantize import QuantizedLinear, quantize_weight
+
+
+def test_wide_layer_of_the_real_shape_stays_close():
+    """Rows as wide as XXL's, against plain fp32."""
+    weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)) / 64
+    x = torch.randn(5, 4096, generator=torch.Generator().manual_seed(1))
+    for precision, floor in {"int8": 0.9995, "nf4": 0.99, "fp4": 0.98, "fp8_e4m3fn": 0.998}.items():
+        layer = QuantizedLinear(4096, 64)
+        layer.quantize(weight, precision, "cpu")
+        cosine = torch.cosine_similarity(layer(x), x @ weight.T, dim=-1)
+        assert floor < cosine.min() < 1, precision
+        assert layer(x).dtype == torch.float32 and layer(x.half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_4_bits_are_those_of_bitsandbytes(quant_type, monkeypatch):
+    """In chunks as in one go."""
+    weight = torch.randn(96, 320, generator=torch.Generator().manual_seed(0))
+    expected, state = bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type=quant_type)
+    monkeypatch.setattr(quantize, "CHUNK", 64 * 7)
+    layer = QuantizedLinear(320, 96)
+    layer.quantize(weight, quant_type, "cpu")
+    parts = layer.parts()
+    assert torch.equal(parts["packed"], expected.flatten()) and torch.equal(parts["absmax"], state.absmax)
+    dequantized = layer(torch.eye(320)).T
+    torch.testing.assert_close(dequantized, bnb.functional.dequantize_4bit(expected, state).bfloat16().float(), rtol=0, atol=0)
+
+
+def test_8_bits_are_those_of_bitsandbytes(monkeypatch):
+    weight = torch.randn(96, 320, generator=torch.Generator().manual_seed(0))
+    values, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+    monkeypatch.setattr(quantize, "CHUNK", 1000)
+    parts = quantize_weight(weight, "int8", torch.device("cpu"))
+    assert torch.equal(parts["packed"], values) and torch.equal(parts["scales"], scales.float())
+    layer = QuantizedLinear(320, 96)
+    layer.fill(parts, "cpu")
+    torch.testing.assert_close(layer(torch.eye(320)).T, bnb.functional.int8_vectorwise_dequant(values, scales), rtol=1e-6, atol=1e-8)
+
+
+def test_large_activations_don_t_overflow():
+    """T5's wo meets values that fp16, in which bitsandbytes' int8 layer computes, can't hold."""
+    layer = QuantizedLinear(64, 64)
+    layer.quantize(torch.eye(64) * 8, "int8", "cpu")
+    out = layer(torch.full((1, 64), 60000.0))
+    torch.testing.assert_close(out, torch.full((1, 64), 480000.0), rtol=0.01, atol=0)
