@@ -25,6 +25,7 @@ QUANTIZATION_SUFFIXES = (
 COMPANIONS = (  # other models in one checkpoint file
     "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "vae.", "model_ema.",
 )  # fmt: skip
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 COMPUTING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -209,13 +210,15 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def value_problems(tensors: Mapping[str, Tensor], quantized: set[str]) -> list[str]:
-    """Keys with NaN or infinite values, or no floating-point numbers at all. min and max carry both and need no copy of the weights."""
+    """Keys with NaN or infinite values, or no floating-point numbers at all. min and max carry both and need no mask as large."""
     problems = []
     for key, tensor in tensors.items():
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or not tensor.numel():
             continue  # a host's quantized tensor: only its shape is ours to check
         if not tensor.is_floating_point() and key.rpartition(".")[0] not in quantized:
             problems.append(f"{key} holds {tensor.dtype}; expected floating-point weights")
+        if tensor.dtype in FP8_DTYPES:
+            tensor = tensor.float()  # fp8 has no aminmax; one weight at a time
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             continue
         low, high = torch.aminmax(tensor.detach())

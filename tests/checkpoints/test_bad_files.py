@@ -153,6 +153,21 @@ def test_all_problems_are_listed_at_once(good):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nan_in_fp8_weights(good, dtype):
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(good).items()}
+    tensors["blocks.0.mlp.fc1.weight"][0, :3] = float("nan")
+    save_file(tensors, good)
+    refused(good, "blocks.0.mlp.fc1.weight has 3 NaN")
+
+
+def test_sparse_weights(tmp_path):
+    tensors = tiny_weights()[2]
+    tensors["t_block.1.weight"] = tensors["t_block.1.weight"].to_sparse()
+    torch.save(tensors, tmp_path / "sparse.pth")
+    refused(tmp_path / "sparse.pth", "t_block.1.weight", "dense")
+
+
 def test_a_missing_block_is_named(good):
     tensors = {key: value for key, value in load_file(good).items() if not key.startswith("blocks.0.")}
     save_file(tensors, good)
