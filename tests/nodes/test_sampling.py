@@ -208,8 +208,14 @@ def test_conditioning_without_text_is_refused(sigma) -> None:
 
 def test_latents_of_another_vae_are_refused(sigma) -> None:
     filled = torch.randn(1, 16, 8, 8)
-    with pytest.raises((errors.InputError, RuntimeError)):
+    with pytest.raises(errors.InputError, match=r"\(2, 16, 8, 8\); expected \(batch, 4"):
         sample(sigma, captions(4), captions(1), filled)
+
+
+@pytest.mark.parametrize("make", [torch.zeros, torch.randn])
+def test_latents_of_a_video_are_refused(sigma, make) -> None:
+    with pytest.raises(errors.InputError, match=r"\(1, 4, 1, 8, 8\).*PixArtResolution"):
+        sample(sigma, captions(4), captions(1), make(1, 4, 1, 8, 8))
 
 
 @pytest.mark.parametrize(("file", "latent_format"), [("sigma_file", "SDXL"), ("alpha_1024_file", "SD15")])
