@@ -240,6 +240,12 @@ def test_missing_shards_are_all_named(tmp_path):
     refused(path, "00002-of-00003", "00003-of-00003", "2 of 3")
 
 
+def test_one_shard_names_its_folder_as_the_remedy(tmp_path):
+    path = write("diffusers-shards", tmp_path, *tiny_weights())
+    for shard in sorted(path.glob("*.safetensors")):
+        refused(shard, "one of several shards: choose their folder")
+
+
 def test_index_can_not_leave_its_folder(tmp_path):
     path = write("diffusers-shards", tmp_path, *tiny_weights())
     index = next(path.glob("*.index.json"))
