@@ -12,6 +12,7 @@ import torch
 from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.text.captions import prepare
 from ...pixart.text.prompt_file import fingerprint
+from ...pixart.text.tokenizer import whole_characters
 from .quantized_t5 import precision_of
 
 STREAM = "t5xxl"
@@ -50,6 +51,7 @@ def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
     """
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}; expected at least 1, for the end token.")
+    text = whole_characters(text)
     tokens = _tokenize(clip, text)
     words = [pair for row in tokens[STREAM] for pair in _without_end(row)]
     kept, cut = words[: max_tokens - 1], words[max_tokens - 1 :]

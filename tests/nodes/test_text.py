@@ -206,6 +206,10 @@ class TestEncoding:
         states, shown = node(clip, "red circle " * 5000, 120)
         assert states.shape[1] == 120 and shown.startswith("120 of 120 tokens\ncut (")
 
+    def test_half_a_character_is_a_question_mark(self, clip) -> None:
+        """A lone surrogate, as broken JSON holds it."""
+        assert torch.equal(node(clip, "red \ud83c circle")[0], node(clip, "red ? circle")[0])
+
     @pytest.mark.parametrize("weight", ["nan", "1e40"])
     def test_a_weight_that_overflows_is_refused(self, clip, weight: str) -> None:
         """It would draw a black picture."""
