@@ -43,12 +43,15 @@ def test_the_last_line_is_the_path_of_the_picture(fake_world: Path, capsys: pyte
     assert any(300 in values for values in widgets)
 
 
+@pytest.mark.parametrize(
+    ("how", "message"), [("FAKE_REFUSES", "bad graph; node 4 (X): m: d"), ("FAKE_CRASHES", "HTTP status 500, 500 Internal Server Error")]
+)
 def test_a_refused_graph_is_one_line_and_exit_status_1(
-    fake_world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fake_world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: str, message: str
 ) -> None:
-    monkeypatch.setenv("FAKE_REFUSES", "1")
+    monkeypatch.setenv(how, "1")
     assert quickstart.main(["x", "--output", str(fake_world / "x.png")]) == 1
-    assert "bad graph; node 4 (X): m: d" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (fake_world / "x.png").exists()
 
 
