@@ -27,8 +27,8 @@ from demo.launch.errors import LaunchError  # noqa: E402
 
 ROOT = Path(__file__).absolute().parent
 WORK = ROOT / ".quickstart"
+LAST_PORT = 65535
 A_DAY = 86400.0  # a slow machine is no error; progress is shown, and Ctrl-C stops
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,13 +41,28 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cfg", type=float, default=4.5, help="how strictly the prompt is followed")
     parser.add_argument("--width", type=int, default=256, help="wanted width; the nearest trained size is used")
     parser.add_argument("--height", type=int, default=256, help="wanted height")
-    parser.add_argument("--output", type=Path, help="PNG file to write (default: a new one in output/)")
+    parser.add_argument("--output", type=png_file, help="PNG file to write (default: a new one in output/)")
     parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
-    parser.add_argument("--port", type=int, help="port of the ComfyUI that is started (default: a free one)")
+    parser.add_argument("--port", type=port_number, help="port of the ComfyUI that is started (default: a free one)")
     parser.add_argument("--serve", action="store_true", help="keep ComfyUI running, to open the graph in the browser")
     parser.add_argument("--standalone", action="store_true", help="draw with pixart.Pipeline, without ComfyUI")
     parser.add_argument("--test", nargs=argparse.REMAINDER, help="run the test suite; what follows goes to pytest")
     return parser.parse_args(arguments)
+
+
+def png_file(text: str) -> Path:
+    """Of --output, refused before anything is installed or drawn."""
+    path = Path(text).absolute()
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a PNG file; expected one that ends in .png")
+    return path
+
+
+def port_number(text: str) -> int:
+    """Of --port."""
+    if not text.isdecimal() or not 1 <= int(text) <= LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number from 1 to {LAST_PORT}")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     except LaunchError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a folder of another user
+        print(f"quickstart: {error}. This folder and --output must be writable, with space left.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nquickstart: stopped", file=sys.stderr)
         return 130
@@ -71,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw_in_comfyui(given: argparse.Namespace) -> Path:
     """Start a ComfyUI, queue the demo workflow and save its picture."""
+    path = output_path(given)
     comfyui = checkout.find_comfyui(ROOT)
     python = install(environment.host_profile(comfyui))
     if comfyui is None:
@@ -96,7 +115,6 @@ def draw_in_comfyui(given: argparse.Namespace) -> Path:
             content = client.image(picture)
         except OSError as error:
             raise LaunchError(f"ComfyUI stopped answering ({error}). The end of its log:\n{server.log_tail()}") from None
-        path = output_path(given)
         path.write_bytes(content)
         say(f"Drawn in {time.monotonic() - started:.1f} s, seed {given.seed}.")
         if given.serve:
@@ -120,12 +138,13 @@ def serve(server: host.Host, picture: Path) -> None:
 
 def draw_standalone(given: argparse.Namespace) -> Path:
     """Draw with pixart.Pipeline in a process of the environment."""
-    python = install(environment.standalone_profile())
     path = output_path(given)
+    python = install(environment.standalone_profile())
     device = "cpu" if given.cpu else host.accelerator(python)
-    command = [str(python), "-m", "demo.launch.standalone", given.prompt, "--output", str(path), "--device", device]
+    command = [str(python), "-m", "demo.launch.standalone", "--output", str(path), "--device", device]
     for name in ("negative", "seed", "steps", "cfg", "width", "height"):
         command.append(f"--{name}={getattr(given, name)}")
+    command += ["--", given.prompt]  # which may begin with a dash
     if subprocess.call(command, cwd=ROOT, env=dict(os.environ, HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")) != 0:
         raise LaunchError("pixart.Pipeline failed; its message is above.")
     return path
@@ -141,7 +160,7 @@ def run_tests(arguments: list[str]) -> int:
 
 def install_browser() -> None:
     """Debian's chromium for the browser test, where this user may install it; the test says so otherwise."""
-    if any(map(shutil.which, BROWSERS)) or not shutil.which("apt-get") or getattr(os, "geteuid", lambda: 1)() != 0:
+    if any(map(shutil.which, environment.BROWSERS)) or not shutil.which("apt-get") or getattr(os, "geteuid", lambda: 1)() != 0:
         return
     say("Installing chromium for the browser test")
     quiet = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
@@ -172,9 +191,8 @@ def check_weights() -> None:
 def output_path(given: argparse.Namespace) -> Path:
     """Where the picture goes: --output, else a free name in output/ made from the prompt."""
     if given.output is not None:
-        path = given.output.absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        return given.output
     folder = ROOT / "output"
     folder.mkdir(exist_ok=True)
     stem = "-".join(re.findall(r"[a-z0-9]+", given.prompt.lower()))[:60].strip("-") or "picture"

@@ -21,13 +21,13 @@ from PIL import Image
 
 from .launch import checkout, host
 from .launch.client import ComfyClient
+from .launch.environment import BROWSERS
 from .launch.errors import LaunchError
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",

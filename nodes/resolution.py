@@ -1,11 +1,11 @@
 """Sizes: the trained bins, the way back from them, and the size that α-1024 is told."""
 from __future__ import annotations
 
-import node_helpers
 import torch
 from comfy_api.latest import io
 
 from ..pixart.bins import MAX_SIDE, base_sizes, check_size, nearest_bin, resize_and_crop
+from .host.conds import with_size
 from .host.latent import empty_latent
 from .host.schema import schema
 
@@ -107,4 +107,4 @@ class PixArtSizeCondition(io.ComfyNode):
     def execute(cls, conditioning: list, width: int, height: int) -> io.NodeOutput:
         """A copy of the conditioning with the size set."""
         width, height = check_size(width, height)
-        return io.NodeOutput(node_helpers.conditioning_set_values(conditioning, {"width": width, "height": height}))
+        return io.NodeOutput(with_size(conditioning, width, height))

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -76,11 +76,16 @@ class Variant:
 
 
 def from_fields(kind: type, values: dict, source: str):
-    """Builds a dataclass, refusing unknown fields by name."""
+    """Builds a dataclass, refusing unknown and missing fields by name."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: found {values!r}; expected an object with some of {sorted(f.name for f in fields(kind))}.")
     known = {f.name for f in fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ConfigError(f"{source}: unknown field(s) {unknown}; expected some of {sorted(known)}.")
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING and f.name not in values]
+    if missing:
+        raise ConfigError(f"{source}: field(s) {missing} are missing; add them.")
     return kind(**values)
 
 

@@ -3,14 +3,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapters import merge_file
-from .bins import Bin, check_size, nearest_bin, resize_and_crop
+from .canvas import Canvas, canvas_of_latents, choose_canvas, crop_to_wanted
 from .checkpoints.load import load_transformer
 from .config import get_variant
 from .errors import InputError
@@ -27,16 +28,6 @@ logger = logging.getLogger(__name__)
 OUTPUTS = ("pil", "np", "pt", "latent")
 MAX_STEPS = 1000  # timesteps of the training schedule
 MAX_STRENGTH = 100
-
-
-class Canvas(NamedTuple):
-    """Sizes of one run, in pixels: what was wanted, and what the model draws."""
-
-    width: int
-    height: int
-    drawn_width: int
-    drawn_height: int
-    binned: bool
 
 
 class Pipeline:
@@ -209,7 +200,7 @@ class Pipeline:
         for name, value, limit in (("steps", steps, MAX_STEPS), ("images_per_prompt", images_per_prompt, 10_000)):
             if not isinstance(value, int) or not 1 <= value <= limit:
                 raise InputError(f"{name} is {value!r}; expected a whole number, 1 to {limit}.")
-        if not 0 <= guidance < 1e4:
+        if not isinstance(guidance, Real) or not 0 <= guidance < 1e4:
             raise InputError(f"guidance is {guidance!r}; expected 0 to 10000, usually 1 to 10.")
         if output not in OUTPUTS:
             raise InputError(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}.")
@@ -255,16 +246,10 @@ class Pipeline:
     def _canvas(self, width: int | None, height: int | None, use_bins: bool, latents: Tensor | None) -> Canvas:
         step = self._pixels_per_latent
         if latents is not None and latents.ndim == 4 and width is None and height is None:
-            drawn_height, drawn_width = (side * step for side in latents.shape[-2:])
-            return Canvas(drawn_width, drawn_height, drawn_width, drawn_height, binned=False)
-        width, height = check_size(
-            self.base_size if width is None else width, self.base_size if height is None else height
+            return canvas_of_latents(latents, step)
+        return choose_canvas(
+            self.base_size if width is None else width, self.base_size if height is None else height, self.base_size, use_bins, step
         )
-        size = nearest_bin(self.base_size, width, height)
-        _warn_if_far(width, height, size, use_bins)
-        if use_bins:
-            return Canvas(width, height, size.width, size.height, binned=True)
-        return Canvas(width, height, -(-width // step) * step, -(-height // step) * step, binned=False)
 
     @property
     def _pixels_per_latent(self) -> int:
@@ -281,27 +266,7 @@ class Pipeline:
 
     def _decode(self, latents: Tensor, canvas: Canvas) -> Tensor:
         """Pictures (B, 3, height, width) in 0..1, of the wanted size."""
-        images = self.vae.decode(latents)
-        if canvas.binned:
-            images = resize_and_crop(images, canvas.width, canvas.height)
-        top, left = (images.shape[-2] - canvas.height) // 2, (images.shape[-1] - canvas.width) // 2
-        return images[..., top : top + canvas.height, left : left + canvas.width].clamp(0, 1)
-
-
-def _warn_if_far(width: int, height: int, size: Bin, use_bins: bool) -> None:
-    """Says so when a wanted size is far from all the model was trained on."""
-    area = width * height / (size.width * size.height)
-    ratio = height / width / size.ratio
-    if 0.8 <= ratio <= 1.25 and (0.5 <= area or use_bins) and area <= (4 if use_bins else 2):
-        return
-    if use_bins:
-        remedy = "it is drawn at that size, enlarged and cropped; ask for a size nearer to it to keep it whole and sharp."
-    else:
-        remedy = "use_bins=True draws it at that size."
-    logger.warning(
-        "%dx%d is far from the sizes this model was trained at. The nearest is %dx%d: %s",
-        width, height, size.width, size.height, remedy,
-    )  # fmt: skip
+        return crop_to_wanted(self.vae.decode(latents), canvas).clamp(0, 1)
 
 
 def to_output(images: Tensor, output: str) -> Any:

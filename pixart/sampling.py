@@ -20,8 +20,8 @@ def make_scheduler() -> Any:
     """diffusers' DPM-Solver++ 2M with PixArt's linear betas, as the released pipelines configure it."""
     try:
         from diffusers import DPMSolverMultistepScheduler
-    except ImportError:
-        raise UnsupportedError("Sampling needs the diffusers library: `pip install diffusers`.") from None
+    except ImportError as error:
+        raise UnsupportedError(f"Sampling needs the diffusers library ({error}): `pip install diffusers`.") from None
     return DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 
 

@@ -254,8 +254,8 @@ def _build(name: str, config: dict, tensors: dict[str, Tensor], path: Path) -> n
     """The diffusers module holding the tensors themselves; all missing, unknown and misshapen keys raise at once."""
     try:
         import diffusers
-    except ImportError:
-        raise UnsupportedError("Decoding pictures needs the diffusers library: `pip install diffusers`.") from None
+    except ImportError as error:
+        raise UnsupportedError(f"Decoding pictures needs the diffusers library ({error}): `pip install diffusers`.") from None
     with torch.device("meta"):
         module = getattr(diffusers, name).from_config(config)
     expected = {key: value.shape for key, value in module.state_dict().items()}

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from pixart.config import CONFIG_DIR, TransformerConfig, from_fields, get_variant, variant_names
+from pixart.config import CONFIG_DIR, TransformerConfig, Variant, from_fields, get_variant, variant_names
 from pixart.errors import ConfigError
 
 
@@ -38,3 +38,9 @@ def test_unknown_field_is_named():
     values = json.loads((CONFIG_DIR / "demo.json").read_text())["transformer"] | {"hiden_size": 3}
     with pytest.raises(ConfigError, match="hiden_size.*hidden_size"):
         from_fields(TransformerConfig, values, "demo.json")
+
+
+@pytest.mark.parametrize(("values", "named"), [({"name": "x"}, "title.*family"), ("sigma", "'sigma'; expected an object")])
+def test_incomplete_values_are_named(values, named):
+    with pytest.raises(ConfigError, match=f"x.json: .*{named}"):
+        from_fields(Variant, values, "x.json")

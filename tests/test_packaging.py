@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = [ROOT / "quickstart.py", *sorted((ROOT / "demo/launch").glob("*.py"))]
 NEEDS_TORCH = {"standalone.py"}
+IMPORTED_AS = {"PIL": "pillow", "bs4": "beautifulsoup4"}
+BROUGHT_BY = {"numpy": "diffusers", "tokenizers": "transformers"}  # packages that one of ours depends on
 FORBIDDEN = {("pickle", "load"), ("pickle", "loads"), ("pickle", "Unpickler"), ("os", "system")}
 
 
@@ -62,6 +64,31 @@ def test_extras_and_requirement_files_name_the_same_packages(project: dict) -> N
     extras = {name: {re.split(r"[<>=]", item)[0] for item in items} for name, items in project["project"]["optional-dependencies"].items()}
     assert extras["pipeline"] == listed(ROOT / "demo/launch/requirements/pipeline.txt") - {"torchvision", "torchaudio"}
     assert extras["test"] == listed(ROOT / "tests/requirements.txt")
+
+
+def imported(path: Path) -> set[str]:
+    """Packages, as pip calls them, that a file imports and Python doesn't bring."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names |= {a.name for a in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module or ""} if isinstance(node, ast.ImportFrom) and node.level == 0 else set()
+    strangers = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    return {IMPORTED_AS.get(name, name) for name in strangers}
+
+
+def test_the_core_imports_nothing_that_its_extras_leave_out(project: dict) -> None:
+    """On a machine with the extras alone, without ComfyUI's packages."""
+    extras = project["project"]["optional-dependencies"]
+    given = {re.split(r"[<>=]", item)[0] for name in ("pipeline", "quantize", "captions") for item in extras[name]}
+    used = {name for path in (ROOT / "pixart").rglob("*.py") for name in imported(path)}
+    assert {BROUGHT_BY.get(name, name) for name in used} <= given
+
+
+def test_the_demo_imports_nothing_that_the_test_environment_leaves_out(project: dict) -> None:
+    extras = project["project"]["optional-dependencies"]
+    given = {re.split(r"[<>=]", item)[0] for name in ("pipeline", "test") for item in extras[name]}
+    used = {name for path in (ROOT / "demo").rglob("*.py") for name in imported(path)} - {"pixart"}
+    assert {BROUGHT_BY.get(name, name) for name in used} <= given
 
 
 @pytest.mark.parametrize("path", [p for p in LAUNCH if p.name not in NEEDS_TORCH], ids=lambda p: p.name)

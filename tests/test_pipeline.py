@@ -227,6 +227,8 @@ def test_empty_and_endless_prompts(pipe, prompt):
         ({"steps": 0}, "steps is 0; expected a whole number, 1 to 1000"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance": "4.5"}, "guidance is '4.5'"),
+        ({"guidance": None}, "guidance is None"),
         ({"images_per_prompt": 0}, "images_per_prompt"),
         ({"output": "jpg"}, "pil, np, pt, latent"),
         ({"seed": "x"}, "seed is 'x'"),

@@ -43,12 +43,15 @@ def test_the_last_line_is_the_path_of_the_picture(fake_world: Path, capsys: pyte
     assert any(300 in values for values in widgets)
 
 
+@pytest.mark.parametrize(
+    ("how", "message"), [("FAKE_REFUSES", "bad graph; node 4 (X): m: d"), ("FAKE_CRASHES", "HTTP status 500, 500 Internal Server Error")]
+)
 def test_a_refused_graph_is_one_line_and_exit_status_1(
-    fake_world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fake_world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: str, message: str
 ) -> None:
-    monkeypatch.setenv("FAKE_REFUSES", "1")
+    monkeypatch.setenv(how, "1")
     assert quickstart.main(["x", "--output", str(fake_world / "x.png")]) == 1
-    assert "bad graph; node 4 (X): m: d" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (fake_world / "x.png").exists()
 
 
@@ -58,6 +61,35 @@ def test_a_host_that_dies_while_drawing_shows_its_log(
     monkeypatch.setenv("FAKE_DIES", "1")
     assert quickstart.main(["x", "--output", str(fake_world / "x.png")]) == 1
     assert "stopped answering" in (err := capsys.readouterr().err) and "Killed: out of memory" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [("--port", "99999", "1 to 65535"), ("--port", "0", "1 to 65535"), ("--output", "x.jpg", ".png"), ("--output", ".", ".png")],
+)
+def test_what_can_not_be_is_refused_before_anything_is_installed(
+    option: str, value: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        quickstart.main(["x", option, value])
+    assert left.value.code == 2
+    assert repr(value) in (err := capsys.readouterr().err) and named in err
+
+
+@pytest.mark.parametrize("way", [(), ("--standalone",)])
+def test_a_place_that_can_not_be_written_is_one_line(
+    fake_world: Path, capsys: pytest.CaptureFixture[str], way: tuple[str, ...]
+) -> None:
+    (fake_world / "file").touch()
+    assert quickstart.main(["x", "--output", str(fake_world / "file/x.png"), *way]) == 1
+    assert "must be writable" in (err := capsys.readouterr().err) and str(fake_world / "file") in err
+
+
+def test_a_prompt_may_begin_with_a_dash(fake_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: commands.append(command) or 0)
+    assert quickstart.main(["--standalone", "--output", str(fake_world / "x.png"), "--", "-5 stars"]) == 0
+    assert commands[0][-2:] == ["--", "-5 stars"]
 
 
 def test_missing_demo_models_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

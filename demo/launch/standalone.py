@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from pixart import Pipeline
+from pixart.errors import PixArtError
 
 from .. import WEIGHTS
 
 
-def main() -> None:
-    """Parse what quickstart.py passes and save the picture."""
+def main(arguments: list[str] | None = None) -> None:
+    """Parse what quickstart.py passes and save the picture; a value that can't be drawn ends it with one line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompt")
     parser.add_argument("--negative", default="")
@@ -22,7 +24,15 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=256)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
+    try:
+        draw(given)
+    except PixArtError as error:
+        sys.exit(f"quickstart: {error}")
+
+
+def draw(given: argparse.Namespace) -> None:
+    """Load the demo models, draw, save."""
     pipe = Pipeline.from_files(
         transformer=WEIGHTS["diffusion_models"],
         text_encoder=WEIGHTS["text_encoders"],

@@ -1,7 +1,8 @@
-"""Conditions of unequal length as one batch: padded at the end, with a mask that says what is padding."""
+"""Conditions: of unequal length as one batch, padded at the end under a mask; and the size that α-1024 is told."""
 from __future__ import annotations
 
 import comfy.conds
+import node_helpers
 import torch
 from torch import Tensor
 
@@ -56,6 +57,11 @@ def caption_mask(states: Tensor, attention_mask: Tensor | None) -> CaptionMask:
         length = min(given.shape[-1], mask.shape[-1])
         mask[:, :length] = given[:, :length]
     return CaptionMask(mask.to(states.device), all_real=bool(mask.all()))
+
+
+def with_size(conditioning: list, width: int, height: int) -> list:
+    """A copy of CONDITIONING that tells α-1024 this size in pixels."""
+    return node_helpers.conditioning_set_values(conditioning, {"width": width, "height": height})
 
 
 def _padded(tensors: list[Tensor]) -> list[Tensor]:

@@ -47,7 +47,7 @@ class PixArtModel(comfy.model_base.PixArt):
         states = self._captions(kwargs.get("cross_attn"))
         out["c_crossattn"] = CaptionStates(states)
         out["context_mask"] = caption_mask(states, kwargs.get("attention_mask"))
-        height, width = (side * PIXELS_PER_LATENT for side in kwargs["noise"].shape[-2:])
+        height, width = _picture_size(kwargs["noise"])
         self._check_size(width, height)
         self._warn_once(vae_warning(self.detection.vae))
         self._warn_once(refiner_warning(self.detection.family))
@@ -97,6 +97,17 @@ class PixArtModel(comfy.model_base.PixArt):
         if text and text not in self._warned:
             self._warned.add(text)
             log.warning("PixArt: %s", text)
+
+
+def _picture_size(noise: Tensor) -> tuple[int, int]:
+    """(height, width) in pixels; raises InputError for the latents of videos, which have a fifth dimension."""
+    if noise.ndim != 4:
+        raise InputError(
+            f"The latent has shape {tuple(noise.shape)}; expected (batch, channels, height/8, width/8), of pictures. Use "
+            "PixArtResolution or EmptyLatentImage."
+        )
+    height, width = noise.shape[-2:]
+    return height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT
 
 
 def _bases_of(family: str) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.text.captions import prepare
 from ...pixart.text.prompt_file import fingerprint
+from ...pixart.text.tokenizer import whole_characters
 from .quantized_t5 import precision_of
 
 STREAM = "t5xxl"
@@ -46,14 +47,20 @@ def prepare_text(text: str, clean: bool, lower_case: bool) -> str:
 def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
     """Encodes with the weights of `(word:1.2)`, as CLIPTextEncode does, within `max_tokens`.
 
-    Raises TextEncoderError for a CLIP without T5, InputError for a limit below 1.
+    Raises TextEncoderError for a CLIP without T5 or states that overflow, InputError for a limit below 1.
     """
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}; expected at least 1, for the end token.")
+    text = whole_characters(text)
     tokens = _tokenize(clip, text)
     words = [pair for row in tokens[STREAM] for pair in _without_end(row)]
     kept, cut = words[: max_tokens - 1], words[max_tokens - 1 :]
     conditioning = _encode_row(clip, tokens, [*kept, (END_ID, 1.0)])
+    if not all(torch.isfinite(states).all() for states, _ in conditioning):  # it would draw a black picture
+        raise TextEncoderError(
+            f"The states of the prompt {text[:60]!r} hold NaN or infinite values. Look for a weight such as (word:1e40), or "
+            "choose precision bf16 in PixArtT5Loader."
+        )
     note = {"prompt": text, "encoder": _fingerprint(clip), "count": len(words) + 1, "cut": _words(clip, cut)}
     for entry in conditioning:
         entry[1][PROMPT_KEY] = note

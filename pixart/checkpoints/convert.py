@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..config import COMPRESSION_MODES, get_variant
 from ..errors import CheckpointError, UnsupportedError
+from ..model import PIXELS_PER_LATENT
 from .detect import AUTO, Detection
-from .hints import NOTE_KEY, PIXELS_PER_LATENT, TRANSFORMER_CLASSES
+from .hints import NOTE_KEY, TRANSFORMER_CLASSES
 from .keys import to_diffusers
 from .load import prepare_file
 from .read import WEIGHTS_NAME

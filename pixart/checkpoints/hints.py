@@ -10,13 +10,13 @@ from typing import Any
 
 from ..config import COMPRESSION_MODES
 from ..errors import CheckpointError
+from ..model import PIXELS_PER_LATENT
 
 logger = logging.getLogger(__name__)
 TRANSFORMER_CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")
 FAMILY_OF_PIPELINE = {"PixArtAlphaPipeline": "alpha", "PixArtSigmaPipeline": "sigma"}
 FAMILY_OF_SCALE = {0.18215: "alpha", 0.13025: "sigma"}
 NOTE_KEY = "pixart"  # safetensors metadata, or an entry of a .pth: JSON of the fields below
-PIXELS_PER_LATENT = 8
 LARGEST = 1_000_000  # beyond this a size or scale is no measure of a model but damage
 _DIFFUSERS_SIZES = {"num_layers": "depth", "in_channels": "in_channels", "out_channels": "out_channels",
                     "patch_size": "patch_size", "caption_channels": "caption_channels"}  # fmt: skip

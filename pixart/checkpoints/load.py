@@ -25,6 +25,8 @@ QUANTIZATION_SUFFIXES = (
 COMPANIONS = (  # other models in one checkpoint file
     "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "vae.", "model_ema.",
 )  # fmt: skip
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 COMPUTING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -138,7 +140,7 @@ def _strip(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict[str, Ten
         shown = ", ".join(keys[:5]) or "none"
         raise CheckpointError(
             f"{source}: no PixArt layers among its {len(keys)} keys (first: {shown}); expected a PixArt transformer "
-            "with its own or diffusers' key names (t_block.1.weight, or adaln_single.linear.weight)."
+            "with its own or diffusers' key names (t_block.1.weight, or adaln_single.linear.weight)." + _shard_advice(source)
         )
     plain = [prefix for prefix in prefixes if "ema" not in prefix]
     prefix = plain[0] if plain else prefixes[0]
@@ -209,13 +211,15 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def value_problems(tensors: Mapping[str, Tensor], quantized: set[str]) -> list[str]:
-    """Keys with NaN or infinite values, or no floating-point numbers at all. min and max carry both and need no copy of the weights."""
+    """Keys with NaN or infinite values, or no floating-point numbers at all. min and max carry both and need no mask as large."""
     problems = []
     for key, tensor in tensors.items():
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or not tensor.numel():
             continue  # a host's quantized tensor: only its shape is ours to check
         if not tensor.is_floating_point() and key.rpartition(".")[0] not in quantized:
             problems.append(f"{key} holds {tensor.dtype}; expected floating-point weights")
+        if tensor.dtype in FP8_DTYPES:
+            tensor = tensor.float()  # fp8 has no aminmax; one weight at a time
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             continue
         low, high = torch.aminmax(tensor.detach())
@@ -231,6 +235,11 @@ def _report(source: str, problems: list[str], detection: Detection, damaged: boo
     c = detection.config
     return (
         f"{source}: not a complete, sound PixArt transformer ({len(problems)} problem(s)); expected depth {c.depth}, "
-        f"hidden {c.hidden_size}, captions {c.caption_channels} wide, as the rest of the file has. "
-        "Download or convert it again:\n  " + "\n  ".join(problems)
+        f"hidden {c.hidden_size}, captions {c.caption_channels} wide, as the rest of the file has."
+        f"{_shard_advice(source) or ' Download or convert it again:'}\n  " + "\n  ".join(problems)
     )
+
+
+def _shard_advice(source: str) -> str:
+    """For a file that is only a part of a model; "" for others."""
+    return " This is one of several shards: choose their folder instead." if SHARD.search(source) else ""

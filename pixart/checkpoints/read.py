@@ -166,6 +166,9 @@ def _unwrap(loaded: dict[str, Any], source: str, container: str, ema: bool, hint
             notes = ("only state_dict_ema is in the file: it is used.",)
         elif "state_dict_ema" in inner:
             notes = ("the file also holds state_dict_ema; ask for ema to use it.",)
+    odd = [str(key) for key, value in state.items() if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_quantized)]
+    if odd:
+        raise CheckpointError(f"{source}: {len(odd)} tensors are sparse or packed by torch ({', '.join(odd[:5])}); save dense ones.")
     return RawCheckpoint(state, source, container, ema, hints, notes)
 
 

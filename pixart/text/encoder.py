@@ -150,8 +150,8 @@ def _build_quantized(weights: T5Weights, precision: str, device: torch.device | 
 def _empty_model(weights: T5Weights) -> nn.Module:
     try:
         from transformers import T5Config, T5EncoderModel
-    except ImportError:
-        raise TextEncoderError("T5 needs the transformers library: `pip install transformers`.") from None
+    except ImportError as error:
+        raise TextEncoderError(f"T5 needs the transformers library ({error}): `pip install transformers`.") from None
 
     try:
         with torch.device("meta"):

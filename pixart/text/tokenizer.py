@@ -53,11 +53,16 @@ class Tokenizer:
             raise InputError(f"max_tokens is {max_tokens}; expected at least 1, for the end token.")
         if not isinstance(text, str):
             raise InputError(f"A prompt is {type(text).__name__}; expected a string.")
-        ids = self.vocabulary.ids(text)
+        ids = self.vocabulary.ids(whole_characters(text))
         kept, cut = ids[: max_tokens - 1], ids[max_tokens - 1 :]
         return TokenizedPrompt(
             [*kept, self.vocabulary.end_id], len(ids) + 1, self.vocabulary.text(cut) if cut else ""
         )
+
+
+def whole_characters(text: str) -> str:
+    """`text` with "?" for lone surrogates, halves of characters that broken JSON holds and no tokenizer takes."""
+    return text.encode(errors="replace").decode()
 
 
 class SentencePieceVocabulary:

@@ -153,6 +153,21 @@ def test_all_problems_are_listed_at_once(good):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nan_in_fp8_weights(good, dtype):
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(good).items()}
+    tensors["blocks.0.mlp.fc1.weight"][0, :3] = float("nan")
+    save_file(tensors, good)
+    refused(good, "blocks.0.mlp.fc1.weight has 3 NaN")
+
+
+def test_sparse_weights(tmp_path):
+    tensors = tiny_weights()[2]
+    tensors["t_block.1.weight"] = tensors["t_block.1.weight"].to_sparse()
+    torch.save(tensors, tmp_path / "sparse.pth")
+    refused(tmp_path / "sparse.pth", "t_block.1.weight", "dense")
+
+
 def test_a_missing_block_is_named(good):
     tensors = {key: value for key, value in load_file(good).items() if not key.startswith("blocks.0.")}
     save_file(tensors, good)
@@ -223,6 +238,12 @@ def test_missing_shards_are_all_named(tmp_path):
     for shard in sorted(path.glob("*.safetensors"))[1:]:
         shard.unlink()
     refused(path, "00002-of-00003", "00003-of-00003", "2 of 3")
+
+
+def test_one_shard_names_its_folder_as_the_remedy(tmp_path):
+    path = write("diffusers-shards", tmp_path, *tiny_weights())
+    for shard in sorted(path.glob("*.safetensors")):
+        refused(shard, "one of several shards: choose their folder")
 
 
 def test_index_can_not_leave_its_folder(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import host, host_models
+from tests.support import host, host_models, tiny_text
 
 host.load_pack()
 import folder_paths  # noqa: E402 - the host's, once it is on sys.path
@@ -40,3 +40,21 @@ def sigma(sigma_file: Path):
 def alpha_1024_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny α with size conditioning."""
     return host_models.write_model(tmp_path_factory.mktemp("alpha"), micro=True, null_rows=120, hidden=144)
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """transformers' encoder of the tiny T5; not to be changed."""
+    return tiny_text.tiny_t5()
+
+
+@pytest.fixture(scope="session")
+def t5_file(reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny T5 in one file, with its tokenizer inside."""
+    return tiny_text.save_t5_file(reference, tmp_path_factory.mktemp("t5") / "t5.safetensors")
+
+
+@pytest.fixture(scope="session")
+def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 with the layer count, feed-forward width and vocabulary of XXL, otherwise tiny."""
+    return tiny_text.save_slim_xxl(tmp_path_factory.mktemp("xxl") / "t5xxl.safetensors")

@@ -14,24 +14,6 @@ text_nodes = host.pack_module("nodes.text")
 encoder = host.pack_module("nodes.host.text_encoder")
 
 
-@pytest.fixture(scope="module")
-def reference():
-    """transformers' encoder of the tiny T5."""
-    return tiny_text.tiny_t5()
-
-
-@pytest.fixture(scope="module")
-def t5_file(reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny T5 in one file, with its tokenizer inside."""
-    return tiny_text.save_t5_file(reference, tmp_path_factory.mktemp("t5") / "t5.safetensors")
-
-
-@pytest.fixture(scope="module")
-def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layer count, feed-forward width and vocabulary of XXL, otherwise tiny."""
-    return tiny_text.save_slim_xxl(tmp_path_factory.mktemp("xxl") / "t5xxl.safetensors")
-
-
 class TestBadFiles:
     def refused(self, path: Path, kind=None) -> str:
         with pytest.raises(kind or errors.TextEncoderError) as caught:

@@ -113,7 +113,7 @@ def test_importing_without_a_host() -> None:
 
 def test_only_the_host_folder_knows_comfyui() -> None:
     """Nodes proper import the host's node API and nothing else of it; the core imports nothing."""
-    inside = ("comfy.", "folder_paths", "comfy_extras", "nodes", "server", "latent_preview")
+    inside = ("comfy.", "folder_paths", "comfy_extras", "nodes", "server", "latent_preview", "node_helpers")
     for path in [*(host.PACK_ROOT / "nodes").glob("*.py"), *(host.PACK_ROOT / "pixart").rglob("*.py")]:
         for line in path.read_text(encoding="utf-8").splitlines():
             words = line.split()

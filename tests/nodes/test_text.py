@@ -19,18 +19,6 @@ PROMPTS = ["a red circle above a blue square", "", "a", "large green triangle on
 
 
 @pytest.fixture(scope="session")
-def reference():
-    """transformers' encoder of the tiny T5."""
-    return tiny_text.tiny_t5()
-
-
-@pytest.fixture(scope="session")
-def t5_file(reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny T5 in one file, with its tokenizer inside."""
-    return tiny_text.save_t5_file(reference, tmp_path_factory.mktemp("t5") / "t5.safetensors")
-
-
-@pytest.fixture(scope="session")
 def clip(t5_file: Path):
     """The tiny T5 as CLIP."""
     return encoder.load_t5(str(t5_file), "default", "default")
@@ -119,12 +107,6 @@ class TestLoading:
     def test_saved_with_its_tokenizer(self, clip) -> None:
         saved = clip.get_sd()["spiece_model"]
         assert saved.numpy().tobytes() == tiny_text.sentencepiece_model()
-
-
-@pytest.fixture(scope="session")
-def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layer count, feed-forward width and vocabulary of XXL, otherwise tiny."""
-    return tiny_text.save_slim_xxl(tmp_path_factory.mktemp("xxl") / "t5xxl.safetensors")
 
 
 class TestXXL:
@@ -223,6 +205,16 @@ class TestEncoding:
     def test_ten_thousand_words(self, clip) -> None:
         states, shown = node(clip, "red circle " * 5000, 120)
         assert states.shape[1] == 120 and shown.startswith("120 of 120 tokens\ncut (")
+
+    def test_half_a_character_is_a_question_mark(self, clip) -> None:
+        """A lone surrogate, as broken JSON holds it."""
+        assert torch.equal(node(clip, "red \ud83c circle")[0], node(clip, "red ? circle")[0])
+
+    @pytest.mark.parametrize("weight", ["nan", "1e40"])
+    def test_a_weight_that_overflows_is_refused(self, clip, weight: str) -> None:
+        """It would draw a black picture."""
+        with pytest.raises(errors.TextEncoderError, match="NaN or infinite.*weight"):
+            node(clip, f"a (red:{weight}) circle")
 
     def test_limit_of_one_is_the_empty_prompt(self, clip) -> None:
         assert torch.equal(node(clip, "a red circle", 1)[0], node(clip, "")[0])

@@ -43,6 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         if os.environ.get("FAKE_DIES"):
             print("Killed: out of memory", flush=True)
             os._exit(9)
+        if os.environ.get("FAKE_CRASHES"):
+            self.answer(b"500 Internal Server Error", 500)
+            return
         if os.environ.get("FAKE_REFUSES"):
             node = {"class_type": "X", "errors": [{"message": "m", "details": "d"}]}
             refusal = {"error": {"message": "bad graph"}, "node_errors": {"4": node}}

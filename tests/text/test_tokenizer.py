@@ -40,6 +40,11 @@ def test_ten_thousand_words(tokenizer):
     assert len(found.ids) == 300 and found.count == 10_001 and len(found.cut.split()) == 10_000 - 299
 
 
+def test_half_a_character_is_a_question_mark(tokenizer):
+    """Lone surrogates, as broken JSON holds them."""
+    assert tokenizer.encode("red \ud83c circle", 300) == tokenizer.encode("red ? circle", 300)
+
+
 def test_limits_and_types_are_checked(tokenizer):
     with pytest.raises(InputError, match="max_tokens"):
         tokenizer.encode("red", 0)

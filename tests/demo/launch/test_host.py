@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,6 +35,24 @@ def test_the_order_in_which_a_comfyui_is_found(tmp_path: Path) -> None:
 def test_a_wrong_comfyui_path_is_an_error_not_a_fallback(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="no ComfyUI is there"):
         checkout.find_comfyui(tmp_path, {"COMFYUI_PATH": str(tmp_path)}, tmp_path)
+
+
+def test_a_copy_of_the_host_is_whole_or_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_comfyui(tmp_path / "package" / "_comfyui")
+    answer = subprocess.CompletedProcess([], 0, f"1.2.3\n{tmp_path / 'package'}\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    work = tmp_path / "work"
+
+    def stopped(source: Path, target: Path, **_: object) -> None:
+        shutil.copyfile(source / "main.py", target.with_name("main.py"))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "copytree", stopped)
+        checkout.pypi_comfyui(Path("python"), work)
+    assert list(work.iterdir()) == []
+    assert checkout.is_comfyui(checkout.pypi_comfyui(Path("python"), work))
+    assert [path.name for path in work.iterdir()] == ["ComfyUI-1.2.3"]
 
 
 @pytest.fixture
