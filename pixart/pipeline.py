@@ -206,6 +206,9 @@ class Pipeline:
             raise InputError(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}.")
         if self.vae is None and output != "latent":
             raise InputError('This pipeline has no VAE: give vae= when loading, or ask for output="latent".')
+        kind = "epsilon" if self.scheduler is None else self.scheduler.config.get("prediction_type")
+        if kind != "epsilon":  # it would draw another picture in silence
+            raise InputError(f"The scheduler's prediction_type is {kind!r}; PixArt predicts noise and needs 'epsilon'.")
 
     def _embed(
         self, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str], embeds: TextEmbeddings | None,

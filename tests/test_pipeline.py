@@ -90,6 +90,13 @@ def test_defaults_are_those_of_diffusers_sigma_pipeline():
     assert scheduler.config.prediction_type == "epsilon"
 
 
+@pytest.mark.parametrize("scheduler", [diffusers.DDIMScheduler(prediction_type="v_prediction"), diffusers.FlowMatchEulerDiscreteScheduler()])
+def test_a_scheduler_for_another_prediction_is_refused(pipe, scheduler):
+    other = Pipeline(pipe.transformer, pipe.text_encoder, pipe.vae, scheduler=scheduler)
+    with pytest.raises(InputError, match="prediction_type"):
+        other("star", **FAST)
+
+
 def test_seed_gives_the_noise_of_diffusers_and_the_same_picture_twice(pipe):
     first = pipe("red", seed=7, output="latent", **FAST)
     noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(7))
