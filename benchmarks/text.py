@@ -1,160 +1,200 @@
 """T5 at every precision: load seconds and peak, resident bytes, seconds per prompt, cosine to fp32; beside plain transformers.
 
 `python -m benchmarks text` measures each case in a fresh process on random weights of the XXL shape (fewer layers with
---layers, which the report says) and writes results/text.{json,md,png}. Memory is read from /proc (Linux), and from the
-card with --device cuda.
+--layers, which the report says) and writes results/text.{json,md,png} after each; run again, it measures what is missing.
+Memory is read from /proc (Linux), and from the card with --device cuda.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.text_report import TextResult, write_text_results
+from benchmarks.text_report import TextResult, read_text_results, write_text_results
+from benchmarks.xxl import CONFIG, XXL, first_layers, reference_states, sizes, write_weights
 
-XXL = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
-    "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
 TOKENS = (20, 300)
 GIB = 2**30
 TIMEOUT = 3600  # seconds per case
+ROOM = 1.15  # of the resident size: the most that loading may take
 RESULTS = Path(__file__).parent / "results"
 OURS, PLAIN, WRITTEN = "pixart", "transformers", "pixart, written once"
+REFERENCE, WRITE = "reference", "write"  # children that measure nothing
+FP32, BF16 = "fp32", "bf16"
 CASES = (
-    (OURS, "fp32"), (PLAIN, "fp32"), (OURS, "bf16"), (PLAIN, "bf16"), (OURS, "fp8_e4m3fn"),
-    *((who, precision) for precision in ("int8", "nf4", "fp4") for who in (OURS, WRITTEN, PLAIN)),
+    (OURS, FP32), (OURS, BF16), (PLAIN, BF16),
+    *((who, precision) for precision in ("int8", "nf4") for who in (OURS, WRITTEN, PLAIN)),
+    (OURS, "fp8_e4m3fn"), (PLAIN, FP32), *((who, "fp4") for who in (OURS, WRITTEN, PLAIN)),
 )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures all cases and writes the results; or, as the child it starts, one case."""
+    """Measures the cases that have no result yet; or, as the child it starts, does one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks text", description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=XXL["num_layers"], help="of the encoder; fewer where memory or time is short")
     parser.add_argument("--width", type=int, default=XXL["d_model"], help="d_model; d_ff and heads follow (for trying it out)")
     parser.add_argument("--precision", nargs="+", help="only these")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of text.json, text.md and text.png")
-    parser.add_argument("--work", type=Path, help="folder for the random weights (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="folder that keeps the weights, 20 GB (default: a temporary one)")
+    parser.add_argument("--again", action="store_true", help="measure everything anew")
     parser.add_argument("--note", default="", help="a sentence on the state of the machine, for the report")
     parser.add_argument("--child", nargs=3, metavar=("SOURCE", "WHO", "PRECISION"), help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.child:
         source, who, precision = given.child
-        print(json.dumps(measure(Path(source), who, precision, given.device)))
+        print(json.dumps(child(Path(source), who, precision, given.device)))
         return
-    cases = [case for case in CASES if given.precision is None or case[1] in given.precision or case[1] == "fp32"]
     shape = sizes(given.layers, given.width)
-    with tempfile.TemporaryDirectory(prefix="pixart-text-", dir=given.work) as made:
-        source = write_weights(Path(made) / "bf16", shape)
-        results: list[TextResult] = []
-        for result in run(source, cases, given.device):
-            results.append(result)
-            write_text_results(given.out, results, shape, given.device, given.note)  # a run that is stopped leaves what it found
+    results = {} if given.again else read_text_results(given.out, shape, given.device)
+    wanted = [case for case in CASES if given.precision is None or case[1] in given.precision]
+    missing = [case for case in wanted if "error" in results.get(case, {"error": "not measured"})]
+    with workplace(given.work) as place:
+        for case, found in run(place / f"{given.layers}x{given.width}", shape, missing, given.device):
+            results[case] = found
+            rows = [TextResult(*each, results[each]) for each in CASES if each in results]
+            write_text_results(given.out, rows, shape, given.device, given.note)  # a run that is stopped leaves what it found
 
 
-def sizes(layers: int, width: int) -> dict[str, Any]:
-    """XXL's, or in its proportions."""
-    return {**XXL, "num_layers": layers, "d_model": width, "d_ff": width * 5 // 2, "num_heads": width // XXL["d_kv"]}
+@contextmanager
+def workplace(given: Path | None) -> Iterator[Path]:
+    """The folder that was given, which stays, or a temporary one."""
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="pixart-text-") as made:
+        yield Path(made)
 
 
-def write_weights(folder: Path, shape: dict[str, Any]) -> Path:
-    """A bf16 folder of random weights, one shard a layer; scaled as T5's initialisation, so that attention and MLP both act."""
-    from safetensors.torch import save_file
+def run(place: Path, shape: dict[str, Any], cases: list[tuple[str, str]], device: str) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+    """Every case in a process of its own, on as many layers as fit into memory; fp32 states are made first, for the cosine."""
+    if not cases:
+        return
+    source = write_weights(place / "bf16", shape)
+    if not all(_states_file(source, tokens).is_file() for tokens in TOKENS):
+        failed = run_child(source, REFERENCE, FP32, "cpu")
+        if "error" in failed:
+            raise RuntimeError(f"the reference in fp32 failed: {failed['error']}")
+    for who, precision in cases:
+        layers = layers_that_fit(shape, precision, free_memory(device))
+        chosen = source if layers == shape["num_layers"] else first_layers(source, layers)
+        found = {}
+        if who == WRITTEN and not _seconds_file(chosen, precision).is_file():
+            found = run_child(chosen, WRITE, precision, device)  # its reading is measured in a process that hasn't quantized
+        if "error" not in found:
+            found = run_child(chosen, who, precision, device)
+        found["layers"] = layers
+        print(f"{who} {precision}: {found}", file=sys.stderr, flush=True)
+        yield (who, precision), found
 
+
+def run_child(source: Path, who: str, precision: str, device: str) -> dict[str, Any]:
+    """What `child` returns in a process of its own, or {"error": last line}."""
+    command = [sys.executable, "-m", "benchmarks", "text", "--device", device, "--child", str(source), who, precision]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {TIMEOUT} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]}
+    return json.loads(lines[-1])
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can be had on the device."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def layers_that_fit(shape: dict[str, Any], precision: str, free: int) -> int:
+    """All layers, or as many as fit with room for loading; before it is quantized, a weight is in bf16."""
     from pixart.text.weights import expected_shapes
 
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    shards: dict[str, dict[str, Tensor]] = {}
-    weight_map = {}
-    shapes = expected_shapes(shape)
-    order = sorted(shapes, key=_shard_of)
-    for position, name in enumerate(order):
-        shard = _shard_of(name)
-        shards.setdefault(shard, {})[name] = _random(name, shapes[name], shape, generator).to(torch.bfloat16)
-        weight_map[name] = f"model-{shard}.safetensors"
-        if position + 1 == len(order) or _shard_of(order[position + 1]) != shard:
-            save_file(shards.pop(shard), str(folder / f"model-{shard}.safetensors"), {"format": "pt"})
-    config = {**shape, "model_type": "t5", "architectures": ["T5EncoderModel"], "is_encoder_decoder": False, "use_cache": False}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
-    return folder
+    itemsize = 4 if precision == FP32 else 2
+    counts = {name: itemsize * prod(size) for name, size in expected_shapes(shape).items()}
+    layer = sum(count for name, count in counts.items() if name.startswith("encoder.block.0."))
+    fitting = (free / ROOM - sum(counts.values())) // layer + shape["num_layers"]
+    return int(max(1, min(fitting, shape["num_layers"])))
 
 
-def _shard_of(name: str) -> str:
-    return name.split(".")[2].zfill(3) if name.startswith("encoder.block.") else "rest"
+def child(source: Path, who: str, precision: str, device: str) -> dict[str, Any]:
+    """One job in this process."""
+    if who == REFERENCE:
+        return write_reference(source)
+    return write_folder(source, precision, device) if who == WRITE else measure(source, who, precision, device)
 
 
-def _random(name: str, shape: tuple[int, ...], sizes: dict[str, Any], generator: torch.Generator) -> Tensor:
-    if len(shape) == 1:
-        return 1 + 0.1 * torch.randn(shape, generator=generator)
-    scale = 1.0 if name == "shared.weight" else shape[1] ** -0.5
-    if name.endswith("SelfAttention.q.weight"):
-        scale *= sizes["d_kv"] ** -0.5  # T5 doesn't divide by it in attention
-    return torch.randn(shape, generator=generator) * scale
+def write_reference(source: Path) -> dict[str, Any]:
+    """Writes the fp32 states of each number of tokens beside the weights."""
+    from safetensors.torch import save_file
+
+    vocabulary = json.loads((source / CONFIG).read_text(encoding="utf-8"))["vocab_size"]
+    for tokens, states in zip(TOKENS, reference_states(source, [_ids(tokens, vocabulary) for tokens in TOKENS])):
+        save_file({"states": states.contiguous()}, str(_states_file(source, tokens)))
+    return {}
 
 
-def run(source: Path, cases: list[tuple[str, str]], device: str) -> Iterator[TextResult]:
-    """Every case in a process of its own; states of fp32 are kept beside the weights for the cosine."""
-    for who, precision in cases:
-        command = [sys.executable, "-m", "benchmarks", "text", "--device", device, "--child", str(source), who, precision]
-        root = Path(__file__).resolve().parents[1]
-        try:
-            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT)
-            lines = done.stdout.strip().splitlines()
-            failed = {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]}
-            found = json.loads(lines[-1]) if done.returncode == 0 and lines else failed
-        except subprocess.TimeoutExpired:
-            found = {"error": f"not done after {TIMEOUT} s"}
-        print(f"{who} {precision}: {found}", file=sys.stderr, flush=True)
-        yield TextResult(who, precision, found)
+def write_folder(source: Path, precision: str, device: str) -> dict[str, Any]:
+    """Quantizes `source` once, and notes the seconds it took beside it."""
+    from pixart.text.folder import quantize_folder
+
+    place = _written(source, precision)
+    shutil.rmtree(place, ignore_errors=True)
+    started = time.perf_counter()
+    quantize_folder(source, place, precision, device)
+    _seconds_file(source, precision).write_text(str(time.perf_counter() - started), encoding="utf-8")
+    return {}
+
+
+def _written(source: Path, precision: str) -> Path:
+    return source.with_name(source.name.replace("bf16", precision, 1))
+
+
+def _seconds_file(source: Path, precision: str) -> Path:
+    return _written(source, precision).with_suffix(".seconds")
+
+
+def _states_file(source: Path, tokens: int) -> Path:
+    return source.with_name(f"{source.name}-fp32-{tokens}.safetensors")
+
+
+def _ids(tokens: int, vocabulary: int) -> Tensor:
+    """(1, tokens), the same each time."""
+    return torch.randint(2, 32000, (1, tokens), generator=torch.Generator().manual_seed(tokens)) % vocabulary
 
 
 def measure(source: Path, who: str, precision: str, device: str) -> dict[str, Any]:
     """Loads an encoder in this process and encodes; raises what the loader raises."""
-    place = source
-    if who == WRITTEN:
-        from pixart.text.folder import quantize_folder
-
-        place = source.parent / precision
-        if not place.is_dir():
-            started = time.perf_counter()
-            quantize_folder(source, place, precision, device)
-            (source.parent / f"{precision}.seconds").write_text(str(time.perf_counter() - started))
-            return _again(source, who, precision, device)  # reading is measured in a process that hasn't quantized
     with watched(device) as loading:
-        model = load(place, who, precision, device)
+        model = load(_written(source, precision) if who == WRITTEN else source, who, precision, device)
     found = {"load": loading, "resident_gib": resident(model) / GIB, "encode": {}, "cosine": {}}
-    for tokens in TOKENS:
-        ids = torch.randint(2, 32000, (1, tokens), generator=torch.Generator().manual_seed(tokens)).to(device)
-        ids = ids % model.config.vocab_size
-        with torch.no_grad():
-            model(input_ids=ids)  # the first run sets things up
+    with torch.no_grad():
+        model(input_ids=_ids(TOKENS[0], model.config.vocab_size).to(device))  # the first run sets things up
+        for tokens in TOKENS:
+            ids = _ids(tokens, model.config.vocab_size).to(device)
             with watched(device) as encoding:
                 states = model(input_ids=ids).last_hidden_state.float().cpu()
-        found["encode"][tokens] = encoding
-        found["cosine"][tokens] = _cosine(source, tokens, states, keep=(who, precision) == (OURS, "fp32"))
+            found["encode"][tokens] = encoding
+            found["cosine"][tokens] = _cosine(_states_file(source, tokens), states)
     if who == WRITTEN:
-        found["write_seconds"] = float((source.parent / f"{precision}.seconds").read_text())
+        found["write_seconds"] = float(_seconds_file(source, precision).read_text(encoding="utf-8"))
     return found
-
-
-def _again(source: Path, who: str, precision: str, device: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks", "text", "--device", device, "--child", str(source), who, precision]
-    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], stdout=subprocess.PIPE, text=True, timeout=TIMEOUT, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def load(place: Path, who: str, precision: str, device: str) -> Any:
@@ -193,16 +233,13 @@ def resident(model: Any) -> int:
     return seen
 
 
-def _cosine(source: Path, tokens: int, states: Tensor, keep: bool) -> float | None:
-    """Lowest per-token cosine to the states of fp32, which are kept the first time."""
-    from safetensors.torch import load_file, save_file
+def _cosine(reference: Path, states: Tensor) -> float | None:
+    """Lowest per-token cosine to the states of fp32; None where there are none of so few layers."""
+    from safetensors.torch import load_file
 
-    file = source.parent / f"fp32-{tokens}.safetensors"
-    if keep:
-        save_file({"states": states.contiguous()}, str(file))
-    if not file.is_file():
+    if not reference.is_file():
         return None
-    return float(torch.cosine_similarity(states, load_file(file)["states"], dim=-1).min())
+    return float(torch.cosine_similarity(states, load_file(reference)["states"], dim=-1).min())
 
 
 @contextmanager

@@ -19,6 +19,15 @@ class TextResult:
     found: dict[str, Any]
 
 
+def read_text_results(folder: Path, shape: dict[str, Any], device: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """What was found before for each (loader, precision), of this shape on this device; {} if there is nothing."""
+    file = folder / "text.json"
+    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if data.get("shape") != shape or data.get("machine", {}).get("device") != device:
+        return {}
+    return {(row["who"], row["precision"]): row["found"] for row in data["results"]}
+
+
 def write_text_results(folder: Path, results: list[TextResult], shape: dict[str, Any], device: str, note: str) -> None:
     """text.json, text.md and text.png."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,10 +52,11 @@ def text_markdown(results: list[TextResult], shape: dict[str, Any], facts: dict[
         "| precision | loader | load s | load peak GiB | resident GiB | peak / resident | 20 tokens s | 300 tokens s "
         "| cosine to fp32, 20 / 300 tokens |",
         "|---|---|---|---|---|---|---|---|---|",
-        *map(_row, results),
+        *(_row(result, shape["num_layers"]) for result in results),
         "",
         "Peaks are private memory above that before loading (on CUDA the card's), without pages of mapped files, which the system takes "
-        "back when it needs them: a peak below the resident size means that weights stay mapped. Cosines are the lowest over all tokens.",
+        "back when it needs them: a peak below the resident size means that weights stay mapped. Cosines are the lowest over all tokens, "
+        "to transformers' encoder in fp32, run layer by layer.",
         "",
         f"Machine: {facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['threads']} thread(s); "
         f"torch {facts['torch']}, transformers {facts['transformers']}, bitsandbytes {facts['bitsandbytes']}. {facts['note']}".rstrip(),
@@ -54,7 +64,8 @@ def text_markdown(results: list[TextResult], shape: dict[str, Any], facts: dict[
     return "\n".join(lines) + "\n"
 
 
-def _row(result: TextResult) -> str:
+def _row(result: TextResult, layers: int) -> str:
+    """One line of the table; `layers`: of the whole encoder."""
     start = f"| {result.precision} | {result.who} |"
     found = result.found
     if "error" in found:
@@ -64,6 +75,8 @@ def _row(result: TextResult) -> str:
     seconds = [entry["seconds"] for entry in found["encode"].values()]
     cosines = " / ".join("-" if value is None else f"{value:.5f}" for value in found["cosine"].values())
     shown = " | ".join(f"{value:.2f}" for value in seconds)
+    if found.get("layers", layers) < layers:
+        start = f"| {result.precision}, {found['layers']} of {layers} layers | {result.who} |"
     return f"{start} {load['seconds']:.1f} | {peak:.2f} | {resident:.2f} | {peak / resident:.2f} | {shown} | {cosines} |"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_patcher
 import comfy.sd
 import comfy.text_encoders.pixart_t5 as pixart_t5
 import folder_paths
@@ -66,7 +67,7 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
     shapes = _shapes(path)
     is_xxl = shapes.get(XXL_KEY, (0,))[0] == XXL_ROWS and shapes.get("shared.weight", (0,))[0] == XXL_VOCABULARY
     scaled = any(key.endswith(QUANTIZATION_SUFFIXES) for key in shapes)
-    if not is_xxl or not (precision == DEFAULT or scaled):
+    if not is_xxl or precision in STORED_PRECISIONS or not (precision == DEFAULT or scaled):
         return None
     if not scaled:
         read_t5(Path(path))  # names and shapes: the host only logs missing keys, and goes on with whatever was in memory
@@ -114,26 +115,31 @@ def _from_weights(path: Path, precision: str, options: dict[str, Any], disable_d
         log.warning("PixArt: %s is quantized to %s and stays so; %s was asked for.", path, weights.precision, precision)
     parameters = sum(torch.Size(stored.shape).numel() for stored in weights.stored.values())
     content: dict[str, Any] = {"disable_dynamic": True}  # packed weights are none that the host could page in itself
+    streamed = not quantized and not _pages_weights()  # a dict of all weights would hold cast ones twice
     if quantized:
         model_class = quantized_clip_class(weights, quantized, options)
         parameters = resident_estimate(weights, quantized) // dtype.itemsize
     else:
         model_class = pixart_t5.pixart_te(dtype_t5=dtype)
-        content = {"disable_dynamic": disable_dynamic, "state_dict": [weights.tensors]}
-    at_creation = _supported(comfy.sd.CLIP.__init__, **content)
+        content = {"disable_dynamic": disable_dynamic, "state_dict": [] if streamed else [weights.tensors]}
     clip = comfy.sd.CLIP(
         SimpleNamespace(clip=model_class, tokenizer=tokenizer_class(weights, _tokenizer_file(path)), params={}),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=parameters,
         model_options={**options, "dtype": dtype, "t5xxl_model_config": host_config(weights)},
-        **at_creation,
+        **_supported(comfy.sd.CLIP.__init__, **content),
     )
-    if not quantized and "state_dict" not in at_creation:
-        clip.load_sd(weights.tensors)
+    for layer in weights.stream_layers() if streamed else ():
+        clip.load_sd(layer)
     log.info(
         "T5 %s: width %s, %s layers, %s", path, weights.config["d_model"], weights.config["num_layers"], quantized or dtype
     )
     return clip
+
+
+def _pages_weights() -> bool:
+    """Whether this host runs with dynamic VRAM: its layers then want all weights at once, and may take them over as they are."""
+    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher) is not comfy.model_patcher.ModelPatcher
 
 
 def host_config(weights: T5Weights) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def quantize_folder(
     The layout is that of transformers and bitsandbytes; `wo` is quantized too, which plain transformers doesn't do, nor run
     in 4 bits: it casts what goes into `wo` to the packed weight's dtype.
     progress(done, total) counts tensors. Nothing is left behind when it fails. Raises InputError, TextEncoderError,
-    UnsupportedError.
+    UnsupportedError, OSError.
     """
     source, destination = Path(source), Path(destination)
     if precision not in STORED_PRECISIONS:
@@ -93,7 +94,10 @@ def _write_shards(folder: Path, groups: Iterator[dict[str, Tensor]]) -> None:
     total = 0
 
     def flush() -> None:
-        save_file({key: value.contiguous() for key, value in shard.items()}, str(folder / f"{len(keys)}.part"), {"format": "pt"})
+        try:
+            save_file({key: value.contiguous() for key, value in shard.items()}, str(folder / f"{len(keys)}.part"), {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder.name} can't be written ({error}); is the disk full?") from None
         keys.append(list(shard))
         shard.clear()
 

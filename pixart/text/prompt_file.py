@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from .embeddings import TextEmbeddings
 
 FORMAT_KEY, FORMAT = "pixart_prompt", "1"
 STATES, MASK = "prompt_embeds", "prompt_attention_mask"
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SIDE = 65536
 _SAMPLE_ROWS = 64  # of the embedding, for the fingerprint
 
@@ -38,7 +39,7 @@ def save_prompts(
 ) -> Path:
     """Writes the embeddings of one or more prompts; the file appears whole or not at all.
 
-    encoder: `fingerprint` of the T5. settings: plain values to keep beside them. Returns the path.
+    encoder: `fingerprint` of the T5. settings: plain values to keep beside them. Returns the path. Raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +58,8 @@ def save_prompts(
     try:
         save_file(tensors, name, metadata)
         Path(name).replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written ({error}); is the disk full?") from None
     finally:
         Path(name).unlink(missing_ok=True)
     return path
@@ -83,8 +86,12 @@ def load_prompts(path: str | Path, width: int | None = None) -> PromptFile:
             "python -m pixart encode write them."
         )
     states, mask = tensors[STATES], tensors[MASK] != 0
-    if states.ndim != 3 or not states.is_floating_point() or 0 in states.shape or mask.shape != states.shape[:2]:
-        raise InputError(f"{path}: states {tuple(states.shape)} and mask {tuple(mask.shape)} don't fit. Write it again.")
+    fits = states.ndim == 3 and states.dtype in STATE_DTYPES and 0 not in states.shape and mask.shape == states.shape[:2]
+    if not fits or not mask.any(dim=1).all():
+        raise InputError(
+            f"{path}: states {tuple(states.shape)} in {states.dtype} and mask {tuple(mask.shape)} with {int(mask.sum())} tokens don't "
+            "fit; expected fp32, bf16 or fp16 and a token for every prompt. Write it again."
+        )
     encoder = metadata.get("encoder", "")
     if width is not None and states.shape[2] != width:
         raise InputError(

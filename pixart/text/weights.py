@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -68,6 +69,11 @@ class T5Weights:
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """The same in `dtype`."""
         return ((name, _cast(name, value, self.dtype)) for name, value in self.raw())
+
+    def stream_layers(self) -> Iterator[dict[str, Tensor]]:
+        """The same, a block at a time where the file keeps blocks together."""
+        for _, group in groupby(self.stream(), key=lambda pair: pair[0].split(".")[:3]):
+            yield dict(group)
 
     def stream_packed(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(layer, its parts) of what is quantized; the parts are named as in `packed.PARTS`."""

@@ -126,10 +126,17 @@ class TestXXL:
             expected = host_nodes.CLIPTextEncode().encode(theirs, prompt)[0][0][0]
             assert torch.equal(node(ours, prompt)[0], expected)
 
-    @pytest.mark.parametrize(("precision", "by_host"), [("default", True), ("bf16", False)])
-    def test_which_loader(self, precision: str, by_host: bool, slim: Path, clip, monkeypatch) -> None:
+    @pytest.mark.parametrize(
+        ("precision", "scaled", "by_host"),
+        [("default", False, True), ("bf16", False, False), ("bf16", True, True), ("int8", True, False), ("nf4", True, False)],
+    )
+    def test_which_loader(self, precision: str, scaled: bool, by_host: bool, slim: Path, clip, monkeypatch) -> None:
+        """A scaled fp8 file keeps its precision, but for one that takes other layers anyway."""
         import comfy.sd
 
+        if scaled:
+            shapes = {**encoder._shapes(str(slim)), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": ()}
+            monkeypatch.setattr(encoder, "_shapes", lambda path: shapes)
         calls = []
         monkeypatch.setattr(comfy.sd, "load_clip", lambda ckpt_paths, **options: calls.append((ckpt_paths, options)) or clip)
         monkeypatch.setattr(encoder, "_from_weights", lambda *a: clip)
@@ -282,6 +289,30 @@ def test_pickle_is_read_once(reference, tmp_path: Path, monkeypatch) -> None:
     assert len(calls) == 1 and calls[0]["weights_only"] is True
     found, expected = node(loaded, PROMPTS[0])[0], transformers_states(reference, PROMPTS[0])
     assert torch.cosine_similarity(found, expected, dim=-1).min() > 0.9999
+
+
+@pytest.mark.skipif(encoder._pages_weights(), reason="dynamic VRAM takes the tensors over")
+def test_cast_weights_are_let_go_of_layer_by_layer(tmp_path: Path, monkeypatch) -> None:
+    """The released T5 folder is in fp32: loaded in bf16, it must not stand in memory twice."""
+    import gc
+    import weakref
+
+    weights = host.pack_module("pixart.text.weights")
+    original, alive, most, total = weights._cast, weakref.WeakSet(), [], []
+
+    def watched(*arguments):
+        value = original(*arguments)
+        gc.collect()
+        alive.add(value)
+        most.append(sum(each.nbytes for each in alive))
+        total.append(value.nbytes)
+        return value
+
+    monkeypatch.setattr(weights, "_cast", watched)
+    path = tiny_text.save_t5_file(tiny_text.tiny_t5(layers=6), tmp_path / "t5.safetensors")
+    loaded = encoder.load_t5(str(path), "bf16", "default")
+    assert len(total) > 50 and max(most) < 0.5 * sum(total)
+    assert torch.isfinite(node(loaded, PROMPTS[0])[0]).all()
 
 
 def test_dtype_is_that_of_most_weights(reference, tmp_path: Path) -> None:

