@@ -83,11 +83,14 @@ def _number(config: Mapping[str, Any], name: str, source: str) -> Any:
 def _patterns(config: Mapping[str, Any], name: str, source: str) -> dict[str, float]:
     """Layer name -> number. PEFT reads the names as regular expressions, this only as names: the file is untrusted."""
     found = {}
-    for pattern in config.get(name) or {}:
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{source}: {name} is a {type(patterns).__name__}; expected an object of layer names and numbers.")
+    for pattern in patterns:
         plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not _NO_PATTERN.fullmatch(plain):
             raise UnsupportedError(f"{source}: {name} has the pattern {pattern!r}; expected names of layers. Merge it with PEFT instead.")
-        found[plain] = _number(config[name], pattern, source)
+        found[plain] = _number(patterns, pattern, source)
     return found
 
 

@@ -105,6 +105,9 @@ def test_methods_that_only_peft_can_run_are_refused(config, message):
 def test_damaged_settings_are_named():
     with pytest.raises(CheckpointError, match="lora_alpha is 'much'"):
         settings_from_config({"r": 4, "lora_alpha": "much"}, "x")
+    for patterns in (["to_q"], "to_q", 3):
+        with pytest.raises(CheckpointError, match="rank_pattern is a (list|str|int); expected an object"):
+            settings_from_config({"r": 4, "rank_pattern": patterns}, "x")
 
 
 def test_folders_without_weights_or_config_are_named(tmp_path):
