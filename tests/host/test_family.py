@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from demo.launch import graph as workflow
 from demo.launch.client import ComfyClient, Graph, QueueError
 from pixart.config import get_variant
+from demo.evaluate_control import CONTROLNET
 from pixart.controlnet import ControlNetConfig, PixArtControlNet
 from tests.support.demo import DEMO, ROOT, SECOND_MODEL
 from tests.support.graphs import insert, node_of, picture
@@ -70,6 +72,28 @@ def test_a_controlnet_changes_the_picture_as_strong_as_it_is_set(client: ComfyCl
         found[strength] = picture(client, graph)
     weak, strong = (np.abs(found[strength] - found[0.0]).mean() for strength in (0.02, 1.0))
     assert 0.001 < weak < strong
+
+
+@pytest.mark.skipif(not CONTROLNET.is_file(), reason="demo/weights has no ControlNet yet")
+def test_the_demos_controlnet_draws_the_outlines_of_the_picture(client: ComfyClient) -> None:
+    """What isn't background overlaps with the picture's objects: far better with the ControlNet than without."""
+    graph = api("controlnet-demo")
+    wanted = objects(np.asarray(Image.open(ROOT / "demo/inputs/pixart-scene.png").convert("RGB")) / 255)
+    overlap = {}
+    for strength in (0.0, 1.0):
+        node_of(graph, "ControlNetApplyAdvanced")["strength"] = strength
+        found = []
+        for seed in (1, 2, 3):
+            node_of(graph, "KSampler")["seed"] = seed
+            drawn = objects(picture(client, graph))
+            found.append((drawn & wanted).sum() / (drawn | wanted).sum())
+        overlap[strength] = np.mean(found)
+    assert overlap[1.0] > max(0.8, overlap[0.0] + 0.1), overlap
+
+
+def objects(image: np.ndarray) -> np.ndarray:
+    """Pixels that have another colour than the frame."""
+    return np.abs(image - np.median(image[:4].reshape(-1, 3), axis=0)).max(-1) > 0.25
 
 
 @pytest.mark.parametrize(
