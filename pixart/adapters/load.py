@@ -74,9 +74,12 @@ def build_adapter(tensors: Mapping[str, Any], source: str, settings: Mapping[str
         if place is None:
             left.update({key: OTHER_TEXT if is_text(module) else NOT_PIXART for key, _ in entries.values()})
             continue
-        layer = _layer(module, place, entries, (settings or {}).get(place.model))
+        of_model = (settings or {}).get(place.model)
+        layer = _layer(module, place, entries, of_model)
         layers.append(layer)
         problems += _problems(module, layer)
+        if of_model is not None and of_model.dora and layer.rank and not layer.is_dora:
+            problems.append(f"{module}: its settings say DoRA, but the magnitude is missing")
     problems += _twice(layers)
     if problems:
         raise CheckpointError(f"{source}: damaged, {len(problems)} problem(s); download it again:\n  " + "\n  ".join(problems))

@@ -27,6 +27,7 @@ class Settings:
     alphas: Mapping[str, float] = field(default_factory=dict)
     ranks: Mapping[str, float] = field(default_factory=dict)
     rank_stabilized: bool = False  # arXiv:2312.03732: alpha / sqrt(rank)
+    dora: bool = False  # every layer has a magnitude
 
     def scale(self, module: str, rank: int | None) -> float:
         """alpha / rank for a layer; `rank` is that of its matrices, None if they don't tell."""
@@ -53,6 +54,7 @@ def settings_from_config(config: Mapping[str, Any], source: str) -> Settings:
         alphas=_patterns(config, "alpha_pattern", source),
         ranks=_patterns(config, "rank_pattern", source),
         rank_stabilized=bool(config.get("use_rslora", False)),
+        dora=bool(config.get("use_dora", False)),
     )
 
 

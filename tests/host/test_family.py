@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scipy import ndimage
 
 from demo.launch import graph as workflow
 from demo.launch.client import ComfyClient, Graph, QueueError
-from pixart.config import get_variant
 from demo.evaluate_control import CONTROLNET
+from demo.reader import read_picture
+from pixart.config import get_variant
 from pixart.controlnet import ControlNetConfig, PixArtControlNet
 from tests.support.demo import DEMO, ROOT, SECOND_MODEL
 from tests.support.graphs import insert, node_of, picture
@@ -88,7 +90,7 @@ def test_the_demos_controlnet_draws_the_outlines_of_the_picture(client: ComfyCli
             drawn = objects(picture(client, graph))
             found.append((drawn & wanted).sum() / (drawn | wanted).sum())
         overlap[strength] = np.mean(found)
-    assert overlap[1.0] > max(0.8, overlap[0.0] + 0.1), overlap
+    assert overlap[1.0] > max(0.7, overlap[0.0] + 0.1), overlap
 
 
 def objects(image: np.ndarray) -> np.ndarray:
@@ -108,10 +110,22 @@ def test_a_controlnet_of_another_model_stops_with_both_numbers(client: ComfyClie
 
 def test_the_second_stage_finishes_what_the_first_began(client: ComfyClient) -> None:
     graph = on_demo(api("900m-two-stage"))
+    next(node for node in graph.values() if node["_meta"]["title"] == "Prompt")["inputs"]["text"] = RED
     one = picture(client, graph)
+    assert {found.color for found in read_picture(one).objects} == {"red"}
     stages = [node["inputs"] for node in graph.values() if node["class_type"] == "PixArtModelLoader"]
     stages[1]["model_name"] = SECOND_MODEL
     assert np.abs(picture(client, graph) - one).mean() > 0.01
+
+
+def test_inpainting_at_full_size_keeps_what_is_not_masked(client: ComfyClient) -> None:
+    """The mask goes through cropping too."""
+    result = picture(client, on_demo(api("inpaint-sigma-1024")))
+    source = np.asarray(Image.open(ROOT / "demo/inputs/pixart-inpaint.png").convert("RGBA"), np.float32) / 255
+    masked = source[..., 3] == 0
+    far = ~ndimage.binary_dilation(masked, iterations=24)  # the autoencoder sees a little across the mask's edge
+    change = np.abs(result - source[..., :3])
+    assert change[far].mean() < 0.05 < change[masked].mean()
 
 
 def test_one_step_is_one_forward(client: ComfyClient) -> None:
