@@ -170,14 +170,15 @@ def controlnet() -> Workflow:
 def demo_controlnet() -> Workflow:
     """The same with the demo's own ControlNet, which reads the host's Canny edges."""
     note = (
-        "pixart-demo-controlnet.safetensors -> demo/weights/controlnet; it is not in this version yet: train it with\n"
-        "python -m pixart train configs/train/demo-controlnet.json\n"
+        "\npixart-demo-controlnet.safetensors -> demo/weights/controlnet\n"
+        "It is made by: python -m pixart train configs/train/demo-controlnet.json\n"
+        "\nOutlines come from the picture, colours from the prompt.\n"
     )
     flow = FamilyWorkflow(
         DEMO, DEMO_NOTE + note + "\nThe picture is demo/inputs/pixart-scene.png; put it, or your own, in ComfyUI's input folder."
     )
     model, t5, vae = flow.loaders("demo")
-    positive = flow.text("Prompt", t5, "a green triangle above a yellow square", 300, 0)
+    positive = flow.text("Prompt", t5, "a blue circle above a green square", 300, 0)
     negative = flow.text("Negative prompt", t5, "", 300, 1)
     size = flow.add("PixArtResolution", "Size", 1, 2, base="256", width=256, height=256, batch_size=1)
     control = flow.add("PixArtControlNetLoader", "ControlNet", 0, 3, control_net_name="pixart-demo-controlnet.safetensors")

@@ -11,6 +11,7 @@ _EXPORTS = {
     "load_transformer": ".checkpoints.load",
     "load_text_encoder": ".text.encoder",
     "Pipeline": ".pipeline",
+    "PerturbedGuidance": ".guidance",
     "nearest_bin": ".bins",
 }
 __all__ = ["__version__", *_EXPORTS]

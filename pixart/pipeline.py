@@ -15,6 +15,7 @@ from .canvas import Canvas, canvas_of_latents, choose_canvas, crop_to_wanted
 from .checkpoints.load import load_transformer
 from .config import get_variant
 from .errors import InputError
+from .guidance import PerturbedGuidance
 from .kv_compress import KVCompression
 from .model import PIXELS_PER_LATENT, PixArtTransformer
 from .sampling import Callback, denoise, initial_noise, make_scheduler
@@ -127,6 +128,7 @@ class Pipeline:
         callback: Callback | None = None,
         progress: bool = True,
         kv_compression: KVCompression | Sequence[KVCompression] = (),
+        perturbed: PerturbedGuidance | None = None,
     ) -> Any:
         """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Σ pipeline.
 
@@ -137,6 +139,7 @@ class Pipeline:
         clean_caption: by the reference's rules (`pip install ftfy beautifulsoup4`); they lower-case too.
         callback(step, timestep, latents): returning False ends sampling there.
         kv_compression: training-free, an approximation that makes large pictures cheaper; see `kv_compress`.
+        perturbed: perturbed-attention or skip-layer guidance; one more forward per step.
         output: "pil" -> list of pictures, "np" -> (B, H, W, 3) and "pt" -> (B, 3, H, W) in 0..1,
         "latent" -> (B, C, h, w) in the model's latent space. Raises InputError.
         """
@@ -164,6 +167,7 @@ class Pipeline:
             callback=callback,
             progress=progress,
             kv_compression=[kv_compression] if isinstance(kv_compression, KVCompression) else kv_compression,
+            perturbed=perturbed,
         )
         return found if output == "latent" else to_output(self._decode(found, canvas), output)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, UnsupportedError
+from .guidance import PerturbedGuidance
 from .kv_compress import KVCompression, check_together
 from .model import PixArtTransformer
 from .text.encoder import TextEmbeddings
@@ -49,17 +50,19 @@ def denoise(
     callback: Callback | None = None,
     progress: bool = False,
     kv_compression: Sequence[KVCompression] = (),
+    perturbed: PerturbedGuidance | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w), fp32, from unit noise of that shape.
 
     context: B prompts; with guidance 2B, the negative ones first. size: (1, 2), height and width in
     pixels, for micro-conditioned models. callback(step, timestep, latents): False ends sampling.
-    kv_compression: approximations, each in its part of sampling.
+    kv_compression: approximations, each in its part of sampling. perturbed: one more forward a step, of the prompts.
     Raises UnsupportedError if the numbers overflow.
     """
     from tqdm.auto import tqdm
 
     check_together(kv_compression, transformer.config)
+    weakening = {} if perturbed is None else perturbed.wrappers(transformer.config.depth)
     scheduler.set_timesteps(steps, device=noise.device)
     moments = scheduler.timesteps.tolist()
     latents = noise * scheduler.init_noise_sigma
@@ -70,19 +73,27 @@ def denoise(
         inputs = scheduler.scale_model_input(latents, timestep)
         inputs = inputs if guidance is None else torch.cat([inputs, inputs])
         active = [one for one in kv_compression if one.active_at(moments[index])]
-        predicted = transformer(
-            inputs.to(dtype), timestep.expand(rows), context.states, context.mask, size, kv_compression=active
-        )
-        predicted = predicted[:, : latents.shape[1]].float()  # the other half is the learned variance
+        given = (inputs.to(dtype), timestep.expand(rows), context.states, context.mask, size)
+        predicted = _noise_of(transformer(*given, kv_compression=active), latents)
+        positive = predicted[-len(latents) :]
         if guidance is not None:
-            negative, positive = predicted.chunk(2)
+            negative = predicted[: len(latents)]
             predicted = negative + guidance * (positive - negative)
+        if perturbed is not None and perturbed.active_at(moments[index]):
+            prompts = [None if part is None else part[-len(latents) :] for part in given]
+            weakened = transformer(*prompts, kv_compression=active, block_wrappers=weakening)
+            predicted = predicted + perturbed.scale * (positive - _noise_of(weakened, latents))
         latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
         if callback is not None and callback(index, int(timestep), latents) is False:
             break
     if not torch.isfinite(latents).all():
         raise UnsupportedError(f"Sampling in {dtype} gave NaN or infinite values; use bfloat16 or float32.")
     return latents
+
+
+def _noise_of(output: Tensor, latents: Tensor) -> Tensor:
+    """The first channels, in fp32; the others are the learned variance."""
+    return output[:, : latents.shape[1]].float()
 
 
 def _generator(seed: int | None) -> torch.Generator | None:

@@ -49,6 +49,12 @@ def test_registry_fields(project: dict) -> None:
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").count("Apache License") >= 1
 
 
+def test_all_weights_together_stay_within_20_mb() -> None:
+    """Transformer, T5, autoencoder, LoRA and ControlNet of the demo; without the fp8 encoder they would not."""
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "demo/weights").rglob("*.safetensors")}
+    assert len(sizes) >= 5 and sum(sizes.values()) <= 20e6, sizes
+
+
 def test_version_is_said_once_and_the_same(project: dict) -> None:
     import pixart
 

@@ -8,7 +8,7 @@ import comfy.samplers
 from torch import Tensor
 
 from ...pixart.errors import InputError
-from ...pixart.guidance import PERTURBED_ATTENTION, parse_blocks
+from ...pixart.guidance import PERTURBED_ATTENTION, PerturbedGuidance, parse_blocks
 from .transformer import IDENTITY_ATTENTION, HostTransformer
 
 
@@ -17,11 +17,12 @@ def guide_by_perturbation(model: Any, kind: str, blocks: str, scale: float, star
 
     guided + scale * (cond - perturbed): equation 13 of arXiv:2403.17377 on top of CFG, as diffusers' PAG pipelines
     have it; linear, so the same for noise and for denoised latents. kind: of pixart.guidance. start, end: part of
-    the noise schedule, 0 to 1. Raises InputError for blocks that the model doesn't have, and for other models.
+    the noise schedule, 0 to 1. Raises InputError for blocks that the model doesn't have, an empty range, and other models.
     """
     network = model.model.diffusion_model
     if not isinstance(network, HostTransformer):
         raise InputError(f"This MODEL is {type(network).__name__}, in which blocks can't be perturbed. Load PixArt with PixArtModelLoader.")
+    PerturbedGuidance(blocks, scale, kind, start, end)  # raises for values that the pipeline refuses too
     chosen = parse_blocks(blocks, network.config.depth)
     sampling = model.get_model_object("model_sampling")
     highest, lowest = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)

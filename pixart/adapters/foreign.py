@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..checkpoints.foreign import name_foreign
+from ..checkpoints.foreign import ADAPTER, name_foreign
 from ..checkpoints.keys import find_prefixes
 
 # Flattened key parts (dots as underscores); the first group of which any occurs names the model.
@@ -32,6 +32,11 @@ def no_adapter(source: str, keys: list[str]) -> str:
     pixart = bool(find_prefixes(keys))
     foreign = name_foreign(keys, has_pixart_layers=pixart)
     shown = ", ".join(keys[:SHOWN]) or "none"
+    if foreign is not None and foreign.kind == ADAPTER:
+        return (
+            f"{source}: an adapter of no supported kind (its keys begin with {shown}); expected LoRA, LoHa, LoKr or DoRA. "
+            "Merge it with the program that trained it, or choose another file."
+        )
     kind = foreign.kind if foreign else "a whole PixArt transformer" if pixart else f"a file with the keys {shown}"
     return (
         f"{source}: this is {kind}, no LoRA; expected lora_A / lora_B, lora_up / lora_down, hada_ or lokr_ matrices. "

@@ -85,7 +85,7 @@ def magnitude_axis(magnitude: Tensor, shape: tuple[int, ...]) -> int:
 def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
     """Rank by which alpha is divided (LyCORIS: of the second factor, if that one is decomposed)."""
     inner = next((tensors[role] for role in ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if role in tensors), None)
-    return None if inner is None else inner.shape[0]
+    return None if inner is None or inner.ndim == 0 else inner.shape[0]
 
 
 def product(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """From a LoRA file or PEFT folder to layers with native names; nothing is fitted to a model yet."""
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,36 +65,52 @@ def _metadata(file: Path, container: str) -> Mapping[str, str]:
 
 def build_adapter(tensors: Mapping[str, Any], source: str, settings: Mapping[str, Settings] | None = None) -> Adapter:
     """Groups tensors into layers. settings: of TRANSFORMER and TEXT, where alpha is not among the tensors."""
-    modules: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    left: dict[str, str] = {}
-    for key, tensor in tensors.items():
-        found = split_key(str(key)) if isinstance(tensor, Tensor) else None
-        if found is None:
-            left[str(key)] = UNKNOWN
-        else:
-            modules.setdefault(found[0], {})[found[1]] = (key, tensor)
+    modules, left, problems = _group(tensors)
     if not modules:
         raise CheckpointError(no_adapter(source, list(map(str, tensors))))
-    layers, problems = [], []
+    layers = []
     for module, entries in modules.items():
         place = find_place(module)
         if place is None:
             left.update({key: OTHER_TEXT if is_text(module) else NOT_PIXART for key, _ in entries.values()})
             continue
-        layer = _layer(module, place, entries, (settings or {}).get(place.model))
+        of_model = (settings or {}).get(place.model)
+        layer = _layer(module, place, entries, of_model)
         layers.append(layer)
         problems += _problems(module, layer)
+        if of_model is not None and of_model.dora and layer.rank and not layer.is_dora:
+            problems.append(f"{module}: its settings say DoRA, but the magnitude is missing")
     problems += _twice(layers)
     if problems:
         raise CheckpointError(f"{source}: damaged, {len(problems)} problem(s); download it again:\n  " + "\n  ".join(problems))
     return Adapter(source, tuple(layers), len(tensors), left)
 
 
+def _group(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, tuple[str, Tensor]]], dict[str, str], list[str]]:
+    """Module -> role -> (key, tensor); keys of no known algorithm; and roles that two keys claim, as of two adapters in a file."""
+    modules: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    left: dict[str, str] = {}
+    twice: list[str] = []
+    for key, tensor in tensors.items():
+        found = split_key(str(key)) if isinstance(tensor, Tensor) else None
+        if found is None:
+            left[str(key)] = UNKNOWN
+            continue
+        module, role = found
+        first, _ = modules.setdefault(module, {}).setdefault(role, (key, tensor))
+        if first != key:
+            twice.append(f"{first} and {key} are the same matrix; expected one adapter in a file")
+    strange = {key.rpartition(".")[0] for key in left}
+    for module in [module for module, roles in modules.items() if set(roles) == {"alpha"} and module in strange]:
+        left[modules.pop(module)["alpha"][0]] = UNKNOWN  # of an algorithm that isn't known, such as OFT
+    return modules, left, twice
+
+
 def _layer(module: str, place: Place, entries: Mapping[str, tuple[str, Tensor]], settings: Settings | None) -> Layer:
     tensors = {role: tensor for role, (_, tensor) in entries.items()}
     alpha, rank = tensors.pop("alpha", None), rank_of(tensors)
     if alpha is not None:
-        scale = float(alpha.flatten()[0]) / rank if rank else 1.0
+        scale = (float(alpha.flatten()[0]) if alpha.numel() else math.nan) / rank if rank else 1.0
     else:
         scale = settings.scale(module, rank) if settings else 1.0
     return Layer(place, tensors, scale, tuple(key for key, _ in entries.values()))
@@ -104,6 +121,8 @@ def _problems(module: str, layer: Layer) -> list[str]:
     broken = [key for key in layer.tensors if not bool(torch.isfinite(layer.tensors[key].float()).all())]
     if broken:
         return [f"{module}: NaN or infinite values in {', '.join(broken)}"]
+    if not math.isfinite(layer.scale):
+        return [f"{module}: alpha is no finite number"]
     if not layer.has_weight:
         return [] if layer.bias_change() is not None else [f"{module}: only {', '.join(layer.tensors) or 'alpha'} is there"]
     try:

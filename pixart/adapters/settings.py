@@ -27,6 +27,7 @@ class Settings:
     alphas: Mapping[str, float] = field(default_factory=dict)
     ranks: Mapping[str, float] = field(default_factory=dict)
     rank_stabilized: bool = False  # arXiv:2312.03732: alpha / sqrt(rank)
+    dora: bool = False  # every layer has a magnitude
 
     def scale(self, module: str, rank: int | None) -> float:
         """alpha / rank for a layer; `rank` is that of its matrices, None if they don't tell."""
@@ -53,6 +54,7 @@ def settings_from_config(config: Mapping[str, Any], source: str) -> Settings:
         alphas=_patterns(config, "alpha_pattern", source),
         ranks=_patterns(config, "rank_pattern", source),
         rank_stabilized=bool(config.get("use_rslora", False)),
+        dora=bool(config.get("use_dora", False)),
     )
 
 
@@ -83,11 +85,14 @@ def _number(config: Mapping[str, Any], name: str, source: str) -> Any:
 def _patterns(config: Mapping[str, Any], name: str, source: str) -> dict[str, float]:
     """Layer name -> number. PEFT reads the names as regular expressions, this only as names: the file is untrusted."""
     found = {}
-    for pattern in config.get(name) or {}:
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{source}: {name} is a {type(patterns).__name__}; expected an object of layer names and numbers.")
+    for pattern in patterns:
         plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not _NO_PATTERN.fullmatch(plain):
             raise UnsupportedError(f"{source}: {name} has the pattern {pattern!r}; expected names of layers. Merge it with PEFT instead.")
-        found[plain] = _number(config[name], pattern, source)
+        found[plain] = _number(patterns, pattern, source)
     return found
 
 

@@ -13,13 +13,14 @@ class Foreign(NamedTuple):
     advice: str
 
 
+ADAPTER = "a LoRA or LyCORIS adapter"
 _LORA = "load the base model first and add it with a LoRA loader (LoraLoaderModelOnly in ComfyUI)"
 _DIFFUSION = "load it with ComfyUI's own UNETLoader / CheckpointLoaderSimple, or its diffusers pipeline"
 
 # Files that share PixArt's layer names: looked for even where those names occur.
 ADAPTERS_AND_COUSINS = (
     Foreign(
-        "a LoRA or LyCORIS adapter",
+        ADAPTER,
         (
             (".lora_A.",), (".lora_B.",), (".lora_up.",), (".lora_down.",), (".lora.up.",), (".lora.down.",), ("lora_unet_",),
             ("lora_transformer_",), ("lokr_",), ("hada_w1",), ("lycoris_",), (".oft_",), ("dora_scale",), ("lora_magnitude_vector",),

@@ -157,6 +157,21 @@ BROKEN = {
         {"blocks.0.attn.proj.lora_down.weight": torch.full((2, 144), torch.nan), "blocks.0.attn.proj.lora_up.weight": torch.randn(144, 2)},
         "NaN or infinite values in lora_down",
     ),
+    "one number": (
+        {"blocks.0.attn.proj.lora_down.weight": torch.tensor(1.0), "blocks.0.attn.proj.lora_up.weight": torch.randn(144, 2)},
+        "don't fit each other",
+    ),
+    "alpha": (
+        {
+            "blocks.0.attn.proj.lora_down.weight": torch.randn(2, 144), "blocks.0.attn.proj.lora_up.weight": torch.randn(144, 2),
+            "blocks.0.attn.proj.alpha": torch.tensor(torch.nan),
+        },
+        "alpha is no finite number",
+    ),
+    "two adapters": (
+        {f"blocks.0.attn.proj.lora_{side}.{name}.weight": torch.randn(144, 144) for side in "AB" for name in ("default", "other")},
+        "lora_A.default.weight and .*lora_A.other.weight are the same matrix",
+    ),
     "alone": ({"blocks.0.attn.proj.alpha": torch.tensor(1.0)}, "only alpha is there"),
     "twice": ({f"{p}blocks.0.attn.proj.diff": torch.randn(144, 144) for p in ("", "transformer.")}, "change the same weight"),
     "magnitude": (
@@ -172,6 +187,19 @@ def test_damaged_files_are_refused_whole(case, model, weights, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         merge(save({**adapter_factory.make("difference", weights).tensors, **tensors}, tmp_path), model)
     assert_equal(model, weights)
+
+
+def test_an_algorithm_that_is_not_known_is_no_damage(model, weights, tmp_path):
+    """LyCORIS' OFT: blocks and an alpha."""
+    tensors = {}
+    for module in ("lycoris_blocks_0_attn_qkv", "lycoris_blocks_1_mlp_fc1"):
+        tensors |= {f"{module}.oft_blocks": torch.randn(4, 36, 36), f"{module}.alpha": torch.tensor(0.0)}
+    with pytest.raises(CheckpointError, match="of no supported kind.*lycoris_blocks_0_attn_qkv.*expected LoRA, LoHa, LoKr or DoRA"):
+        merge(save(tensors, tmp_path), model)
+    good = adapter_factory.make("native", weights)
+    fit = merge(save({**good.tensors, **tensors}, tmp_path), model)
+    assert_equal(model, good.merged(weights, 1.0))
+    assert "4 of no supported kind" in fit.describe()
 
 
 def test_whole_checkpoints_are_no_lora(file, tmp_path):

@@ -105,6 +105,19 @@ def test_methods_that_only_peft_can_run_are_refused(config, message):
 def test_damaged_settings_are_named():
     with pytest.raises(CheckpointError, match="lora_alpha is 'much'"):
         settings_from_config({"r": 4, "lora_alpha": "much"}, "x")
+    for patterns in (["to_q"], "to_q", 3):
+        with pytest.raises(CheckpointError, match="rank_pattern is a (list|str|int); expected an object"):
+            settings_from_config({"r": 4, "rank_pattern": patterns}, "x")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_dora_without_magnitudes_is_refused(tmp_path):
+    """Applied as a plain LoRA it would be another picture."""
+    randomized(CASES["dora"]()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "magnitude" not in key or "to_v" in key}, file)
+    with pytest.raises(CheckpointError, match=r"(?s)damaged.*attn1.to_q: its settings say DoRA, but the magnitude is missing"):
+        load_adapter(tmp_path)
 
 
 def test_folders_without_weights_or_config_are_named(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from demo.autoencoder import (
     LATENT_BIAS,
@@ -17,6 +17,7 @@ from demo.autoencoder import (
     encode,
     latents_from_rgb,
     load_decoder,
+    main,
     measure_psnr,
     sample_crops,
     save_autoencoder,
@@ -70,10 +71,31 @@ def test_saved_file_has_the_taesd_layout(tmp_path: Path) -> None:
     assert tensors["taesd_encoder.14.weight"].shape == (4, 64, 3, 3)
     assert tensors["taesd_decoder.1.weight"].shape == (64, 4, 3, 3)
     assert tensors["taesd_decoder.19.weight"].shape == (3, 64, 3, 3)
-    assert {v.dtype for k, v in tensors.items() if k.startswith("taesd")} == {torch.float16}
+    assert {v.dtype for k, v in tensors.items() if k.startswith(("taesd_decoder", "taesd_encoder.14"))} == {torch.float16}
+    assert tensors["taesd_encoder.3.conv.0.weight"].dtype == torch.float8_e4m3fn
     latents = torch.randn(1, 4, 4, 6)
     with torch.no_grad():
         assert (load_decoder(file)(latents) - decoder(latents)).abs().max() < 0.01
+
+
+def test_the_encoders_fp8_is_exact(tmp_path: Path) -> None:
+    save_autoencoder(build_decoder(), tmp_path / "vae.safetensors")
+    stored = load_file(tmp_path / "vae.safetensors")
+    for key, value in build_encoder().state_dict().items():
+        assert torch.equal(stored[f"taesd_encoder.{key}"].half(), value.half()), key
+
+
+def test_repacking_keeps_every_number_and_saves_a_quarter(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A file as it was written before, all of it fp16."""
+    file, before = tmp_path / "vae.safetensors", {key: v.half() for key, v in load_file(VAE_FILE).items() if key.startswith("taesd")}
+    save_file(before | {"vae_scale": torch.tensor(VAE_SCALE), "vae_shift": torch.tensor(0.0)}, file)
+    size = file.stat().st_size
+    main(["--repack", "--out", str(file)])
+    after = load_file(file)
+    assert file.stat().st_size < 0.76 * size
+    assert set(after) == {*before, "vae_scale", "vae_shift"}
+    assert all(torch.equal(after[key].half(), value) for key, value in before.items())
+    assert "dB" in "".join(capsys.readouterr())
 
 
 def test_crops_are_pictures_and_reproducible() -> None:

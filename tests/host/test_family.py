@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from scipy import ndimage
 
 from demo.launch import graph as workflow
 from demo.launch.client import ComfyClient, Graph, QueueError
+from demo.evaluate_control import CONTROLNET
+from demo.reader import read_picture
 from pixart.config import get_variant
 from pixart.controlnet import ControlNetConfig, PixArtControlNet
 from tests.support.demo import DEMO, ROOT, SECOND_MODEL
@@ -72,6 +76,28 @@ def test_a_controlnet_changes_the_picture_as_strong_as_it_is_set(client: ComfyCl
     assert 0.001 < weak < strong
 
 
+@pytest.mark.skipif(not CONTROLNET.is_file(), reason="demo/weights has no ControlNet yet")
+def test_the_demos_controlnet_draws_the_outlines_of_the_picture(client: ComfyClient) -> None:
+    """What isn't background overlaps with the picture's objects: far better with the ControlNet than without."""
+    graph = api("controlnet-demo")
+    wanted = objects(np.asarray(Image.open(ROOT / "demo/inputs/pixart-scene.png").convert("RGB")) / 255)
+    overlap = {}
+    for strength in (0.0, 1.0):
+        node_of(graph, "ControlNetApplyAdvanced")["strength"] = strength
+        found = []
+        for seed in (1, 2, 3):
+            node_of(graph, "KSampler")["seed"] = seed
+            drawn = objects(picture(client, graph))
+            found.append((drawn & wanted).sum() / (drawn | wanted).sum())
+        overlap[strength] = np.mean(found)
+    assert overlap[1.0] > max(0.7, overlap[0.0] + 0.1), overlap
+
+
+def objects(image: np.ndarray) -> np.ndarray:
+    """Pixels that have another colour than the frame."""
+    return np.abs(image - np.median(image[:4].reshape(-1, 3), axis=0)).max(-1) > 0.25
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"), [({"hidden_size": 144, "num_heads": 2}, "144 wide, the model 216"), ({"depth": 8}, "at most 7")]
 )
@@ -84,10 +110,22 @@ def test_a_controlnet_of_another_model_stops_with_both_numbers(client: ComfyClie
 
 def test_the_second_stage_finishes_what_the_first_began(client: ComfyClient) -> None:
     graph = on_demo(api("900m-two-stage"))
+    next(node for node in graph.values() if node["_meta"]["title"] == "Prompt")["inputs"]["text"] = RED
     one = picture(client, graph)
+    assert {found.color for found in read_picture(one).objects} == {"red"}
     stages = [node["inputs"] for node in graph.values() if node["class_type"] == "PixArtModelLoader"]
     stages[1]["model_name"] = SECOND_MODEL
     assert np.abs(picture(client, graph) - one).mean() > 0.01
+
+
+def test_inpainting_at_full_size_keeps_what_is_not_masked(client: ComfyClient) -> None:
+    """The mask goes through cropping too."""
+    result = picture(client, on_demo(api("inpaint-sigma-1024")))
+    source = np.asarray(Image.open(ROOT / "demo/inputs/pixart-inpaint.png").convert("RGBA"), np.float32) / 255
+    masked = source[..., 3] == 0
+    far = ~ndimage.binary_dilation(masked, iterations=24)  # the autoencoder sees a little across the mask's edge
+    change = np.abs(result - source[..., :3])
+    assert change[far].mean() < 0.05 < change[masked].mean()
 
 
 def test_one_step_is_one_forward(client: ComfyClient) -> None:

@@ -132,6 +132,36 @@ def test_the_hint_is_encoded_once_and_fitted_to_the_picture(sigma, control, capl
     assert not any("hint" in message for message in caplog.messages)
 
 
+def test_hints_with_transparency_or_in_one_channel(sigma, control, monkeypatch) -> None:
+    """An alpha channel is left out, grey stands for all three colours."""
+    seen, grey = steps_of(sigma, monkeypatch), picture()[..., :1]
+    for image in (picture(), torch.cat([picture(), torch.rand(1, 64, 64, 1)], -1), grey, grey.repeat(1, 1, 1, 3)):
+        sample(sigma, *applied(control, image=image), steps=1)
+    color, transparent, one, three = (given[4]["input"][0] for given in seen)
+    assert torch.equal(color, transparent) and torch.equal(one, three) and not torch.equal(color, one)
+
+
+def test_together_with_pag_and_regional_prompts(sigma, control) -> None:
+    """One Euler step without CFG ends at the prediction: that of the controlled regions, away from its own perturbed one."""
+    pag, transformer = host.pack_module("nodes.guidance").PixArtPAG, host.pack_module("nodes.host.transformer")
+    mask = torch.zeros(1, 8, 8)
+    mask[..., :3] = 1
+    set_mask = host_nodes.ConditioningSetMask().append
+    regions = [*set_mask(captions(5), mask, "default", 1.0)[0], *set_mask(captions(9, seed=4), 1 - mask, "default", 1.0)[0]]
+
+    def draw(model, positive) -> torch.Tensor:
+        return sample(model, positive, captions(1), steps=1, cfg=1.0)
+
+    controlled, _ = applied(control, positive=regions, negative=captions(1))
+    weak = sigma.clone()
+    weak.model_options["transformer_options"] = {transformer.IDENTITY_ATTENTION: frozenset({0, 2})}
+    expected = draw(sigma, controlled) + 2.0 * (draw(sigma, controlled) - draw(weak, controlled))
+    found = draw(pag.execute(sigma, "perturbed attention", "0, 2", 2.0, 0.0, 1.0).result[0], controlled)
+    assert difference(found, expected) < 1e-4
+    assert min(difference(found, draw(sigma, controlled)), difference(draw(sigma, controlled), draw(sigma, regions))) > 1e-3
+    assert difference(draw(sigma, regions), draw(sigma, captions(5))) > 1e-3
+
+
 @pytest.mark.parametrize("size", [(7, 9), (8, 12)])
 def test_any_latent_size(sigma, control, size) -> None:
     out = sample(sigma, *applied(control), torch.zeros(1, 4, *size), steps=1)

@@ -137,6 +137,20 @@ def test_blocks_that_the_model_does_not_have_are_refused(sigma, text: str, named
         guided(sigma, blocks=text)
 
 
+def test_a_range_without_steps_is_refused(sigma) -> None:
+    """It would be a silent no-op."""
+    with pytest.raises(errors.InputError, match="start_percent is 0.6 and end_percent 0.4"):
+        guided(sigma, start=0.6, end=0.4)
+
+
+def test_blocks_of_the_900m(tmp_path) -> None:
+    """Depth 42: the list reaches its last block, and no further."""
+    deep = load_model(write_model(tmp_path, depth=42, hidden=72))
+    assert difference(run(guided(deep, blocks="14, 30-41"), steps=1), run(deep, steps=1)) > 1e-4
+    with pytest.raises(errors.InputError, match="'40-42'.*from 0 to 41"):
+        guided(deep, blocks="40-42")
+
+
 def test_other_models_are_refused(sigma) -> None:
     class Other:
         model = type("M", (), {"diffusion_model": torch.nn.Linear(1, 1)})()

@@ -1,10 +1,14 @@
-"""The consistency decoder through the host's VAE nodes."""
+"""The consistency decoder, and the demo's autoencoder, through the host's VAE nodes."""
 from __future__ import annotations
 
 import nodes as host_nodes
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from demo.autoencoder import VAE_FILE, load_decoder, save_autoencoder
+from demo.scenes import render, sample_scene
 from tests.support import host
 from tests.support.tiny_consistency import tiny_decoder, write_decoder
 
@@ -42,3 +46,21 @@ def test_tiled_decoding_of_one_tile_is_the_same(vae) -> None:
 def test_names_outside_the_folder_are_refused(models) -> None:
     with pytest.raises(errors.CheckpointError, match="not in the folder vae"):
         host.pack_module("nodes.vae").PixArtConsistencyDecoder.execute("../x")
+
+
+def test_the_demos_fp8_encoder_is_the_same_for_the_host_and_the_core(models) -> None:
+    """The repacked file beside all of it in fp16: the plain VAELoader, and the core's diffusers module."""
+    wide = {key: value.half() if key.startswith("taesd") else value for key, value in load_file(VAE_FILE).items()}
+    save_file(wide, models / "vae" / "wide.safetensors")
+    save_autoencoder(load_decoder(VAE_FILE), models / "vae" / "packed.safetensors")
+    pixels = torch.from_numpy(render(sample_scene(np.random.default_rng(0)), 96, 64))[None]
+    results = []
+    for name in ("wide", "packed"):
+        vae = host_nodes.VAELoader().load_vae(f"{name}.safetensors")[0]
+        core = host.pack_module("pixart.vae").load_vae(models / "vae" / f"{name}.safetensors", 0.13025)
+        latents = vae.encode(pixels)
+        results.append((latents, vae.decode(latents), core.encode(pixels.movedim(-1, 1)), core.decode(latents * 0.13025)))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+    decoded = results[0][1]
+    assert pixels.std() > 0.05 and (decoded - pixels).abs().mean() < 0.05
