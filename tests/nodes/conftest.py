@@ -58,3 +58,9 @@ def t5_file(reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A T5 with the layer count, feed-forward width and vocabulary of XXL, otherwise tiny."""
     return tiny_text.save_slim_xxl(tmp_path_factory.mktemp("xxl") / "t5xxl.safetensors")
+
+
+@pytest.fixture(scope="session")
+def clip(t5_file: Path):
+    """The tiny T5 as CLIP."""
+    return host.pack_module("nodes.host.text_encoder").load_t5(str(t5_file), "default", "default")
