@@ -14,7 +14,7 @@ from .keys import NULL_CAPTION_KEY, POSITION_KEY
 from .sizes import StoredPositions, main_dtype, read_sizes, read_stored_positions
 
 AUTO = "auto"
-TOKENS_OF_FAMILY = {"alpha": 120, "sigma": 300}
+TOKENS_OF_FAMILY = {variant.family: variant.max_tokens for variant in map(get_variant, variant_names())}
 VAE_TITLES = {
     "sd1": "SD1 (scale 0.18215, e.g. sd-vae-ft-ema)",
     "sdxl": "SDXL (scale 0.13025)",
