@@ -65,13 +65,16 @@ def denoise(
     latents = noise * scheduler.init_noise_sigma
     rows = context.states.shape[0]
     dtype = context.states.dtype
+    # What no step changes: a mask that hides nothing would cost faster attention kernels.
+    mask = None if context.mask.all() else context.mask
+    positions = transformer.positions_of(noise)
     size = None if size is None else size.expand(rows, 2)
     for index, timestep in enumerate(tqdm(scheduler.timesteps, disable=not progress)):
         inputs = scheduler.scale_model_input(latents, timestep)
         inputs = inputs if guidance is None else torch.cat([inputs, inputs])
         active = [one for one in kv_compression if one.active_at(moments[index])]
         predicted = transformer(
-            inputs.to(dtype), timestep.expand(rows), context.states, context.mask, size, kv_compression=active
+            inputs.to(dtype), timestep.expand(rows), context.states, mask, size, kv_compression=active, positions=positions
         )
         predicted = predicted[:, : latents.shape[1]].float()  # the other half is the learned variance
         if guidance is not None:
