@@ -1,8 +1,6 @@
 """A step through the host: one graph for TorchCompileModel, compressed or not, and nothing in it that waits for the GPU."""
 from __future__ import annotations
 
-import copy
-
 import comfy.ldm.modules.attention as host_attention
 import pytest
 import torch
@@ -77,7 +75,7 @@ def test_no_step_waits_for_the_device(tmp_path, micro: bool, compress: bool) -> 
     sizes = {"micro": True, "null_rows": 120, "hidden": 144} if micro else {}
     patcher = load_model(write_model(tmp_path, depth=2, **sizes))
     patcher = patch(patcher) if compress else patcher
-    model = copy.deepcopy(patcher.model).to("meta")
+    model = patcher.model.to("meta")
     latent, sigma = torch.empty(1, 4, 9, 14, device="meta"), torch.empty(2, device="meta")
     given = ((captions(5)[0][0], None), (captions(3)[0][0], torch.tensor([[1, 1, 0]])))
     conds = [
