@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [options]`: forward, memory, pipeline, text, text_quality, graph_memory, full_size, kv_quality."""
+"""`python -m benchmarks NAME [options]`; README.md has the names."""
 from __future__ import annotations
 
 import importlib
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-HELPERS = ("__init__", "__main__", "report", "peers", "timing", "plots", "text_report", "xxl", "graph_report")
+HELPERS = ("__init__", "__main__", "report", "peers", "timing", "plots", "rate", "text_report", "xxl", "graph_report")
 
 
 def main(arguments: list[str]) -> int:

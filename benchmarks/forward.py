@@ -1,4 +1,7 @@
-"""One step with guidance beside the peers: `python -m benchmarks forward --px 256,512 --peers comfyui,diffusers`."""
+"""One step with guidance beside the peers: `python -m benchmarks forward --px 256,512 --peers comfyui,diffusers`.
+
+`--kv 14:2,28:4 --px 2048,4096 --peers ""` times KV compression of 14 of the 28 blocks by 2, and of all by 4, beside none.
+"""
 from __future__ import annotations
 
 import argparse
@@ -10,7 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks import plots
-from benchmarks.peers import CFG, CORE, OURS, PADDED, TOKENS, Size, Workload, make_peer
+from benchmarks.peers import CFG, CORE, OURS, PADDED, TOKENS, Compressed, Size, Workload, make_peer
+from benchmarks.rate import matmul_rate, step_flops
 from benchmarks.report import machine
 from benchmarks.timing import ratio, summarise, take_turns
 
@@ -23,14 +27,14 @@ CPU_BLOCKS = {256: 28, 512: 28, 1024: 8, 2048: 2, 2880: 1, 4096: 1}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     chosen = parse(arguments)
-    name = f"forward-{chosen.device}-{chosen.dtype}"
+    name = f"forward-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else "")
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG, "tokens": TOKENS,
-        "diffusers_tokens": PADDED, "rounds": chosen.rounds, "peers": chosen.peers, "sizes": [],
+        "diffusers_tokens": PADDED, "matmul_rate": matmul_rate(DTYPES[chosen.dtype], chosen.device), "rounds": chosen.rounds, "peers": chosen.peers, "kv": [str(one) for one in chosen.kv], "sizes": [],
     }  # fmt: skip
     for pixels in chosen.px:
         size = Size(pixels, chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28))
-        report["sizes"].append(measure(size, [OURS, CORE, *chosen.peers], chosen))
+        report["sizes"].append(measure(size, contender_names(chosen), chosen))
         write(report, chosen.out, name)
         print(markdown(report), flush=True)
 
@@ -39,7 +43,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, lists split."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks forward", description=__doc__)
     parser.add_argument("--px", type=lambda text: [int(part) for part in text.split(",")], default=[256, 512, 1024], help="sides in pixels")
-    parser.add_argument("--peers", type=lambda text: [part for part in text.split(",") if part], default=["comfyui", "diffusers"])
+    parser.add_argument("--peers", type=lambda text: [part for part in text.split(",") if part], default=["comfyui", "diffusers"], help="also: compiled, our core under torch.compile")
+    parser.add_argument(
+        "--kv", type=parse_kv, default=[], metavar="BLOCKS:RATIO,...",
+        help="also ours with KV compression; blocks are counted of 28, the last ones, and fewer of them where fewer are run",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--blocks", type=int, help="of the 28 (default: all; on a CPU fewer above 512 px)")
@@ -49,13 +57,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def parse_kv(text: str) -> list[Compressed]:
+    """"14:2,28:4" as a list."""
+    try:
+        return [Compressed.parse(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def measure(size: Size, names: Sequence[str], chosen: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every peer at one size, and our ratio to each."""
+    """Seconds of every peer at one size, our ratio to each, and that of KV compression to none."""
     work = Workload(size, DTYPES[chosen.dtype], chosen.device)
     contenders, errors = {}, {}
     for name in names:
-        run = make_peer(name, work)
         try:
+            run = make_peer(name, work)
             run()  # the warm-up
             contenders[name] = run
         except Exception as error:  # a peer that can't draw this size is a result; we must be able to
@@ -65,10 +81,16 @@ def measure(size: Size, names: Sequence[str], chosen: argparse.Namespace) -> dic
     seconds = take_turns(contenders, chosen.rounds)
     return {
         "errors": errors,
-        "pixels": size.pixels, "image_tokens": size.tokens, "blocks": size.blocks,
+        "pixels": size.pixels, "image_tokens": size.tokens, "blocks": size.blocks, "flops": step_flops(work),
         "seconds": {name: summarise(times) for name, times in seconds.items()},
-        "ratio": {name: ratio(seconds[OURS], times) for name, times in seconds.items() if name not in (OURS, CORE)},
+        "ratio": {name: ratio(seconds[OURS], times) for name, times in seconds.items() if name in chosen.peers},
+        "kv_ratio": {str(kv): ratio(seconds[name], seconds[OURS]) for kv in chosen.kv if (name := f"{OURS} {kv}") in seconds},
     }  # fmt: skip
+
+
+def contender_names(chosen: argparse.Namespace) -> list[str]:
+    """Ours and the core, ours compressed, and the peers."""
+    return [OURS, CORE, *(f"{OURS} {kv}" for kv in chosen.kv), *chosen.peers]
 
 
 def device_name(device: str) -> str:
@@ -83,29 +105,43 @@ def write(report: dict[str, Any], folder: Path, name: str) -> None:
     (folder / f"{name}.md").write_text(markdown(report) + "\n", encoding="utf-8")
     if len(report["sizes"]) > 1:
         plots.time_against_tokens(report, folder / f"{name}.png")
+    if report["kv"]:
+        plots.time_against_ratio(report, folder / f"{name}-ratio.png")
 
 
 def markdown(report: dict[str, Any]) -> str:
     """A table of medians, spreads and ratios, and the exponents."""
-    names = [OURS, CORE, *report["peers"]]
-    peers = report["peers"]
-    heads = [*(f"{name} s" for name in names), *(f"ours / {peer}" for peer in peers)]
+    peers, compressed = report["peers"], report["kv"]
+    names = [OURS, CORE, *(f"{OURS} {kv}" for kv in compressed), *peers]
+    heads = [*(f"{name} s" for name in names), *(f"ours / {peer}" for peer in peers), *(f"{kv} / uncompressed" for kv in compressed)]
     lines = ["| px | tokens | blocks | " + " | ".join(heads) + " |", "|" + "---|" * (3 + len(heads))]
     for size in report["sizes"]:
         cells = [cell(size["seconds"].get(name)) for name in names]
         cells += [f"{size['ratio'][peer]:.2f}" if peer in size["ratio"] else "" for peer in peers]
+        cells += [f"{size['kv_ratio'][kv]:.2f}" if kv in size["kv_ratio"] else "" for kv in compressed]
         lines.append(f"| {size['pixels']} | {size['image_tokens']} | {size['blocks']} | " + " | ".join(cells) + " |")
     for size in report["sizes"]:
         lines += [f"\n{name} can't draw {size['pixels']} px: {error}." for name, error in size["errors"].items()]
+    rates = [f"{name} {rate_of(report, name):.0%}" for name in names if name in report["sizes"][-1]["seconds"] and " " not in name]
+    lines += ["", f"Share of the machine's rate of matrix products ({report['matmul_rate'] / 1e12:.2f} TFLOP/s), at the last size: {', '.join(rates)}."]
     fitted = ", ".join(f"{name} {power:.2f}" for name in names if (power := plots.power(report, name)))
     if fitted:
         lines += ["", f"Time per block grows with the number of tokens to the power: {fitted}."]
+    if compressed:
+        lines += ["", "BLOCKS:RATIO is training-free KV compression, an approximation, of the last so many of 28 blocks (where fewer are "
+                  "run, of that part of them); its ratios are to ours without, turn by turn."]  # fmt: skip
     facts = report["machine"]
     lines += ["", f"One step with guidance {report['cfg']}, {report['dtype']}, {report['device']}; prompts of {report['tokens'][0]} and "
               f"{report['tokens'][1]} tokens (diffusers: {report['diffusers_tokens']} each); median of {report['rounds']} turns ± half the "
               f"distance of the quartiles. {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, "
               f"ComfyUI {facts['comfyui']}. {report['note']}".rstrip()]  # fmt: skip
     return "\n".join(lines)
+
+
+def rate_of(report: dict[str, Any], name: str) -> float:
+    """Operations per second at the last size, beside those of bare matrix products."""
+    last = report["sizes"][-1]
+    return last["flops"] / last["seconds"][name]["median"] / report["matmul_rate"]
 
 
 def cell(figures: dict[str, Any] | None) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from benchmarks import plots
-from benchmarks.forward import CPU_BLOCKS, DTYPES, device_name, parse
+from benchmarks.forward import CPU_BLOCKS, DTYPES, contender_names, device_name, parse
 from benchmarks.full_size import memory as process_memory
 from benchmarks.full_size import reset_peak
-from benchmarks.peers import CFG, CORE, OURS, Size, Workload, make_peer
+from benchmarks.peers import CFG, Size, Workload, make_peer
 from benchmarks.report import machine
 
 MIB = 2**20
@@ -31,13 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parse(arguments)
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG,
-        "peers": chosen.peers, "sizes": [],
+        "contenders": contender_names(chosen), "sizes": [],
     }  # fmt: skip
     for pixels in chosen.px:
         blocks = chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28)
-        found = {name: run_child(name, pixels, blocks, chosen) for name in (OURS, CORE, *chosen.peers)}
+        found = {name: run_child(name, pixels, blocks, chosen) for name in report["contenders"]}
         report["sizes"].append({"pixels": pixels, "image_tokens": (pixels // 16) ** 2, "blocks": blocks, "mib": found})
-        write(report, chosen.out, f"memory-{chosen.device}-{chosen.dtype}")
+        write(report, chosen.out, f"memory-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else ""))
         print(markdown(report), flush=True)
 
 
@@ -78,11 +78,12 @@ def write(report: dict[str, Any], folder: Path, name: str) -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     """A table of peaks."""
-    names = [OURS, CORE, *report["peers"]]
+    names = report["contenders"]
     lines = ["| px | tokens | blocks | " + " | ".join(f"{name} MiB" for name in names) + " |", "|" + "---|" * (3 + len(names))]
     for size in report["sizes"]:
         cells = [f"{value:.0f}" if not isinstance(value, str) else "fails" for value in size["mib"].values()]
         lines.append(f"| {size['pixels']} | {size['image_tokens']} | {size['blocks']} | " + " | ".join(cells) + " |")
+        lines += [f"\n{name} fails at {size['pixels']} px: {value}" for name, value in size["mib"].items() if isinstance(value, str)]
     facts = report["machine"]
     lines += ["", f"Peak of one step with guidance above the loaded weights, {report['dtype']}, {report['device']}. {facts['cpu']}, "
               f"torch {facts['torch']}, ComfyUI {facts['comfyui']}. {report['note']}".rstrip()]  # fmt: skip

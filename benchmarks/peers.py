@@ -1,4 +1,4 @@
-"""One step with guidance on the same random XL/2 weights: ours, ComfyUI's own PixArt, and diffusers'."""
+"""One step with guidance on the same random XL/2 weights: ours, with KV compression too, ComfyUI's own PixArt, and diffusers'."""
 from __future__ import annotations
 
 import importlib
@@ -23,7 +23,33 @@ from tests.support.checkpoint_factory import diffusers_config, stored_positions
 CFG, TIMESTEP = 4.5, 500
 TOKENS = (60, 1)  # of the prompt and the empty negative prompt: unequal, as in use
 PADDED = 300  # tokens that diffusers' Σ pipeline always computes
-OURS, CORE, NATIVE, DIFFUSERS = "ours", "core", "comfyui", "diffusers"
+OURS, CORE, COMPILED, NATIVE, DIFFUSERS = "ours", "core", "compiled", "comfyui", "diffusers"
+XL_BLOCKS = 28
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Training-free KV compression of the last `blocks` of 28 by `ratio`; written "14:2"."""
+
+    blocks: int
+    ratio: int
+
+    @classmethod
+    def parse(cls, text: str) -> Compressed:
+        """Raises ValueError for anything but BLOCKS:RATIO."""
+        blocks, _, ratio = text.partition(":")
+        if not (blocks.isdecimal() and ratio.isdecimal() and 1 <= int(blocks) <= XL_BLOCKS and int(ratio) > 1):
+            raise ValueError(f"{text!r} is no BLOCKS:RATIO; expected 1 to {XL_BLOCKS} blocks and a ratio of 2 or more, like 14:2.")
+        return cls(int(blocks), int(ratio))
+
+    def __str__(self) -> str:
+        return f"{self.blocks}:{self.ratio}"
+
+    def first_block(self, depth: int) -> int:
+        """Where it begins in a model of fewer blocks; raises ValueError if that is no whole number of them."""
+        if self.blocks * depth % XL_BLOCKS:
+            raise ValueError(f"{self.blocks} of {XL_BLOCKS} blocks is no whole number of {depth}; choose --blocks that fit")
+        return depth - self.blocks * depth // XL_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -47,6 +73,7 @@ class Workload:
         generator = torch.Generator().manual_seed(size.pixels)
         side = size.pixels // 8
         self.latent = torch.randn(1, 4, side, side, generator=generator)
+        self.models: dict[str, Any] = {}  # of the host, by loader
         self.captions = [torch.randn(1, length, self.config.caption_channels, generator=generator) for length in TOKENS]
 
     @cached_property
@@ -68,11 +95,12 @@ class Workload:
 
 
 def make_peer(name: str, work: Workload) -> Callable[[], float]:
-    """A function that runs one step with guidance and returns its seconds."""
-    make = {OURS: _host_step, NATIVE: _host_step, CORE: _core_step, DIFFUSERS: _diffusers_step}
-    if name not in make:
-        raise ValueError(f"Unknown peer {name!r}; expected one of {', '.join(make)}.")
-    return make[name](work, name)
+    """A function that runs one step with guidance and returns its seconds; "ours 14:2" is ours with KV compression."""
+    make = {OURS: _host_step, NATIVE: _host_step, CORE: _core_step, COMPILED: _core_step, DIFFUSERS: _diffusers_step}
+    peer, _, compressed = name.partition(" ")
+    if peer not in make or (compressed and peer != OURS):
+        raise ValueError(f"Unknown peer {name!r}; expected one of {', '.join(make)}, or {OURS} BLOCKS:RATIO.")
+    return make[peer](work, name)
 
 
 def _host_step(work: Workload, name: str) -> Callable[[], float]:
@@ -81,7 +109,7 @@ def _host_step(work: Workload, name: str) -> Callable[[], float]:
 
     host.load_pack()
     sampling, samplers = importlib.import_module("comfy.sample"), importlib.import_module("comfy.samplers")
-    model = _host_model(work, name)
+    model = host_model(work, name)
     model.set_model_compute_dtype(work.dtype)  # on a CPU the host would compute all in fp32
     positive, negative = ([[caption, {}]] for caption in work.captions)
     times: list[float] = []
@@ -107,7 +135,21 @@ def _host_step(work: Workload, name: str) -> Callable[[], float]:
     return step
 
 
-def _host_model(work: Workload, name: str) -> Any:
+def host_model(work: Workload, name: str) -> Any:
+    """A MODEL of its own to patch; peers of one loader share its weights."""
+    from tests.support import host
+
+    loader, _, compressed = name.partition(" ")
+    if loader not in work.models:
+        work.models[loader] = _load(work, loader)
+    if not compressed:
+        return work.models[loader].clone()
+    wanted = Compressed.parse(compressed)
+    patch = host.pack_module("pixart.kv_compress").KVCompression(wanted.ratio, first_block=wanted.first_block(work.size.blocks))
+    return host.pack_module("nodes.host.kv_compress").compress_model(work.models[loader], patch)
+
+
+def _load(work: Workload, name: str) -> Any:
     """The weights as MODEL, by our loader or by UNETLoader's."""
     from tests.support import host
 
@@ -130,10 +172,12 @@ def core_model(work: Workload) -> PixArtTransformer:
 
 
 def _core_step(work: Workload, name: str) -> Callable[[], float]:
-    """Our transformer without a host: captions padded to the longer one, as pixart.Pipeline does."""
+    """Our transformer without a host, under torch.compile or not: captions and positions as pixart.Pipeline gives them."""
     model = core_model(work)
     context, mask = work.padded_captions(max(TOKENS))
-    return _timed(work, lambda latent, timestep: model(latent, timestep, context, mask))
+    positions = model.positions_of(work.latent.to(work.device))
+    run = torch.compile(model, fullgraph=True) if name == COMPILED else model
+    return _timed(work, lambda latent, timestep: run(latent, timestep, context, mask, positions=positions))
 
 
 def diffusers_model(work: Workload) -> Any:

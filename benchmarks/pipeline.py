@@ -22,6 +22,8 @@ STEPS = 4
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; the options are those of `forward` (the peer is always diffusers)."""
     chosen = parse(sys.argv[1:] if arguments is None else arguments)
+    if chosen.kv:
+        sys.exit("--kv is for forward and memory; leave it out here.")
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG, "steps": STEPS,
         "rounds": chosen.rounds, "sizes": [],

@@ -42,6 +42,68 @@ def time_against_tokens(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def time_against_ratio(report: dict[str, Any], path: Path) -> None:
+    """Time of a step beside the uncompressed one over R; a line for each size and number of compressed blocks."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=110)
+    for size in report["sizes"]:
+        lines: dict[str, dict[int, float]] = {}
+        for name, share in size["kv_ratio"].items():
+            blocks, _, ratio = name.partition(":")
+            lines.setdefault(blocks, {1: 1.0})[int(ratio)] = share
+        for blocks, points in lines.items():
+            label = f"{size['pixels']} px, {blocks} of 28 blocks" + ("" if size["blocks"] == 28 else f" ({size['blocks']} run)")
+            axes.plot(sorted(points), [points[ratio] for ratio in sorted(points)], marker="o", label=label)
+    axes.set_xticks(sorted({1, *(int(name.partition(":")[2]) for name in report["kv"])}))
+    axes.set(xlabel="R (1 is uncompressed)", ylabel="time of a step / uncompressed", ylim=(0, None))
+    axes.set_title(f"KV compression, one step with guidance, {report['dtype']}, {report['device']}", fontsize=10)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def attention_errors(report: dict[str, Any], path: Path) -> None:
+    """Error of attention, and of the prediction, over ranges of blocks; one line for each method and ratio."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=110, constrained_layout=True)
+    rows = report["results"]
+    for method, ratio in dict.fromkeys((row["method"], row["ratio"]) for row in rows):
+        found = [row for row in rows if (row["method"], row["ratio"]) == (method, ratio)]
+        names = [f"{row['first_block']}-{row['last_block']}" for row in found]
+        for each, kind in zip(axes, ("attention", "prediction")):
+            each.plot(names, [row[kind] for row in found], "o-", label=f"{method} {ratio}")
+    for each, title in zip(axes, ("error of attention", "error of the predicted noise")):
+        each.set(xlabel="compressed blocks", ylabel="relative error", title=title, ylim=(0, None))
+        each.grid(alpha=0.3)
+    axes[1].legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def tradeoff(report: dict[str, Any], path: Path) -> None:
+    """Alignment, and distance from the uncompressed picture, over the time of a step; one marker a size."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), dpi=110, constrained_layout=True)
+    points = report["points"]
+    sizes = sorted({point["pixels"] for point in points})
+    for group in dict.fromkeys(point["group"] for point in points):
+        colour = None
+        for pixels, marker in zip(sizes, "osD^v*"):
+            found = [point for point in points if (point["group"], point["pixels"]) == (group, pixels)]
+            times = [point["time"] for point in found]
+            (line,) = axes[0].plot(times, [100 * point["alignment"] for point in found], marker, color=colour, label=f"{group}, {pixels} px")
+            colour = line.get_color()
+            axes[1].plot(times, [point["latent_error"] for point in found], marker, color=colour)
+    axes[0].set(ylabel="pictures as asked, %", title="alignment of the demo's pictures")
+    axes[1].set(ylabel="relative error of the latent", title="distance from the uncompressed picture")
+    for each in axes:
+        each.set(xlabel="time of a full-size step / uncompressed")
+        each.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def memory(report: dict[str, Any], path: Path) -> None:
     """Peak MiB of every peer, in groups by size."""
     figure, axes = plt.subplots(figsize=(7, 4), dpi=110)

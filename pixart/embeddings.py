@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Positions = tuple[Tensor, Tensor]  # of rows and of columns, see `axis_positions`
 FREQUENCY_SIZE = 256  # sinusoid channels of timesteps and sizes, in every PixArt
 DEVICES_WITH_FP64 = ("cpu", "cuda", "meta")  # MPS has none, nor have some XPUs
 
@@ -28,17 +29,34 @@ def position_table(
     second the row (y); each half is sines, then cosines (MAE's `get_2d_sincos_pos_embed`, as PixArt
     calls it). fp32 whatever the model's dtype: in bf16 the table is wrong by up to 0.2.
     """
-    y = torch.arange(rows, dtype=torch.float32, device=device) * (position_range / rows)
-    x = torch.arange(columns, dtype=torch.float32, device=device) * (position_range / columns)
-    frequencies = position_frequencies(hidden_size // 4, y.device)
+    by_row, by_column = axis_positions(rows, columns, hidden_size, position_range, device)
+    by_row = by_row[:, None].expand(rows, columns, -1)
+    by_column = by_column[None, :].expand(rows, columns, -1)
+    return torch.cat([by_column, by_row], dim=-1).reshape(rows * columns, hidden_size)
 
-    def encode(coordinate: Tensor) -> Tensor:  # (n,) -> (n, hidden_size / 2)
+
+def axis_positions(
+    rows: int, columns: int, hidden_size: int, position_range: float, device: torch.device | str | None = None
+) -> Positions:
+    """The two halves of `position_table`: of each row and of each column, (n, hidden_size/2) in fp32."""
+    device = torch.get_default_device() if device is None else torch.device(device)
+    frequencies = position_frequencies(hidden_size // 4, device)
+
+    def encode(count: int) -> Tensor:
+        coordinate = torch.arange(count, dtype=torch.float32, device=device) * (position_range / count)
         angles = coordinate[:, None] * frequencies[None]
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-    by_row = encode(y)[:, None].expand(rows, columns, -1)
-    by_column = encode(x)[None, :].expand(rows, columns, -1)
-    return torch.cat([by_column, by_row], dim=-1).reshape(rows * columns, hidden_size)
+    return encode(rows), encode(columns)
+
+
+def add_positions(tokens: Tensor, positions: Positions) -> Tensor:
+    """tokens: (B, rows*columns, D) -> the same plus `position_table`, which at 4096 px would take 300 MB."""
+    by_row, by_column = positions
+    image = tokens.unflatten(1, (len(by_row), len(by_column)))
+    half = by_row.shape[-1]
+    added = torch.cat([image[..., :half] + by_column, image[..., half:] + by_row[:, None]], dim=-1)
+    return added.flatten(1, 2)
 
 
 def position_frequencies(count: int, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from .timesteps import LAST_TIMESTEP
 
 METHODS = ("mean", "stride")
 MAX_RATIO = 8
+NUMBERS = tuple(range(MAX_RATIO + 1))  # by its place here, a ratio that changes between steps stays a number to torch.compile, no symbol
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class KVCompression:
     size_bias: bool = True  # cells cut by the picture's edge weigh as many tokens as they hold
 
     def __post_init__(self) -> None:
+        for name in ("ratio", "first_block", "last_block", "min_tokens"):
+            value = getattr(self, name)
+            _expect(name, value, isinstance(value, int) and not isinstance(value, bool), "a whole number")
+        for name in ("start_percent", "end_percent", "key_scale"):
+            _expect(name, getattr(self, name), isinstance(getattr(self, name), (int, float)), "a number")
         _expect("ratio", self.ratio, 2 <= self.ratio <= MAX_RATIO, f"2 to {MAX_RATIO}, usually 2 or 4")
         _expect("method", self.method, self.method in METHODS, f"one of {', '.join(METHODS)}")
         _expect("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more")
@@ -49,11 +55,14 @@ class KVCompression:
     def blocks(self, depth: int) -> range:
         """The blocks of a model with `depth` of them; raises InputError where there are none of these numbers."""
         last = depth - 1 if self.last_block == -1 else self.last_block
+        if not 0 <= self.first_block <= last < depth:  # texts are made only then: torch.compile comes by here
+            self._raise_outside(depth)
+        return range(self.first_block, last + 1)
+
+    def _raise_outside(self, depth: int) -> None:
         has = f"this model has blocks 0 to {depth - 1}"
         _expect("first_block", self.first_block, 0 <= self.first_block < depth, f"0 to {depth - 1}: {has}")
-        wanted = f"{self.first_block} (first_block) to {depth - 1}, or -1 for the last: {has}"
-        _expect("last_block", self.last_block, self.first_block <= last < depth, wanted)
-        return range(self.first_block, last + 1)
+        _expect("last_block", self.last_block, False, f"{self.first_block} (first_block) to {depth - 1}, or -1 for the last: {has}")
 
     @property
     def always(self) -> bool:
@@ -108,16 +117,17 @@ def compress_keys_values(
     k, v: (B, rows*columns, D) -> (B, cells, D) each, and (B, cells) in k's dtype or None. Cells at the edge
     of a grid that the ratio doesn't divide are smaller; no token is dropped.
     """
+    ratio = NUMBERS[how.ratio]
     if how.method == "mean":
-        keys, values = _mean(k, grid, how.ratio), _mean(v, grid, how.ratio)
+        keys, values = _mean(k, grid, ratio), _mean(v, grid, ratio)
         if how.keep_length:
-            keys = keys * _lost_length(k, keys, grid, heads, how.ratio)
+            keys = keys * _lost_length(k, keys, grid, heads, ratio)
     else:
-        keys, values = (x.unflatten(1, grid)[:, :: how.ratio, :: how.ratio].flatten(1, 2) for x in (k, v))
+        keys, values = (x.unflatten(1, grid)[:, ::ratio, ::ratio].flatten(1, 2) for x in (k, v))
     if how.key_scale != 1:
         keys = keys * how.key_scale
-    ragged = any(side % how.ratio for side in grid)
-    return keys, values, _size_bias(keys, grid, how.ratio) if ragged and how.size_bias else None
+    ragged = any(side % ratio for side in grid)
+    return keys, values, _size_bias(keys, grid, ratio) if ragged and how.size_bias else None
 
 
 def _mean(tokens: Tensor, grid: tuple[int, int], ratio: int) -> Tensor:

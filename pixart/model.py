@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionFunction, torch_attention
 from .config import TransformerConfig
-from .embeddings import CaptionEmbedder, PatchEmbedder, SinusoidEmbedder, position_table
+from .embeddings import CaptionEmbedder, PatchEmbedder, Positions, SinusoidEmbedder, add_positions, axis_positions
 from .errors import InputError
 from .kv_compress import KVCompression, plan_blocks
 from .layers import BlockInputs, FinalLayer, PixArtBlock
@@ -72,6 +72,7 @@ class PixArtTransformer(nn.Module):
         block_residuals: Mapping[int, Tensor] | None = None,
         attention_options: Any = None,
         kv_compression: Sequence[KVCompression] = (),
+        positions: Positions | None = None,
     ) -> Tensor:
         """Predicts from a noisy latent.
 
@@ -83,14 +84,15 @@ class PixArtTransformer(nn.Module):
         attention_options: handed to the attention function as it is.
         kv_compression: training-free approximations that hold at this step (their percents are the caller's
         to look at), each block in at most one.
+        positions: of `positions_of` a latent of this size, which is the same in every step (default: made here).
         Returns (B, out_channels, H, W). Raises InputError where a shape doesn't fit.
         """
         self._check(latent, timestep, context, context_mask, size, block_wrappers, block_residuals)
         height, width = latent.shape[-2:]
         grid = self._grid(latent)
-        self._check_grid(grid)
+        self._check_grid(grid, positions)
         compression = plan_blocks(kv_compression, self.config, grid[0] * grid[1])
-        inputs, embedded_time = self.embed(latent, timestep, context, context_mask, size, attention_options)
+        inputs, embedded_time = self.embed(latent, timestep, context, context_mask, size, attention_options, positions)
         hidden = self._run_blocks(inputs, block_wrappers or {}, block_residuals or {}, compression)
         return self.unembed(hidden, embedded_time, grid)[..., :height, :width]
 
@@ -102,12 +104,13 @@ class PixArtTransformer(nn.Module):
         context_mask: Tensor | None = None,
         size: Tensor | None = None,
         attention_options: Any = None,
+        positions: Positions | None = None,
     ) -> tuple[BlockInputs, Tensor]:
         """What the first block sees, and the embedded time (B, D), which the final layer needs too."""
         dtype = latent.dtype
         embedded_time = self._embed_time(timestep, size, latent.shape[-2:], dtype)  # (B, D)
         inputs = BlockInputs(
-            hidden=self.embed_latent(latent),
+            hidden=self.embed_latent(latent, positions),
             context=self.y_embedder(context.to(dtype)),
             context_mask=None if context_mask is None else context_mask.bool(),
             modulation=self.t_block(embedded_time).float().unflatten(-1, (6, -1)),
@@ -116,13 +119,14 @@ class PixArtTransformer(nn.Module):
         )
         return inputs, embedded_time
 
-    def embed_latent(self, latent: Tensor) -> Tensor:
+    def embed_latent(self, latent: Tensor, positions: Positions | None = None) -> Tensor:
         """Patches with their positions, (B, N, D); a ControlNet's hint enters here too. fp32, see PixArtBlock."""
         hidden = self.x_embedder(pad_to_patches(latent, self.config.patch_size)).float()
-        positions = position_table(
-            *self._grid(latent), self.config.hidden_size, self.config.position_range, hidden.device
-        )
-        return hidden + positions
+        return add_positions(hidden, self.positions_of(latent) if positions is None else positions)
+
+    def positions_of(self, latent: Tensor) -> Positions:
+        """Positions of a latent's tokens, fp32 on its device; only its height and width matter."""
+        return axis_positions(*self._grid(latent), self.config.hidden_size, self.config.position_range, latent.device)
 
     def unembed(self, hidden: Tensor, embedded_time: Tensor, grid: tuple[int, int]) -> Tensor:
         """The last block's output as a latent, (B, out_channels, rows * patch, columns * patch)."""
@@ -192,8 +196,11 @@ class PixArtTransformer(nn.Module):
             if outside:
                 raise InputError(f"{name} names block(s) {outside}; this model has blocks 0..{config.depth - 1}.")
 
-    def _check_grid(self, grid: tuple[int, int]) -> None:
-        """Trained compression floors the grid, which must leave something."""
+    def _check_grid(self, grid: tuple[int, int], positions: Positions | None) -> None:
+        """Positions must be those of this size; trained compression floors the grid, which must leave something."""
+        given = grid if positions is None else tuple(map(len, positions))
+        if given != grid:
+            raise InputError(f"positions are of {given[0]} x {given[1]} tokens; expected {grid[0]} x {grid[1]}, those of this latent.")
         every = self.config.compression_mode == "uniform_every"
         cells = grid[0] * grid[1] if every else min(grid)
         for block, ratio in self.config.compressed_blocks:

@@ -68,20 +68,23 @@ def denoise(
     latents = noise * scheduler.init_noise_sigma
     rows = context.states.shape[0]
     dtype = context.states.dtype
+    # What no step changes: a mask that hides nothing would cost faster attention kernels.
+    mask = None if context.mask.all() else context.mask
+    positions = transformer.positions_of(noise)
     size = None if size is None else size.expand(rows, 2)
     for index, timestep in enumerate(tqdm(scheduler.timesteps, disable=not progress)):
         inputs = scheduler.scale_model_input(latents, timestep)
         inputs = inputs if guidance is None else torch.cat([inputs, inputs])
         active = [one for one in kv_compression if one.active_at(moments[index])]
-        given = (inputs.to(dtype), timestep.expand(rows), context.states, context.mask, size)
-        predicted = _noise_of(transformer(*given, kv_compression=active), latents)
+        given = (inputs.to(dtype), timestep.expand(rows), context.states, mask, size)
+        predicted = _noise_of(transformer(*given, kv_compression=active, positions=positions), latents)
         positive = predicted[-len(latents) :]
         if guidance is not None:
             negative = predicted[: len(latents)]
             predicted = negative + guidance * (positive - negative)
         if perturbed is not None and perturbed.active_at(moments[index]):
             prompts = [None if part is None else part[-len(latents) :] for part in given]
-            weakened = transformer(*prompts, kv_compression=active, block_wrappers=weakening)
+            weakened = transformer(*prompts, kv_compression=active, block_wrappers=weakening, positions=positions)
             predicted = predicted + perturbed.scale * (positive - _noise_of(weakened, latents))
         latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
         if callback is not None and callback(index, int(timestep), latents) is False:

@@ -5,9 +5,13 @@ from itertools import count
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import forward, memory, pipeline, plots, timing
-from benchmarks.peers import PADDED, TOKENS, Size, Workload, core_model, diffusers_model, make_peer
+from benchmarks.peers import PADDED, TOKENS, Compressed, Size, Workload, core_model, diffusers_model, host_model, make_peer
+from benchmarks.rate import step_flops
+from pixart.attention import dense_attention
+from pixart.model import PixArtTransformer
 
 FIGURES = {"median": 2.0, "spread": 0.1, "all": [2.0]}
 MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.11", "comfyui": "0.3.75"}
@@ -16,12 +20,12 @@ MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.11", "comfyui": "0.3.75"}
 def report(**sizes) -> dict:
     """A report of two sizes; time per block grows with tokens squared."""
     rows = [
-        {"pixels": px, "image_tokens": tokens, "blocks": 1, "errors": {}, "seconds": {"ours": {**FIGURES, "median": s}, "core": FIGURES,
-         "comfyui": {**FIGURES, "median": 2 * s}}, "ratio": {"comfyui": 0.5}}
+        {"pixels": px, "image_tokens": tokens, "blocks": 1, "flops": 4e12, "errors": {}, "seconds": {"ours": {**FIGURES, "median": s}, "core": FIGURES,
+         "comfyui": {**FIGURES, "median": 2 * s}}, "ratio": {"comfyui": 0.5}, "kv_ratio": {}}
         for px, tokens, s in ((256, 256, 1.0), (512, 1024, 16.0))
     ]  # fmt: skip
     return {"machine": MACHINE, "note": "", "device": "cpu", "dtype": "bf16", "cfg": 4.5, "tokens": TOKENS, "diffusers_tokens": PADDED,
-            "rounds": 1, "peers": ["comfyui"], "sizes": rows, **sizes}  # fmt: skip
+            "rounds": 1, "matmul_rate": 1e12, "peers": ["comfyui"], "kv": [], "sizes": rows, **sizes}  # fmt: skip
 
 
 def test_our_model_and_diffusers_compute_the_same_on_the_benchmarks_weights() -> None:
@@ -44,9 +48,77 @@ def test_every_peer_runs_a_step(name: str) -> None:
     assert make_peer(name, Workload(Size(512 if name == "comfyui" else 64, 1), torch.float32, "cpu"))() > 0
 
 
+def keys_of_each_block(work: Workload, name: str) -> list[int]:
+    """Keys of self-attention in one step of a peer; self- and cross-attention take turns."""
+    model, seen = host_model(work, name), []
+
+    def override(function, q, k, v, *args, **kwargs):
+        seen.append(k.shape[1])
+        return function(q, k, v, *args, **kwargs)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    work.models["ours"] = model
+    make_peer("ours", work)()
+    return seen[::2]
+
+
+def test_kv_contenders_compress_the_last_blocks_and_only_them() -> None:
+    work = Workload(Size(64, 2), torch.float32, "cpu")
+    assert keys_of_each_block(work, "ours") == [16, 16]
+    assert keys_of_each_block(Workload(Size(64, 2), torch.float32, "cpu"), "ours 14:2") == [16, 4]
+    plain, patched = host_model(work, "ours"), host_model(work, "ours 28:4")
+    assert plain.model is patched.model  # one copy of the weights
+
+
+def test_blocks_of_28_are_scaled_to_those_that_run() -> None:
+    assert [Compressed.parse("14:2").first_block(depth) for depth in (28, 8, 2)] == [14, 4, 1]
+    assert Compressed.parse("28:4").first_block(1) == 0
+    with pytest.raises(ValueError, match="14 of 28 blocks is no whole number of 1; choose --blocks"):
+        Compressed.parse("14:2").first_block(1)
+
+
+@pytest.mark.parametrize("text", ["14", "0:2", "29:2", "14:1", "14:x", "14:2:3"])
+def test_bad_kv_is_refused_with_what_is_right(text: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        forward.parse(["--kv", text])
+    assert "expected 1 to 28 blocks and a ratio of 2 or more, like 14:2" in capsys.readouterr().err
+
+
+def test_kv_takes_turns_with_the_uncompressed_and_is_told_apart(tmp_path, monkeypatch) -> None:
+    """Two sizes with a clock that is told; 14:2 fits two blocks, not one."""
+    def make(name: str, work: Workload):
+        if name.startswith("ours "):
+            Compressed.parse(name[5:]).first_block(work.size.blocks)
+        return lambda: {"ours": 2.0, "core": 2.0, "ours 14:2": 1.5, "ours 28:4": 0.5}[name]
+
+    monkeypatch.setattr(forward, "make_peer", make)
+    chosen = forward.parse(["--kv", "14:2,28:4", "--peers", "", "--rounds", "3"])
+    sizes = [forward.measure(Size(pixels, blocks), forward.contender_names(chosen), chosen) for pixels, blocks in ((2048, 2), (4096, 1))]
+    assert [size["kv_ratio"] for size in sizes] == [{"14:2": 0.75, "28:4": 0.25}, {"28:4": 0.25}]
+    made = report(sizes=sizes, peers=[], kv=["14:2", "28:4"])
+    text = forward.markdown(made)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1 and rows[2].endswith("| 0.75 | 0.25 |") and "28:4 / uncompressed" in rows[0]
+    assert "ours 14:2 can't draw 4096 px: ValueError: 14 of 28" in text and "an approximation" in text
+    forward.write(made, tmp_path, "forward-kv")
+    assert (tmp_path / "forward-kv-ratio.png").stat().st_size > 5000
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    """The blocks' share of torch's own count of one forward of two captions of 60 tokens."""
+    work = Workload(Size(256, 2), torch.float32, "cpu")
+    model = PixArtTransformer(work.config, device="meta", attention=dense_attention)
+    context = torch.empty(2, 60, work.config.caption_channels, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(2, 4, 32, 32, device="meta"), torch.empty(2, device="meta"), context)
+    counted = sum(sum(one.values()) for name, one in counter.get_flop_counts().items() if name.split(".")[-2:-1] == ["blocks"])
+    assert counted == step_flops(work)
+
+
 def test_unknown_peer_is_refused() -> None:
-    with pytest.raises(ValueError, match="sage.*diffusers"):
-        make_peer("sage", Workload(Size(64, 1), torch.float32, "cpu"))
+    for name in ("sage", "diffusers 14:2"):
+        with pytest.raises(ValueError, match=f"{name}.*diffusers"):
+            make_peer(name, Workload(Size(64, 1), torch.float32, "cpu"))
 
 
 def test_contenders_take_turns_in_changing_order() -> None:
@@ -82,15 +154,17 @@ def test_tables_have_every_column_and_say_who_failed(tmp_path) -> None:
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({row.count("|") for row in rows}) == 1 and "fails" in rows[2] and "0.50" in rows[3]
     assert "comfyui can't draw 256 px: ZeroDivisionError" in text
+    assert "(1.00 TFLOP/s), at the last size: ours 25%, core 200%, comfyui 12%" in text
     forward.write(made, tmp_path, "forward")
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".md", ".png"}
 
 
 def test_memory_and_pipeline_tables(tmp_path) -> None:
     sizes = [{"pixels": 512, "image_tokens": 1024, "blocks": 1, "mib": {"ours": 70.4, "core": 20.0, "comfyui": "no"}}]
-    made = report(sizes=sizes)
+    made = report(sizes=sizes, contenders=["ours", "core", "comfyui"])
     memory.write(made, tmp_path, "memory")
-    assert "| 512 | 1024 | 1 | 70 | 20 | fails |" in (tmp_path / "memory.md").read_text(encoding="utf-8")
+    text = (tmp_path / "memory.md").read_text(encoding="utf-8")
+    assert "| 512 | 1024 | 1 | 70 | 20 | fails |" in text and "comfyui fails at 512 px: no" in text
     assert (tmp_path / "memory.png").stat().st_size > 5000
     row = {"pixels": 256, "blocks": 2, "seconds": {"core": FIGURES, "diffusers": FIGURES}, "ratio": 1.0}
     assert "| 256 | 2 | 2.000 ± 0.100 | 2.000 ± 0.100 | 1.00 |" in pipeline.markdown(report(sizes=[row], steps=4))

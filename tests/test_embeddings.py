@@ -4,10 +4,9 @@ import pytest
 import torch
 from diffusers.models.embeddings import Timesteps, get_2d_sincos_pos_embed
 
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from pixart import embeddings
-from pixart.embeddings import position_table, sinusoid
+from pixart.embeddings import add_positions, axis_positions, position_table, sinusoid
+from tests.support.devices import OnlyOn
 
 
 @pytest.mark.parametrize("rows, columns", [(16, 16), (8, 32), (64, 64), (37, 21)])
@@ -20,24 +19,16 @@ def test_positions_equal_diffusers(rows, columns, position_range):
     np.testing.assert_allclose(got.numpy(), expected, atol=3e-5)
 
 
+def test_positions_by_axis_are_the_table_in_two_parts():
+    tokens = torch.randn(2, 6 * 5, 72)
+    assert torch.equal(add_positions(tokens, axis_positions(6, 5, 72, 32.0)), tokens + position_table(6, 5, 72, 32.0))
+
+
 def test_positions_do_not_depend_on_resolution():
     """Token (i, j) of a grid stands where token (2i, 2j) of the doubled grid stands."""
     coarse = position_table(16, 24, 72, 32.0).reshape(16, 24, 72)
     fine = position_table(32, 48, 72, 32.0).reshape(32, 48, 72)
     torch.testing.assert_close(coarse, fine[::2, ::2])
-
-
-class OnlyOn(TorchDispatchMode):
-    """Refuses every operation whose result lies on another device."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device = device
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        assert out.device.type == self.device, f"{function} on {out.device}"
-        return out
 
 
 def test_positions_are_made_on_their_device():

@@ -46,6 +46,14 @@ class CaptionMask(comfy.conds.CONDRegular):
         return torch.cat(_padded([mask.cond for mask in masks]))
 
 
+class PicturePositions(comfy.conds.CONDConstant):
+    """The transformer's positions for this size. A tuple, as the host would cast a tensor to bf16, too coarse for them."""
+
+    def can_concat(self, other: PicturePositions) -> bool:
+        """Latents of one batch have one size."""
+        return True
+
+
 def caption_mask(states: Tensor, attention_mask: Tensor | None) -> CaptionMask:
     """The mask an encoder returned, fitted to the states (B, M, C); tokens it doesn't cover are real.
 

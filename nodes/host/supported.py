@@ -17,7 +17,7 @@ from ...pixart.checkpoints.detect import Detection
 from ...pixart.config import TransformerConfig, get_variant, variant_names
 from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.model import PIXELS_PER_LATENT
-from .conds import CaptionStates, caption_mask
+from .conds import CaptionStates, PicturePositions, caption_mask
 from .transformer import HostTransformer
 from .vae_hint import refiner_warning, vae_warning
 
@@ -42,19 +42,24 @@ class PixArtModel(comfy.model_base.PixArt):
         self._warned: set[str] = set()
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """Captions with their mask; for α-1024 the picture's size, (height, width) in pixels."""
+        """Captions with their mask, positions, and for α-1024 the picture's size, (height, width) in pixels.
+
+        All on the sampling device: the host asks once for a run, but would copy them there in every step.
+        """
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
-        states = self._captions(kwargs.get("cross_attn"))
+        device = kwargs.get("device")
+        states = self._captions(kwargs.get("cross_attn")).to(device=device)
         out["c_crossattn"] = CaptionStates(states)
         out["context_mask"] = caption_mask(states, kwargs.get("attention_mask"))
         height, width = _picture_size(kwargs["noise"])
+        out["positions"] = PicturePositions(self.diffusion_model.positions_of(kwargs["noise"]))
         self._check_size(width, height)
         self._warn_once(vae_warning(self.detection.vae))
         self._warn_once(refiner_warning(self.detection.family))
         wanted = (kwargs.get("height") or height, kwargs.get("width") or width)
         if self.diffusion_model.config.micro_condition:
             # int, which the host doesn't cast: bf16 rounds 1400 to 1408
-            out["size"] = comfy.conds.CONDRegular(torch.tensor([wanted], dtype=torch.int32))
+            out["size"] = comfy.conds.CONDRegular(torch.tensor([wanted], dtype=torch.int32, device=device))
         elif wanted != (height, width):
             self._warn_once(
                 "This PixArt has no size conditioning (only α-1024 has): width and height of the conditioning are not "

@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor
 
 from ...pixart.config import TransformerConfig
+from ...pixart.embeddings import Positions
 from ...pixart.errors import InputError
 from ...pixart.layers import BlockInputs
 from ...pixart.model import PixArtTransformer, pixel_size
@@ -38,6 +39,7 @@ class HostTransformer(PixArtTransformer):
         context: Tensor,
         context_mask: Tensor | None = None,
         size: Tensor | None = None,
+        positions: Positions | None = None,
         crossattn_controlnet: Tensor | None = None,
         control: dict[str, list[Tensor | None]] | None = None,
         transformer_options: dict[str, Any] | None = None,
@@ -50,7 +52,7 @@ class HostTransformer(PixArtTransformer):
         options = {} if transformer_options is None else transformer_options
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
         executor = WrapperExecutor.new_class_executor(self._denoise, self, wrappers)
-        return executor.execute(x, timesteps, context, context_mask, size, control, options)
+        return executor.execute(x, timesteps, context, context_mask, size, positions, control, options)
 
     def _denoise(
         self,
@@ -59,6 +61,7 @@ class HostTransformer(PixArtTransformer):
         context: Tensor,
         context_mask: Tensor | None,
         size: Tensor | None,
+        positions: Positions | None,
         control: dict[str, list[Tensor | None]] | None,
         transformer_options: dict[str, Any],
     ) -> Tensor:
@@ -76,6 +79,7 @@ class HostTransformer(PixArtTransformer):
             block_residuals=control_residuals(control, self.config, tokens),
             attention_options=options,
             kv_compression=options.get(KV_COMPRESSION, ()),
+            positions=self.fitting(positions, x),
         )
         return out[:, : self.config.in_channels, :height, :width]
 
@@ -86,12 +90,13 @@ class HostTransformer(PixArtTransformer):
         context: Tensor,
         context_mask: Tensor | None,
         size: Tensor | None,
+        positions: Positions | None,
         transformer_options: dict[str, Any],
     ) -> BlockInputs:
         """What block 1 would see without control: where a ControlNet branches off. Arguments as in `forward`."""
         padded, size = self._padded(x, timesteps, size)
         options = self._block_options(transformer_options)
-        inputs, _ = self.embed(padded, timesteps, context, context_mask, size, options)
+        inputs, _ = self.embed(padded, timesteps, context, context_mask, size, options, self.fitting(positions, x))
         hidden = _block_wrappers(1, options)[0](inputs, self.blocks[0])
         return replace(inputs, hidden=hidden)
 
@@ -100,6 +105,11 @@ class HostTransformer(PixArtTransformer):
         if size is None and self.config.micro_condition:
             size = pixel_size(timesteps, *x.shape[-2:])
         return comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size,) * 2, padding_mode="replicate"), size
+
+    def fitting(self, positions: Positions | None, latent: Tensor) -> Positions | None:
+        """The positions of the conditioning, or None for a part of the picture: areas and tiles are placed as whole pictures."""
+        fits = positions is not None and tuple(map(len, positions)) == self._grid(latent)
+        return tuple(each.to(latent.device) for each in positions) if fits else None
 
     def _block_options(self, transformer_options: dict[str, Any]) -> dict[str, Any]:
         return {**transformer_options, "total_blocks": self.config.depth, "block_type": "double"}

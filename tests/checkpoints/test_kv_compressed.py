@@ -119,6 +119,10 @@ def test_damaged_compression_layers_are_named(tmp_path):
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError) as caught:
         load_transformer(tmp_path / "bad.safetensors")
+    for shape in ((144, 1, 2, 3), (144, 144, 2, 2), (144, 4)):
+        save_file({**tensors, "blocks.0.attn.sr.weight": torch.ones(shape)}, tmp_path / "shape.safetensors")
+        with pytest.raises(CheckpointError, match="blocks.0.attn.sr.weight"):
+            load_transformer(tmp_path / "shape.safetensors")
     assert "unknown key blocks.0.attn.sr.weight" in str(caught.value) and "missing blocks.2.attn.norm.bias" in str(caught.value)
 
 

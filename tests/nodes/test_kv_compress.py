@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import comfy.ldm.modules.attention as host_attention
 import comfy.model_base
 import nodes as host_nodes
 import pytest
@@ -22,6 +23,7 @@ core = host.pack_module("pixart.kv_compress")
 load = host.pack_module("pixart.checkpoints.load")
 KV_COMPRESSION = host.pack_module("nodes.host.transformer").KV_COMPRESSION
 node = host.pack_module("nodes.kv_compress").PixArtKVCompress
+guide = host.pack_module("nodes.host.guidance").guide_by_perturbation
 DEFAULTS = {
     "ratio": 2, "method": "mean", "first_block": 0, "last_block": -1, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0,
 }  # fmt: skip
@@ -128,6 +130,41 @@ class TestPatch:
         residual = torch.randn(2, 16, 144, generator=torch.Generator().manual_seed(0))
         both = controlled(patched, {"input": [residual]})
         assert difference(both, run(patched)) > 1e-3 and difference(both, controlled(sigma, {"input": [residual]})) > 1e-4
+
+    @pytest.mark.parametrize("backend", ["attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch"])
+    def test_cut_cells_in_a_batch_on_every_attention(self, sigma, sigma_file: Path, backend: str, monkeypatch) -> None:
+        """5 x 7 tokens in cells of 2 x 2: those at the edge weigh less, which backends take as floats added to the scores."""
+        monkeypatch.setattr(host_attention, "optimized_attention", getattr(host_attention, backend))
+        compression = (core.KVCompression(2, first_block=1),)
+        latent, step, states = noise(9, 13, 3), torch.tensor([999.0, 500.0, 30.0]), captions(7, batch=3)[0][0]
+        mask = torch.arange(7)[None] < torch.tensor([[7], [2], [4]])
+        found = forward(sigma, latent, step, states, context_mask=mask, transformer_options={KV_COMPRESSION: compression})
+        expected = load.load_transformer(sigma_file)(latent, step, states, mask, kv_compression=compression)[:, :4]
+        assert difference(found, expected) < 1e-5
+
+    def test_with_perturbed_attention(self, sigma) -> None:
+        """Either way round; both count, also in the second prediction."""
+
+        def perturbed(model):
+            return guide(model, "perturbed attention", "1", 3.0, 0.0, 1.0)
+
+        both = run(perturbed(patch(sigma)))
+        assert torch.equal(both, run(patch(perturbed(sigma))))
+        assert difference(both, run(patch(sigma))) > 1e-4 and difference(both, run(perturbed(sigma))) > 1e-4
+
+    def test_areas_are_measured_by_their_own_tokens(self, sigma) -> None:
+        """The whole has 24 tokens, its upper half 12: only the whole is compressed."""
+        area = host_nodes.ConditioningSetArea().append(captions(5, seed=3), 96, 32, 0, 0, 1.0)[0]
+        seen = []
+
+        def override(function, q, k, v, *args, **kwargs):
+            seen.append((q.shape[1], k.shape[1]))
+            return function(q, k, v, *args, **kwargs)
+
+        watched = patch(sigma, min_tokens=13).clone()
+        watched.model_options["transformer_options"]["optimized_attention_override"] = override
+        sample(watched, captions(5) + area, captions(2, seed=1), torch.zeros(1, 4, 8, 12), steps=1)
+        assert set(seen[::2]) == {(24, 6), (12, 12)}
 
     @pytest.mark.parametrize("compile_first", [True, False])
     def test_torch_compile_of_the_host(self, sigma, compile_first: bool) -> None:

@@ -1,0 +1,84 @@
+"""Speed against quality of KV compression in one plot: `python -m benchmarks kv_tradeoff`.
+
+Joins what `forward --kv 14:2,28:2,14:4,28:4` and `kv_quality` have written: time of a full-size step beside the uncompressed one,
+and the demo's pictures with the same share of blocks compressed by the same ratio. Writes kv_tradeoff.json, .md and .png.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.peers import XL_BLOCKS, Compressed
+from pixart.config import get_variant
+from pixart.kv_compress import KVCompression
+
+RESULTS = Path(__file__).parent / "results"
+EXACT = "uncompressed"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; 1 and a sentence where a report is missing."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks kv_tradeoff", description=__doc__)
+    parser.add_argument("--speed", type=Path, default=RESULTS / "forward-cpu-bf16-kv.json", help="a report of forward --kv")
+    parser.add_argument("--quality", type=Path, default=RESULTS / "kv_quality.json")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    chosen = parser.parse_args(arguments)
+    for path, command in ((chosen.speed, "forward --kv 14:2,28:2,14:4,28:4"), (chosen.quality, "kv_quality")):
+        if not path.is_file():
+            sys.exit(f"{path} is missing; `python -m benchmarks {command}` writes it.")
+    speed, quality = (json.loads(path.read_text(encoding="utf-8")) for path in (chosen.speed, chosen.quality))
+    report = {
+        "speed": {name: speed[name] for name in ("machine", "device", "dtype")}, "quality": quality["settings"],
+        "points": join(speed, quality),
+    }  # fmt: skip
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    (chosen.out / "kv_tradeoff.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (chosen.out / "kv_tradeoff.md").write_text(markdown(report) + "\n", encoding="utf-8")
+    plots.tradeoff(report, chosen.out / "kv_tradeoff.png")
+    print(markdown(report))
+
+
+def join(speed: dict[str, Any], quality: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every setting of kv_quality whose cost was timed, at every size; the uncompressed one has time 1."""
+    points = []
+    for size in speed["sizes"]:
+        for row in quality["results"].values():
+            cost = cost_of(row)
+            time = 1.0 if row["name"] == EXACT else size["kv_ratio"].get(cost)
+            if time is not None:
+                shown = {name: row[name] for name in ("name", "group", "alignment", "latent_error")}
+                points.append({"pixels": size["pixels"], "kv": cost, "time": time, **shown})
+    return points
+
+
+def cost_of(row: dict[str, Any]) -> str | None:
+    """A setting's compression as forward names it: which blocks doesn't matter for time, only how many. None for mixtures."""
+    depth = get_variant("demo").transformer.depth
+    patches = [KVCompression(**each) for each in row["compression"]]
+    if len(patches) != 1 or not patches[0].always:
+        return None
+    return str(Compressed(round(len(patches[0].blocks(depth)) * XL_BLOCKS / depth), patches[0].ratio))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """One row a setting, one column of time a size."""
+    points = report["points"]
+    sizes = sorted({point["pixels"] for point in points})
+    lines = ["| setting | " + " | ".join(f"time at {pixels} px" for pixels in sizes) + " | alignment | latent error |", "|" + "---|" * (3 + len(sizes))]
+    for name in dict.fromkeys(point["name"] for point in points):
+        found = {point["pixels"]: point for point in points if point["name"] == name}
+        times = [f"{found[pixels]['time']:.2f}" if pixels in found else "" for pixels in sizes]
+        one = next(iter(found.values()))
+        lines.append(f"| {name} | " + " | ".join(times) + f" | {one['alignment']:.1%} | {one['latent_error']:.3f} |")
+    lines += ["", "Time of a full-size step with guidance beside the uncompressed one; alignment score and relative distance of the latent from "
+              f"the uncompressed one, of the demo model at {report['quality']['size']} px. An approximation: no weights were trained for it."]  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What a step with guidance spends its time on: `python -m benchmarks step_profile --px 512`, by torch.profiler, of the core.
+
+Also the share of what only the prompt decides (projected captions, cross-attention's keys and values), which could be carried along.
+"""
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.forward import CPU_BLOCKS, DTYPES, device_name, parse
+from benchmarks.peers import CORE, TOKENS, Size, Workload, core_model, make_peer
+from benchmarks.report import machine
+from benchmarks.timing import ratio, synchronize, take_turns
+
+TOP = 12
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; the options are those of `forward`, of which peers and kv don't matter."""
+    chosen = parse(sys.argv[1:] if arguments is None else arguments)
+    report: dict[str, Any] = {"machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "sizes": []}
+    for pixels in chosen.px:
+        size = Size(pixels, chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28))
+        work = Workload(size, DTYPES[chosen.dtype], chosen.device)
+        step, captions = make_peer(CORE, work), caption_step(work)
+        seconds = take_turns({"step": step, "captions": captions}, chosen.rounds + 1)
+        share = ratio(seconds["captions"][1:], seconds["step"][1:])  # the first turn is the warm-up
+        report["sizes"].append({"pixels": pixels, "blocks": size.blocks, "captions": share, "operations": operations(step, chosen.device)})
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    name = f"step_profile-{chosen.device}-{chosen.dtype}"
+    (chosen.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (chosen.out / f"{name}.md").write_text(markdown(report) + "\n", encoding="utf-8")
+    print(markdown(report))
+
+
+def operations(step: Callable[[], float], device: str) -> list[dict[str, Any]]:
+    """The operations of one step that take longest, by name and shapes, with their share of all time."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities, record_shapes=True) as found:
+        step()
+    events = found.key_averages(group_by_input_shape=True)
+    times = [event.self_device_time_total if device == "cuda" else event.self_cpu_time_total for event in events]
+    rows = sorted(zip(times, events), key=lambda pair: -pair[0])[:TOP]
+    return [{"name": e.key, "shapes": str(e.input_shapes), "calls": e.count, "share": taken / sum(times)} for taken, e in rows]
+
+
+def caption_step(work: Workload) -> Callable[[], float]:
+    """The part of a step that depends on the prompt alone."""
+    model = core_model(work)
+    context, _ = work.padded_captions(max(TOKENS))
+
+    @torch.inference_mode()
+    def run() -> float:
+        synchronize()
+        start = time.perf_counter()
+        projected = model.y_embedder(context)
+        for block in model.blocks:
+            block.cross_attn.kv_linear(projected)
+        synchronize()
+        return time.perf_counter() - start
+
+    return run
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """A table for each size."""
+    lines = []
+    for size in report["sizes"]:
+        lines += [f"{size['pixels']} px, {size['blocks']} blocks; what only the prompt decides: {size['captions']:.1%}.", "",
+                  "| operation | shapes | calls | share |", "|---|---|---|---|"]  # fmt: skip
+        lines += [f"| {one['name']} | {one['shapes']} | {one['calls']} | {one['share']:.1%} |" for one in size["operations"]] + [""]
+    facts = report["machine"]
+    return "\n".join([*lines, f"{report['dtype']}, {report['device']}, {facts['cpu']}, torch {facts['torch']}. {report['note']}".rstrip()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""A step through the host: one graph for TorchCompileModel, compressed or not, and nothing in it that waits for the GPU."""
+from __future__ import annotations
+
+import comfy.ldm.modules.attention as host_attention
+import pytest
+import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+from tests.nodes.test_kv_compress import patch
+from tests.support import host
+from tests.support.devices import OnlyOn
+from tests.support.host_models import captions, difference, load_model, noise, sample, write_model
+from tests.support.kv_reference import write_compressed
+
+model_module = host.pack_module("pixart.model")
+
+
+@pytest.fixture(autouse=True)
+def attention_of_gpus(monkeypatch) -> None:
+    """The host's default for CPUs asks for the free memory in every call, which no graph can hold."""
+    monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_pytorch)
+
+
+def compiled(model, graphs: list):
+    """TorchCompileModel's wrapper, with a backend that counts graphs; fullgraph raises where one would break."""
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    clone = model.clone(disable_dynamic=True) if "disable_dynamic" in model.clone.__code__.co_varnames else model.clone()
+    set_torch_compile_wrapper(model=clone, backend=backend, fullgraph=True)
+    return clone
+
+
+def run(model, steps: int, seed: int = 0):
+    return sample(model, captions(5, seed), captions(2, seed + 1), steps=steps)
+
+
+def two_ratios(model):
+    return patch(patch(model, end_percent=0.4), ratio=3, start_percent=0.4, first_block=1)
+
+
+CASES = {
+    "plain": (lambda model: model, 1),
+    "compressed": (patch, 1),
+    "compressed in a part of sampling": (lambda model: patch(model, start_percent=0.2, end_percent=0.7), 2),
+    "two ratios in two parts": (two_ratios, 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_and_runs_share_their_graphs(sigma, case: str) -> None:
+    change, expected = CASES[case]
+    model, graphs = change(sigma), []
+    fast = compiled(model, graphs)
+    assert difference(run(fast, 6), run(model, 6)) < 1e-5
+    assert len(graphs) == expected
+    run(fast, 9, seed=2)
+    assert len(graphs) == expected
+
+
+def test_a_compressed_file_is_one_graph(tmp_path) -> None:
+    path, _ = write_compressed("safetensors", tmp_path, {0: 3, 2: 2}, "conv", depth=3, captions=32, null_rows=None)
+    model, graphs = load_model(path), []
+    assert difference(run(compiled(model, graphs), 3), run(model, 3)) < 1e-5
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("micro", [False, True])
+@pytest.mark.parametrize("compress", [False, True])
+def test_no_step_waits_for_the_device(tmp_path, micro: bool, compress: bool) -> None:
+    """apply_model with its wrappers, on a device without values; the conditioning as `extra_conds` makes it for that device."""
+    sizes = {"micro": True, "null_rows": 120, "hidden": 144} if micro else {}
+    patcher = load_model(write_model(tmp_path, depth=2, **sizes))
+    patcher = patch(patcher) if compress else patcher
+    model = patcher.model.to("meta")
+    latent, sigma = torch.empty(1, 4, 9, 14, device="meta"), torch.empty(2, device="meta")
+    given = ((captions(5)[0][0], None), (captions(3)[0][0], torch.tensor([[1, 1, 0]])))
+    conds = [
+        model.extra_conds(noise=latent, device=torch.device("meta"), cross_attn=states, attention_mask=mask, width=112, height=72)
+        for states, mask in given
+    ]
+    processed = [{name: cond.process_cond(batch_size=1, area=None) for name, cond in row.items()} for row in conds]
+    assert all(first.can_concat(processed[1][name]) for name, first in processed[0].items())
+    joined = {name: first.concat([processed[1][name]]) for name, first in processed[0].items()}
+    with torch.no_grad(), OnlyOn("meta"):
+        out = model.apply_model(latent.expand(2, -1, -1, -1), sigma, transformer_options=patcher.model_options["transformer_options"], **joined)
+    assert out.shape == (2, 4, 9, 14)
+
+
+def test_positions_are_made_once_a_run_for_each_prompt(sigma, monkeypatch) -> None:
+    made, calls = model_module.axis_positions, []
+    monkeypatch.setattr(model_module, "axis_positions", lambda *args: (calls.append(args), made(*args))[1])
+    run(sigma, 5)
+    assert len(calls) == 2
+
+
+def test_areas_have_positions_of_their_own_size(sigma, monkeypatch) -> None:
+    """The conditioning of an area holds the positions of the whole latent, which don't fit."""
+    import nodes as host_nodes
+
+    area = host_nodes.ConditioningSetArea().append(captions(4, seed=3), 32, 64, 0, 0, 1.0)[0]
+    latent = torch.zeros(1, 4, 8, 12)
+    found = sample(sigma, captions(5) + area, captions(2, seed=1), latent)
+    monkeypatch.setattr(type(sigma.model.diffusion_model), "fitting", lambda self, positions, x: None)  # made anew each time
+    assert torch.equal(found, sample(sigma, captions(5) + area, captions(2, seed=1), latent))
+
+
+def test_positions_stay_exact_in_bf16(sigma_file, monkeypatch) -> None:
+    """The host casts tensors of the conditioning to the model's dtype; in bf16 positions would be wrong by up to 0.2."""
+    model = load_model(sigma_file, weight_dtype="bf16")
+    model.set_model_compute_dtype(torch.bfloat16)
+    network, seen = model.model.diffusion_model, []
+    fitting = network.fitting
+    monkeypatch.setattr(network, "fitting", lambda positions, x: (seen.append(fitting(positions, x)), seen[-1])[1])
+    run(model, 2)
+    for rows, columns in seen:
+        assert rows.dtype == columns.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], network.positions_of(noise())))
