@@ -29,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parse(arguments)
     name = f"forward-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else "")
     report: dict[str, Any] = {
-        "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG, "tokens": TOKENS,
-        "diffusers_tokens": PADDED, "matmul_rate": matmul_rate(DTYPES[chosen.dtype], chosen.device), "rounds": chosen.rounds, "peers": chosen.peers, "kv": [str(one) for one in chosen.kv], "sizes": [],
+        "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG,
+        "tokens": TOKENS, "diffusers_tokens": PADDED, "matmul_rate": matmul_rate(DTYPES[chosen.dtype], chosen.device),
+        "rounds": chosen.rounds, "peers": chosen.peers, "kv": [str(one) for one in chosen.kv], "sizes": [],
     }  # fmt: skip
     for pixels in chosen.px:
         size = Size(pixels, chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28))
@@ -43,7 +44,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, lists split."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks forward", description=__doc__)
     parser.add_argument("--px", type=lambda text: [int(part) for part in text.split(",")], default=[256, 512, 1024], help="sides in pixels")
-    parser.add_argument("--peers", type=lambda text: [part for part in text.split(",") if part], default=["comfyui", "diffusers"], help="also: compiled, our core under torch.compile")
+    parser.add_argument(
+        "--peers", type=lambda text: [part for part in text.split(",") if part], default=["comfyui", "diffusers"],
+        help="also: compiled, our core under torch.compile",
+    )  # fmt: skip
     parser.add_argument(
         "--kv", type=parse_kv, default=[], metavar="BLOCKS:RATIO,...",
         help="also ours with KV compression; blocks are counted of 28, the last ones, and fewer of them where fewer are run",
@@ -123,7 +127,8 @@ def markdown(report: dict[str, Any]) -> str:
     for size in report["sizes"]:
         lines += [f"\n{name} can't draw {size['pixels']} px: {error}." for name, error in size["errors"].items()]
     rates = [f"{name} {rate_of(report, name):.0%}" for name in names if name in report["sizes"][-1]["seconds"] and " " not in name]
-    lines += ["", f"Share of the machine's rate of matrix products ({report['matmul_rate'] / 1e12:.2f} TFLOP/s), at the last size: {', '.join(rates)}."]
+    rate = f"{report['matmul_rate'] / 1e12:.2f} TFLOP/s"
+    lines += ["", f"Share of the machine's rate of matrix products ({rate}), at the last size: {', '.join(rates)}."]
     fitted = ", ".join(f"{name} {power:.2f}" for name in names if (power := plots.power(report, name)))
     if fitted:
         lines += ["", f"Time per block grows with the number of tokens to the power: {fitted}."]

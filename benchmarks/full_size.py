@@ -181,7 +181,10 @@ def reset_peak() -> None:
 
 @contextmanager
 def watched(interval: float = 0.01) -> Iterator[dict[str, float]]:
-    """Fills seconds, cpu_seconds (which a busy machine lengthens less), peak_gib (exact) and private_gib (sampled; without file pages) when the block ends."""
+    """When the block ends, fills in what it took.
+
+    seconds, cpu_seconds (which a busy machine lengthens less), peak_gib (exact), private_gib (sampled; without file pages).
+    """
     figures: dict[str, float] = {}
     done, highest = threading.Event(), [0]
 

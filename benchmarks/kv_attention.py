@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     work = Workload(Size(chosen.px, chosen.blocks), DTYPES[chosen.dtype], chosen.device)
     rows = [row for method in METHODS for ratio in chosen.ratios for row in measure(work, KVCompression(ratio, method))]
-    report = {"machine": machine(), "pixels": chosen.px, "image_tokens": work.size.tokens, "blocks": chosen.blocks, "dtype": chosen.dtype, "results": rows}
+    size = {"pixels": chosen.px, "image_tokens": work.size.tokens, "blocks": chosen.blocks}
+    report = {"machine": machine(), **size, "dtype": chosen.dtype, "results": rows}
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "kv_attention.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (chosen.out / "kv_attention.md").write_text(markdown(report) + "\n", encoding="utf-8")

@@ -69,7 +69,8 @@ def markdown(report: dict[str, Any]) -> str:
     """One row a setting, one column of time a size."""
     points = report["points"]
     sizes = sorted({point["pixels"] for point in points})
-    lines = ["| setting | " + " | ".join(f"time at {pixels} px" for pixels in sizes) + " | alignment | latent error |", "|" + "---|" * (3 + len(sizes))]
+    times = " | ".join(f"time at {pixels} px" for pixels in sizes)
+    lines = [f"| setting | {times} | alignment | latent error |", "|" + "---|" * (3 + len(sizes))]
     for name in dict.fromkeys(point["name"] for point in points):
         found = {point["pixels"]: point for point in points if point["name"] == name}
         times = [f"{found[pixels]['time']:.2f}" if pixels in found else "" for pixels in sizes]

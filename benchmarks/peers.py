@@ -196,7 +196,8 @@ def diffusers_model(work: Workload) -> Any:
     model.pos_embed = type(model.pos_embed)(
         height=64, width=64, patch_size=2, in_channels=4, embed_dim=sizes.hidden_size, interpolation_scale=1
     ).to(work.dtype)
-    model.pos_embed.load_state_dict({k.removeprefix("pos_embed."): v for k, v in named.items() if k.startswith("pos_embed.proj")}, strict=False)
+    patches = {key.removeprefix("pos_embed."): value for key, value in named.items() if key.startswith("pos_embed.proj")}
+    model.pos_embed.load_state_dict(patches, strict=False)
     return model.to(work.device).eval().requires_grad_(False)
 
 

@@ -36,7 +36,8 @@ class PerturbedGuidance:
             raise InputError(f"scale is {self.scale!r}; expected 0 to 100, usually 2 to 5.")
         if not 0 <= self.start_percent < self.end_percent <= 1:
             raise InputError(
-                f"start_percent is {self.start_percent!r} and end_percent {self.end_percent!r}; expected 0 to 1, the first below the second."
+                f"start_percent is {self.start_percent!r} and end_percent {self.end_percent!r}; expected 0 to 1, "
+                "the first below the second."
             )
 
     def active_at(self, timestep: float) -> bool:

@@ -245,9 +245,10 @@ class Pipeline:
         if part is None:
             return
         if part.states.ndim != 3 or part.states.shape[2] != width or part.mask.shape != part.states.shape[:2]:
+            source = f" ({part.source})" if part.source else ""
             raise InputError(
-                f"{name}{f' ({part.source})' if part.source else ''} has states {tuple(part.states.shape)} and mask {tuple(part.mask.shape)}; expected "
-                f"(prompts, tokens, {width}) and (prompts, tokens)."
+                f"{name}{source} has states {tuple(part.states.shape)} and mask {tuple(part.mask.shape)}; "
+                f"expected (prompts, tokens, {width}) and (prompts, tokens)."
             )
 
     def _canvas(self, width: int | None, height: int | None, use_bins: bool, latents: Tensor | None) -> Canvas:

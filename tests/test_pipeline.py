@@ -90,7 +90,9 @@ def test_defaults_are_those_of_diffusers_sigma_pipeline():
     assert scheduler.config.prediction_type == "epsilon"
 
 
-@pytest.mark.parametrize("scheduler", [diffusers.DDIMScheduler(prediction_type="v_prediction"), diffusers.FlowMatchEulerDiscreteScheduler()])
+@pytest.mark.parametrize(
+    "scheduler", [diffusers.DDIMScheduler(prediction_type="v_prediction"), diffusers.FlowMatchEulerDiscreteScheduler()]
+)
 def test_a_scheduler_for_another_prediction_is_refused(pipe, scheduler):
     other = Pipeline(pipe.transformer, pipe.text_encoder, pipe.vae, scheduler=scheduler)
     with pytest.raises(InputError, match="prediction_type"):
