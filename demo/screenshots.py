@@ -25,7 +25,7 @@ from .launch.environment import BROWSERS
 from .launch.errors import LaunchError
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
@@ -62,13 +62,18 @@ def frontend(url: str, width: int = 1920, height: int = 1080) -> Iterator[Page]:
     with sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=binary, args=FLAGS)
         try:
-            page = browser.new_page(viewport={"width": width, "height": height})
-            page.set_default_timeout(PATIENCE)
-            page.goto(url)
-            page.wait_for_function(READY)
-            yield page
+            yield fresh_page(browser, url, width, height)
         finally:
             browser.close()
+
+
+def fresh_page(browser: Browser, url: str, width: int = 1920, height: int = 1080) -> Page:
+    """A page that remembers nothing: the frontend would open the graphs of the last visit, some time after READY."""
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.set_default_timeout(PATIENCE)
+    page.goto(url)
+    page.wait_for_function(READY)
+    return page
 
 
 def click_run(page: Page, client: ComfyClient, seconds: float = 300) -> dict[str, Any]:

@@ -72,15 +72,14 @@ def test_every_node_is_known_to_the_frontend(page: Any) -> None:
         assert page.evaluate(UNKNOWN) == []
 
 
-def test_the_demo_graph_is_queued_by_a_click(page: Any, client: ComfyClient, object_info: dict[str, Any]) -> None:
-    page.reload()  # no dialogs left from other graphs
-    page.wait_for_function(screenshots.READY)
+def test_the_demo_graph_is_queued_by_a_click(page: Any, server: Host, client: ComfyClient, object_info: dict[str, Any]) -> None:
     graph = read("demo.json")
-    page.evaluate(screenshots.LOAD, graph)
-    run = screenshots.click_run(page, client)
+    fresh = screenshots.fresh_page(page.context.browser, server.url)
+    fresh.evaluate(screenshots.LOAD, graph)
+    run = screenshots.click_run(fresh, client)
     assert run["status"]["status_str"] == "success"
     assert any(shown.get("images") for shown in run["outputs"].values())
-    assert len(screenshots.screenshot(page, graph)) > 20_000
-    assert any(character.isdigit() for character in page.evaluate(COUNT))
+    assert len(screenshots.screenshot(fresh, graph)) > 20_000
+    assert any(character.isdigit() for character in fresh.evaluate(COUNT))
     expected = with_defaults(read("api/demo.json"), object_info)
-    assert stripped(page.evaluate(CONVERT)) == stripped(expected)  # what is shown is not queued
+    assert stripped(fresh.evaluate(CONVERT)) == stripped(expected)  # what is shown is not queued
