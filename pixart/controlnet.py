@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionFunction, torch_attention
 from .config import HEAD_DIM, TransformerConfig
+from .embeddings import Positions
 from .errors import InputError
 from .layers import BlockInputs, PixArtBlock
 from .model import PixArtTransformer
@@ -113,6 +114,10 @@ class ControlledTransformer(nn.Module):
         """The base's."""
         return self.base.config
 
+    def positions_of(self, latent: Tensor) -> Positions:
+        """The base's."""
+        return self.base.positions_of(latent)
+
     def _apply(self, fn, recurse: bool = True) -> ControlledTransformer:
         """Devices and dtypes change for both."""
         self.base._apply(fn, recurse)
@@ -128,6 +133,7 @@ class ControlledTransformer(nn.Module):
         *,
         hint: Tensor,
         strength: float = 1.0,
+        positions: Positions | None = None,
     ) -> Tensor:
         """As `PixArtTransformer.forward`; hint: (B, in_channels, H, W), the edge map's latent."""
         base = self.base
@@ -135,9 +141,9 @@ class ControlledTransformer(nn.Module):
             raise InputError(f"hint has shape {tuple(hint.shape)}; expected that of the latent, {tuple(latent.shape)}.")
         height, width = latent.shape[-2:]
         with torch.no_grad():
-            inputs, embedded_time = base.embed(latent, timestep, context, context_mask, size)
+            inputs, embedded_time = base.embed(latent, timestep, context, context_mask, size, positions=positions)
             hidden = base.blocks[0](inputs)
-            hint_tokens = base.embed_latent(hint)
+            hint_tokens = base.embed_latent(hint, positions)
         residuals = self.controlnet(replace(inputs, hidden=hidden), hint_tokens)
         for index, block in enumerate(base.blocks):
             if index > 0:
