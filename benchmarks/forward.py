@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from benchmarks import plots
-from benchmarks.peers import CFG, CORE, OURS, PADDED, TOKENS, Compressed, Size, Workload, make_peer
+from benchmarks.peers import CFG, CORE, OURS, PADDED, TOKENS, Compressed, Size, Workload, choose_attention, make_peer
 from benchmarks.rate import matmul_rate, step_flops
 from benchmarks.report import machine
-from benchmarks.timing import ratio, summarise, take_turns
+from benchmarks.timing import keep_freed_memory, ratio, summarise, take_turns
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,10 +27,12 @@ CPU_BLOCKS = {256: 28, 512: 28, 1024: 8, 2048: 2, 2880: 1, 4096: 1}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     chosen = parse(arguments)
+    choose_attention(chosen.attention)
+    keep_freed_memory()
     name = f"forward-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else "")
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG,
-        "tokens": TOKENS, "diffusers_tokens": PADDED, "matmul_rate": matmul_rate(DTYPES[chosen.dtype], chosen.device),
+        "attention": chosen.attention, "tokens": TOKENS, "diffusers_tokens": PADDED, "matmul_rate": matmul_rate(DTYPES[chosen.dtype], chosen.device),
         "rounds": chosen.rounds, "peers": chosen.peers, "kv": [str(one) for one in chosen.kv], "sizes": [],
     }  # fmt: skip
     for pixels in chosen.px:
@@ -55,6 +57,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--blocks", type=int, help="of the 28 (default: all; on a CPU fewer above 512 px)")
+    parser.add_argument(
+        "--attention", choices=("pytorch", "host"), default="pytorch",
+        help="of the host: torch's, which GPUs use anyway, or the host's choice, on a CPU one in slices",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--note", default="", help="a sentence on the state of the machine, for the report")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -139,7 +145,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["", f"One step with guidance {report['cfg']}, {report['dtype']}, {report['device']}; prompts of {report['tokens'][0]} and "
               f"{report['tokens'][1]} tokens (diffusers: {report['diffusers_tokens']} each); median of {report['rounds']} turns ± half the "
               f"distance of the quartiles. {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, "
-              f"ComfyUI {facts['comfyui']}. {report['note']}".rstrip()]  # fmt: skip
+              f"ComfyUI {facts['comfyui']} (attention: {report['attention']}). {report['note']}".rstrip()]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from benchmarks import plots
 from benchmarks.forward import CPU_BLOCKS, DTYPES, contender_names, device_name, parse
 from benchmarks.full_size import memory as process_memory
 from benchmarks.full_size import reset_peak
-from benchmarks.peers import CFG, Size, Workload, make_peer
+from benchmarks.peers import CFG, Size, Workload, choose_attention, make_peer
 from benchmarks.report import machine
 
 MIB = 2**20
@@ -29,9 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(measure(json.loads(arguments[1]))))
         return
     chosen = parse(arguments)
+    choose_attention(chosen.attention)
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG,
-        "contenders": contender_names(chosen), "sizes": [],
+        "attention": chosen.attention, "contenders": contender_names(chosen), "sizes": [],
     }  # fmt: skip
     for pixels in chosen.px:
         blocks = chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28)
@@ -86,7 +87,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [f"\n{name} fails at {size['pixels']} px: {value}" for name, value in size["mib"].items() if isinstance(value, str)]
     facts = report["machine"]
     lines += ["", f"Peak of one step with guidance above the loaded weights, {report['dtype']}, {report['device']}. {facts['cpu']}, "
-              f"torch {facts['torch']}, ComfyUI {facts['comfyui']}. {report['note']}".rstrip()]  # fmt: skip
+              f"torch {facts['torch']}, ComfyUI {facts['comfyui']} (attention: {report['attention']}). {report['note']}".rstrip()]  # fmt: skip
     return "\n".join(lines)
 
 

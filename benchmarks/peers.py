@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -92,6 +93,13 @@ class Workload:
         for row, caption in enumerate(self.captions):
             states[row, : caption.shape[1]], mask[row, : caption.shape[1]] = caption[0], True
         return states.to(self.device, self.dtype), mask.to(self.device)
+
+
+def choose_attention(name: str) -> None:
+    """Of the host in this process and those it starts: "pytorch", or "host" for what it would choose itself."""
+    from tests.support import host
+
+    os.environ[host.PYTORCH_ATTENTION] = "1" if name == "pytorch" else ""
 
 
 def make_peer(name: str, work: Workload) -> Callable[[], float]:

@@ -25,7 +25,7 @@ def report(**sizes) -> dict:
         for px, tokens, s in ((256, 256, 1.0), (512, 1024, 16.0))
     ]  # fmt: skip
     return {"machine": MACHINE, "note": "", "device": "cpu", "dtype": "bf16", "cfg": 4.5, "tokens": TOKENS, "diffusers_tokens": PADDED,
-            "rounds": 1, "matmul_rate": 1e12, "peers": ["comfyui"], "kv": [], "sizes": rows, **sizes}  # fmt: skip
+            "rounds": 1, "attention": "pytorch", "matmul_rate": 1e12, "peers": ["comfyui"], "kv": [], "sizes": rows, **sizes}  # fmt: skip
 
 
 def test_our_model_and_diffusers_compute_the_same_on_the_benchmarks_weights() -> None:
