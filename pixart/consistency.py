@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.hints import read_json
 from .checkpoints.read import read_tensors
 from .errors import CheckpointError, InputError, UnsupportedError
+from .json_files import read_json
 
 CLASS = "ConsistencyDecoderVAE"
 MARKS = ("decoder_unet.conv_in.weight", "encoder.conv_in.weight")

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..checkpoints.hints import read_json
 from ..checkpoints.read import read_checkpoint
 from ..errors import CheckpointError
+from ..json_files import read_json
 from .foreign import no_adapter
 from .layer import Layer, rank_of
 from .names import TEXT, TRANSFORMER, Place, find_place, is_text, split_key

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import COMPRESSION_MODES
 from ..errors import CheckpointError
+from ..json_files import read_json
 from ..model import PIXELS_PER_LATENT
 
 logger = logging.getLogger(__name__)
@@ -150,18 +151,3 @@ def _family_of_pipeline(folder: Path) -> tuple[str | None, str]:
     scale = read_json(folder / "vae" / "config.json", required=False).get("scaling_factor")
     family = FAMILY_OF_SCALE.get(scale) if isinstance(scale, float) else None
     return family, f"the folder's VAE has scaling_factor {scale}" if family else ""
-
-
-def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """A JSON object; an absent file is {} unless required. Raises CheckpointError."""
-    if not path.is_file():
-        if required:
-            raise CheckpointError(f"{path}: no such file; expected a JSON file of a diffusers folder.")
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a {type(values).__name__}; expected a JSON object.")
-    return values

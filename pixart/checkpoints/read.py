@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .hints import NOTE_KEY, Hints, hints_from_config, hints_from_note, read_json
+from ..json_files import read_json, shard_files
+from .hints import NOTE_KEY, Hints, hints_from_config, hints_from_note
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
@@ -196,7 +197,7 @@ def _weight_files(weights: Path) -> list[Path]:
     """The shards of a folder, or its one weight file."""
     indexes = sorted(weights.glob("*.index.json"))
     if indexes:
-        return _shards(indexes[0])
+        return shard_files(indexes[0])
     found = sorted(f for f in weights.iterdir() if f.suffix in WEIGHT_SUFFIXES)
     preferred = [f for f in found if f.name.startswith(WEIGHTS_NAME)] or found
     preferred = [f for f in preferred if f.suffix in (".safetensors", ".sft")] or preferred
@@ -209,22 +210,6 @@ def _weight_files(weights: Path) -> list[Path]:
             "Choose the file itself, or the folder of a PixArt pipeline or transformer."
         )
     return preferred
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map; download it again.")
-    names = sorted({str(name) for name in weight_map.values()})
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise CheckpointError(f"{index}: names shards outside its folder: {', '.join(outside)}; download it again.")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{index.parent}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}; download them too."
-        )
-    return [index.parent / name for name in names]
 
 
 def _first_line(error: Exception) -> str:

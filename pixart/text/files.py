@@ -1,7 +1,6 @@
 """Files of a T5: which to read, and their tensors one at a time, so that a file is never whole in memory."""
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import TextEncoderError
+from ..json_files import read_json, shard_files
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 SAFE = (".safetensors", ".sft")
@@ -53,13 +53,13 @@ def weight_files(path: Path) -> tuple[list[Path], dict]:
             )
         return [path], {}
     folder = text_encoder_folder(path)
-    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    settings = read_json(folder / "config.json", required=False, error=TextEncoderError)
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name], settings
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _shards(index), settings
+            return shard_files(index, error=TextEncoderError), settings
     single = sorted(folder.glob("*.safetensors"))
     if len(single) == 1:
         return single, settings
@@ -113,29 +113,3 @@ def _tensors_only(path: Path, loaded: object) -> list[tuple[str, Tensor]]:
     if nameless:
         raise TextEncoderError(f"{path}: the keys {', '.join(nameless[:6])} are no names; expected T5 weights by name.")
     return list(loaded.items())
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise TextEncoderError(f"{index} names shards outside its folder: {', '.join(outside)}. Download it again.")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
-        raise TextEncoderError(
-            f"{index} names {len(names)} shards, but {', '.join(missing) or 'none of them'} is missing from "
-            f"{index.parent}. Download the missing files into that folder."
-        )
-    return [index.parent / name for name in names]
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; raises TextEncoderError for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise TextEncoderError(f"{path} can't be read as JSON ({error}). Download it again.") from None
-    if not isinstance(values, dict):
-        raise TextEncoderError(f"{path} holds a {type(values).__name__}, expected an object. Download it again.")
-    return values
