@@ -168,8 +168,12 @@ def _load(work: Workload, name: str) -> Any:
         save_file({**work.weights, "pos_embed": positions}, path)
         if name == OURS:
             dtypes = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-            return host.pack_module("nodes.host.loader").load_model(str(path), "sigma-512", dtypes[work.dtype])
-        return importlib.import_module("comfy.sd").load_diffusion_model(str(path), model_options={"dtype": work.dtype})
+            model = host.pack_module("nodes.host.loader").load_model(str(path), "sigma-512", dtypes[work.dtype])
+        else:
+            model = importlib.import_module("comfy.sd").load_diffusion_model(str(path), model_options={"dtype": work.dtype})
+    for weight in model.model.parameters():  # out of the file's pages, which the system may drop while others have their turn
+        weight.data = weight.data.clone()
+    return model
 
 
 def core_model(work: Workload) -> PixArtTransformer:

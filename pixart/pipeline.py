@@ -18,7 +18,7 @@ from .errors import InputError
 from .guidance import PerturbedGuidance
 from .kv_compress import KVCompression
 from .model import PIXELS_PER_LATENT, PixArtTransformer
-from .sampling import Callback, denoise, initial_noise, make_scheduler
+from .sampling import Callback, check_scheduler, denoise, initial_noise, make_scheduler
 from .text.captions import prepare
 from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_encoder
 from .text.prompt_file import load_prompts
@@ -35,7 +35,7 @@ class Pipeline:
     """Draws pictures from prompts. `from_files` loads one; the parts may also be given one by one.
 
     base_size: pixels whose bins are used; max_tokens: of a prompt; latent_scale is the VAE's concern.
-    scheduler: any of diffusers' for noise prediction (default DPM-Solver++ 2M on linear betas).
+    scheduler: any of diffusers' for noise prediction on PixArt's betas (default DPM-Solver++ 2M).
     """
 
     def __init__(
@@ -210,9 +210,8 @@ class Pipeline:
             raise InputError(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}.")
         if self.vae is None and output != "latent":
             raise InputError('This pipeline has no VAE: give vae= when loading, or ask for output="latent".')
-        kind = "epsilon" if self.scheduler is None else self.scheduler.config.get("prediction_type")
-        if kind != "epsilon":  # it would draw another picture in silence
-            raise InputError(f"The scheduler's prediction_type is {kind!r}; PixArt predicts noise and needs 'epsilon'.")
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
 
     def _embed(
         self, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str], embeds: TextEmbeddings | None,

@@ -15,6 +15,7 @@ from .model import PixArtTransformer
 from .text.encoder import TextEmbeddings
 
 Callback = Callable[[int, int, Tensor], Any]
+BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # of training (PixArt's diffusion/iddpm.py)
 
 
 def make_scheduler() -> Any:
@@ -23,7 +24,20 @@ def make_scheduler() -> Any:
         from diffusers import DPMSolverMultistepScheduler
     except ImportError as error:
         raise UnsupportedError(f"Sampling needs the diffusers library ({error}): `pip install diffusers`.") from None
-    return DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    return DPMSolverMultistepScheduler(**BETAS)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises InputError for one of diffusers' schedulers that would draw another picture in silence."""
+    kind = scheduler.config.get("prediction_type")
+    if kind != "epsilon":
+        raise InputError(f"The scheduler's prediction_type is {kind!r}; PixArt predicts noise and needs 'epsilon'.")
+    found = {name: scheduler.config.get(name, value) for name, value in BETAS.items()}
+    if found != BETAS or scheduler.config.get("trained_betas") is not None:
+        shown, wanted = (", ".join(f"{name}={value!r}" for name, value in values.items()) for values in (found, BETAS))
+        other = "trained_betas" if found == BETAS else shown
+        name = type(scheduler).__name__
+        raise InputError(f"The scheduler has {other}; PixArt was trained with others: {name}.from_config(its config, {wanted}, trained_betas=None).")
 
 
 def initial_noise(shape: tuple[int, int, int, int], seed: int | Sequence[int] | None = None) -> Tensor:

@@ -1,7 +1,6 @@
 """The picture's autoencoder: diffusers' AutoencoderKL and AutoencoderTiny, in the model's latent space."""
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import re
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .errors import CheckpointError, InputError, UnsupportedError
+from .json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
         file = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
         if file is None or not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder} is not a VAE folder: expected config.json and {WEIGHT_NAMES[0]}.")
-        config = _read_config(folder / "config.json")
+        config = read_json(folder / "config.json")
     elif path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: expected a .safetensors file or a diffusers folder.")
     try:
@@ -152,13 +152,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
             f"({', '.join(sorted(raw)[:3])}, ...). Give {' or '.join(REMEDIES.values())}."
         )
     return {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}, config
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} can't be read as JSON ({error}). Download it again.") from None
 
 
 def _taesd_space(tensors: dict[str, Tensor], latent_scale: float) -> tuple[float, float]:

@@ -99,6 +99,16 @@ def test_a_scheduler_for_another_prediction_is_refused(pipe, scheduler):
         other("star", **FAST)
 
 
+@pytest.mark.parametrize("scheduler", [diffusers.LCMScheduler(), diffusers.DDIMScheduler(trained_betas=[0.1, 0.2])])
+def test_a_scheduler_with_other_betas_is_refused_and_its_remedy_works(pipe, scheduler):
+    other = Pipeline(pipe.transformer, pipe.text_encoder, pipe.vae, scheduler=scheduler)
+    with pytest.raises(InputError, match="beta_start=0.0001, beta_end=0.02, beta_schedule='linear'"):
+        other("star", **FAST)
+    mended = type(scheduler).from_config(scheduler.config, beta_start=0.0001, beta_end=0.02, beta_schedule="linear", trained_betas=None)
+    latent = Pipeline(pipe.transformer, pipe.text_encoder, pipe.vae, scheduler=mended)("star", output="latent", **FAST)
+    assert latent.isfinite().all()
+
+
 def test_seed_gives_the_noise_of_diffusers_and_the_same_picture_twice(pipe):
     first = pipe("red", seed=7, output="latent", **FAST)
     noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(7))

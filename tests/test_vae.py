@@ -184,9 +184,10 @@ def test_bad_files(tmp_path):
     with pytest.raises(CheckpointError, match="not a VAE folder"):
         load_vae(tmp_path / "empty", SDXL)
     tiny_kl().save_pretrained(tmp_path / "folder")
-    (tmp_path / "folder" / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="can't be read as JSON"):
-        load_vae(tmp_path / "folder", SDXL)
+    for text, found in (("{", "not readable as JSON"), ("[]", "holds a list")):
+        (tmp_path / "folder" / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=found):
+            load_vae(tmp_path / "folder", SDXL)
 
 
 def test_wrong_kind_of_autoencoder(tmp_path):
