@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import kv_quality
+from benchmarks import kv_pictures, kv_quality
 from benchmarks.kv_quality import EXACT, Setting, settings, share_of_attention
 from pixart.config import get_variant
 from pixart.kv_compress import KVCompression, check_together
@@ -51,8 +51,22 @@ def test_report_compares_with_the_uncompressed_and_goes_on(tmp_path, monkeypatch
     results = json.loads((tmp_path / "kv_quality.json").read_text())["results"]
     assert (results[EXACT]["latent_mse"], results["mean"]["latent_mse"], results["mean"]["latent_error"]) == (0, 1, 0.5)
     assert (tmp_path / "kv_quality.png").stat().st_size > 1000
+    assert "| mean | 50% | 50.0% | 0.500 |" in (tmp_path / "kv_quality.md").read_text()
     kv_quality.run(None, [*wanted, Setting("new", "new", (KVCompression(2),))], chosen)
     assert drawn == [EXACT, "mean", EXACT, "new"]
     chosen.steps = 3  # another measurement
     kv_quality.run(None, wanted, chosen)
     assert drawn[4:] == [EXACT, "mean"]
+
+
+def test_pictures_stand_in_a_column_for_each_setting(tmp_path, monkeypatch, capsys) -> None:
+    sheets = []
+    make = kv_pictures.make_contact_sheet
+    monkeypatch.setattr(kv_pictures, "make_contact_sheet", lambda entries, columns: sheets.append((entries, columns)) or make(entries, columns))
+    kv_pictures.main(["--count", "1", "--steps", "2", "--settings", EXACT, "mean 4, all", "--out", str(tmp_path)])
+    entries, columns = sheets[0]
+    assert columns == 2 and [entry.prompt for entry in entries] == [EXACT, "mean 4, all", "", ""]
+    assert (entries[0].picture != entries[1].picture).any() and (tmp_path / "kv_pictures.png").is_file()
+    with pytest.raises(SystemExit):
+        kv_pictures.main(["--settings", "mean 9"])
+    assert "unknown settings" in capsys.readouterr().err

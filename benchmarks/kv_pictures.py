@@ -1,0 +1,64 @@
+"""Pictures of the demo model with KV compression beside the uncompressed ones, from the same noise.
+
+`python -m benchmarks kv_pictures` draws held-out prompts with some of kv_quality's settings, one row a prompt, and writes
+kv_pictures.png; the frame says whether the picture is as asked. `--recipe` as for kv_quality.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.kv_quality import EXACT, RESULTS, Setting, make_sampler, settings, trained_settings
+from demo import WEIGHTS
+from demo.contact_sheet import Entry, make_contact_sheet
+from demo.evaluate import KINDS, Run, draw, make_questions
+from demo.reader import check
+from pixart import Pipeline
+
+SHOWN = (EXACT, "mean 2, all", "stride 2, all", "mean 2, last half", "mean 4, last half", "mean 4, all")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks kv_pictures", description=__doc__)
+    parser.add_argument("--count", type=int, default=3, help="prompts of each kind")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--settings", nargs="+", default=SHOWN, help="names of kv_quality's table")
+    parser.add_argument("--recipe", type=Path, help="a training recipe with compressed_blocks")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    chosen = parser.parse_args(arguments)
+    known = {one.name: one for one in settings()}
+    unknown = [name for name in chosen.settings if name not in known]
+    if unknown:
+        parser.error(f"unknown settings {unknown}; expected some of {sorted(known)}")
+    wanted = [*(known[name] for name in chosen.settings), *(trained_settings(chosen.recipe) if chosen.recipe else ())]
+    pipeline = Pipeline.from_files(WEIGHTS["diffusion_models"], WEIGHTS["text_encoders"], WEIGHTS["vae"], dtype=torch.float32, variant="demo")
+    columns = [pictures(pipeline, one, chosen) for one in wanted]
+    sheet = make_contact_sheet([entry for row in zip(*columns, strict=True) for entry in row], columns=len(columns))
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    sheet.save(chosen.out / "kv_pictures.png", optimize=True)
+
+
+def pictures(pipeline: Pipeline, setting: Setting, chosen: argparse.Namespace) -> list[Entry]:
+    """One setting's pictures of the first questions that kv_quality asks; its name is the first caption."""
+    if setting.transformer is not None:
+        pipeline = Pipeline(
+            setting.transformer.float(), pipeline.text_encoder, pipeline.vae, base_size=pipeline.base_size, max_tokens=pipeline.max_tokens
+        )
+    run = Run(setting.name, chosen.count, chosen.size, chosen.size)
+    sampler = make_sampler(pipeline, setting.compression, chosen.steps, [])
+    entries = []
+    for objects in KINDS:
+        questions = make_questions(run, objects, 0)
+        drawn = draw(sampler, questions, run, 0, len(questions))
+        entries += [Entry(p, q.caption.text, check(q.scene, p, q.caption.stated).correct) for q, p in zip(questions, drawn)]
+    return [replace(entries[0], prompt=setting.name), *(replace(entry, prompt="") for entry in entries[1:])]
+
+
+if __name__ == "__main__":
+    main()
