@@ -62,6 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of the host: torch's, which GPUs use anyway, or the host's choice, on a CPU one in slices",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count; 0 where a step takes minutes")
     parser.add_argument("--note", default="", help="a sentence on the state of the machine, for the report")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
@@ -88,7 +89,7 @@ def measure(size: Size, names: Sequence[str], chosen: argparse.Namespace) -> dic
             if name in (OURS, CORE):
                 raise
             errors[name] = f"{type(error).__name__}: {error}"
-    take_turns(contenders, 1)  # the warm-up: only with all of them loaded is memory laid out as it stays
+    take_turns(contenders, chosen.warm_up)  # only with all of them loaded is memory laid out as it stays
     seconds = take_turns(contenders, chosen.rounds)
     return {
         "errors": errors,
@@ -100,8 +101,13 @@ def measure(size: Size, names: Sequence[str], chosen: argparse.Namespace) -> dic
 
 
 def contender_names(chosen: argparse.Namespace) -> list[str]:
-    """Ours and the core, ours compressed, and the peers."""
-    return [OURS, CORE, *(f"{OURS} {kv}" for kv in chosen.kv), *chosen.peers]
+    """Ours, then either ours compressed or the core alone, and the peers."""
+    return names_of([str(kv) for kv in chosen.kv], chosen.peers)
+
+
+def names_of(compressed: Sequence[str], peers: Sequence[str]) -> list[str]:
+    """In the order of the table."""
+    return [OURS, *([f"{OURS} {kv}" for kv in compressed] or [CORE]), *peers]
 
 
 def device_name(device: str) -> str:
@@ -123,7 +129,7 @@ def write(report: dict[str, Any], folder: Path, name: str) -> None:
 def markdown(report: dict[str, Any]) -> str:
     """A table of medians, spreads and ratios, and the exponents."""
     peers, compressed = report["peers"], report["kv"]
-    names = [OURS, CORE, *(f"{OURS} {kv}" for kv in compressed), *peers]
+    names = names_of(compressed, peers)
     heads = [*(f"{name} s" for name in names), *(f"ours / {peer}" for peer in peers), *(f"{kv} / uncompressed" for kv in compressed)]
     lines = ["| px | tokens | blocks | " + " | ".join(heads) + " |", "|" + "---|" * (3 + len(heads))]
     for size in report["sizes"]:

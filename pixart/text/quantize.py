@@ -21,7 +21,7 @@ from .packed import SCALES, STATE, WEIGHT, check_parts, read_state
 from .weights import T5Weights
 
 COMPUTE = torch.bfloat16
-CHUNK = 2**22  # values quantized at once: bitsandbytes needs several times their fp32 size meanwhile
+CHUNK = 2**20  # values quantized at once: bitsandbytes needs up to a hundred bytes for each meanwhile
 BLOCK, NESTED_BLOCK = 64, 256  # values sharing a 4-bit scale, and scales sharing one of theirs: bitsandbytes' defaults
 WITHOUT = "bf16 and fp8_e4m3fn work without it"
 
