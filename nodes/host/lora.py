@@ -12,6 +12,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ...pixart.adapters import Fit, Layer, fit_adapter, load_adapter
+from ...pixart.adapters.names import TRANSFORMER, Place
 from ...pixart.errors import InputError
 
 Patches = dict[Any, Any]  # as ModelPatcher.add_patches takes them
@@ -57,7 +58,7 @@ def _patches(layers: tuple[Layer, ...], prefix: str) -> Patches:
     patches: Patches = {}
     for layer in layers:
         if layer.has_weight:
-            patches[_target(layer, prefix, "weight")] = DoraAdapter(layer) if layer.is_dora else host_patch(layer)
+            patches[_target(layer, prefix, "weight")] = DoraAdapter.of(layer) if layer.is_dora else host_patch(layer)
         bias = layer.bias_change()
         if bias is not None:
             patches[_target(layer, prefix, "bias")] = ("diff", (bias,))
@@ -89,10 +90,15 @@ class DoraAdapter(WeightAdapterBase):
 
     name = "dora"
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        self.loaded_keys: set[str] = set(layer.keys)
-        self.weights: list[Tensor] = list(layer.tensors.values())
+    def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
+        """weights: scale, roles and the tensors of `Layer`, in a plain tuple: newer hosts make adapters anew of these two."""
+        self.loaded_keys = loaded_keys
+        self.weights = weights
+
+    @classmethod
+    def of(cls, layer: Layer) -> DoraAdapter:
+        """The adapter of one layer."""
+        return cls(set(layer.keys), (layer.scale, tuple(layer.tensors), *layer.tensors.values()))
 
     def calculate_weight(
         self,
@@ -106,5 +112,7 @@ class DoraAdapter(WeightAdapterBase):
         original_weight: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Adds to `weight`, in place, as the host's adapters do; it may be a piece of a fused weight."""
-        weight += function((strength * self.layer.change(weight)).to(weight.dtype))
+        scale, roles, *tensors = self.weights
+        layer = Layer(Place(TRANSFORMER, key), dict(zip(roles, tensors)), scale, ())
+        weight += function((strength * layer.change(weight)).to(weight.dtype))
         return weight

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import comfy.model_management
+import comfy.model_patcher
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,6 +52,24 @@ def test_weights_equal_sums_by_hand(sigma, models: Path, name: str) -> None:
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-5)
     assert all(not torch.equal(found[change.key], weights[change.key]) for change in adapter.changes)
     assert all(torch.equal(value, weights[key]) for key, value in weights_of(sigma).items())
+
+
+@pytest.mark.parametrize("name", adapter_factory.FORMATS)
+def test_newer_hosts_bring_patches_to_the_card_and_sum_the_same(sigma, models: Path, name: str) -> None:
+    """With dynamic memory the host makes every adapter anew, around tensors that it has moved."""
+    patch_of = comfy.model_patcher.LowVramPatch
+    if not hasattr(patch_of, "memory_required"):
+        pytest.skip("this host patches weights in place only")
+    weights = weights_of(sigma)
+    adapter = adapter_factory.make(name, weights)
+    patches = apply(sigma, save(adapter, models)).patches
+    expected = adapter.merged(weights, 1.0)
+    for key in patches:
+        patch = patch_of(key, patches)
+        assert patch.memory_required() > 0
+        patch.prepare(torch.empty(patch.memory_required(), dtype=torch.uint8), None)
+        found = patch(weights[key.removeprefix(PREFIX)].clone())
+        torch.testing.assert_close(found, expected[key.removeprefix(PREFIX)], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"])
