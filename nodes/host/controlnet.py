@@ -77,6 +77,7 @@ class PixArtControl(comfy.controlnet.ControlNet):
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Checks that model and ControlNet belong together, before the first step."""
+        self._forget()  # a run that failed or was stopped isn't cleaned up by the host
         super().pre_run(model, percent_to_timestep_function)
         network = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)  # within torch.compile's wrapper
         if not isinstance(network, HostTransformer):
@@ -89,9 +90,12 @@ class PixArtControl(comfy.controlnet.ControlNet):
 
     def cleanup(self) -> None:
         """Nothing of a run outlives it."""
+        self._forget()
+        super().cleanup()
+
+    def _forget(self) -> None:
         self._model = self._base = None
         self._hints = {}
-        super().cleanup()
 
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, transformer_options: dict[str, Any]

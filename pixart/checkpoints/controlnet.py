@@ -14,7 +14,7 @@ from ..config import HEAD_DIM
 from ..controlnet import ControlNetConfig, PixArtControlNet, heads_of
 from ..errors import CheckpointError
 from .foreign import name_foreign
-from .keys import control_block_key, control_key, find_prefixes, gather_native
+from .keys import control_block_key, control_key, diffusers_sources, find_prefixes, gather_native, native_target
 from .load import group_keys, value_problems
 from .read import read_tensors
 from .sizes import MAX_DEPTH
@@ -101,8 +101,12 @@ def _strip(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict[str, Ten
 
 
 def _of_base(key: str, prefix: str) -> bool:
+    """Whether it is a tensor of the model that is controlled: under a name of its own, or beside the copied blocks."""
     outer = prefix.removesuffix("controlnet.")  # diffusers saves both as transformer.* and controlnet.*
-    return key.startswith(tuple(where + name for where in {prefix, outer} for name in BASES))
+    for rest in (key.removeprefix(where) for where in {prefix, outer} if key.startswith(where)):
+        if rest.startswith(BASES) or native_target(rest) or diffusers_sources(rest):
+            return True
+    return False
 
 
 def _what_else(state_dict: Mapping[str, Tensor]) -> str:

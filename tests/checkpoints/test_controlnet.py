@@ -24,6 +24,9 @@ def layouts(adapter):
     yield "in DDP", {f"module.{key}": value for key, value in native.items()}
     yield "diffusers and SimpleTuner", diffusers
     joint = {f"transformer.{key}": value for key, value in base_diffusers.items()}
+    yield "reference, after the bare base", {**base_native, **native}
+    yield "reference, before the bare base", {**native, **base_native}
+    yield "diffusers, before the bare base in DDP", {f"module.{key}": value for key, value in {**diffusers, **base_diffusers}.items()}
     yield "diffusers with the base", {**joint, **{f"controlnet.{key}": value for key, value in diffusers.items()}}
 
 

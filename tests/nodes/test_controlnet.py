@@ -253,6 +253,21 @@ def test_nothing_of_a_run_is_kept(sigma, control) -> None:
     assert not [name for name, value in vars(control.control_model).items() if isinstance(value, torch.Tensor)]
 
 
+def test_a_run_that_failed_leaves_no_hint_to_the_next(sigma, control, monkeypatch) -> None:
+    """The host cleans up after a success only; the next model may have another latent scale."""
+    vae = MeanVae()
+    positive, negative = applied(control, vae=vae)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        patch.setattr(type(control.control_model), "forward", fail)
+        sample(sigma, positive, negative, steps=1)
+    sample(sigma, positive, negative, steps=1)
+    assert len(vae.sizes) == 2 * len({id(positive[0][1]["control"]), id(negative[0][1]["control"])})
+
+
 def test_the_node_resolves_names_inside_the_hosts_folder(models, tmp_path) -> None:
     node = host.pack_module("nodes.controlnet").PixArtControlNetLoader
     save_file(original_keys(reference_control(72, 1)), models / "controlnet" / "tiny.safetensors")
