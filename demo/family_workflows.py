@@ -12,7 +12,8 @@ from .workflow_builder import DEMO, DEMO_NOTE, HUGGING_FACE, PROMPT, Weights, Wo
 LCM_NOTE = """
 
 LCM needs no negative prompt: with cfg 1 each step is one forward. The scheduler "simple" gives LCM's own timesteps
-(999, 759, 499, 259 in four steps). LCM-LoRA and Flash: load their base model, add LoraLoaderModelOnly before LCM sampling."""
+(999, 759, 499, 259 in four steps). LCM-LoRA and Flash: load their base model, add PixArtLoraLoader before LCM sampling;
+put adapter_config.json beside the LoRA file, since its lora_alpha / r decides how strong it is."""
 SA_SOLVER_NOTE = """
 SA-Solver with the settings of the PixArt-α paper: predictor and corrector of order 2, 25 steps, cfg 3, noise (tau 1) for
 0.2 <= t <= 0.8. The 0.001 beside them keeps the steps at the borders on the same side as in the paper's code."""
