@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy import ndimage
 
+from demo.evaluate_control import CONTROLNET
 from demo.launch import graph as workflow
 from demo.launch.client import ComfyClient, Graph, QueueError
-from demo.evaluate_control import CONTROLNET
 from demo.reader import read_picture
 from pixart.config import get_variant
 from pixart.controlnet import ControlNetConfig, PixArtControlNet

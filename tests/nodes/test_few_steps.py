@@ -5,11 +5,11 @@ import importlib
 import logging
 
 import comfy.samplers
-import nodes as host_nodes
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler, nodes_model_advanced
 
+import nodes as host_nodes
 from demo.launch import graph as workflow
 from tests.support import host
 from tests.support.demo import ROOT

@@ -1,12 +1,12 @@
 """The consistency decoder, and the demo's autoencoder, through the host's VAE nodes."""
 from __future__ import annotations
 
-import nodes as host_nodes
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import nodes as host_nodes
 from demo.autoencoder import VAE_FILE, load_decoder, save_autoencoder
 from demo.scenes import render, sample_scene
 from tests.support import host
