@@ -4,12 +4,14 @@ diffusers' ConsistencyDecoderVAE, which also carries SD1's encoder; weights: ope
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoints.load import require_tensors, value_problems
 from .checkpoints.read import read_tensors
 from .errors import CheckpointError, InputError, UnsupportedError
 from .json_files import read_json
@@ -60,24 +62,37 @@ def load_consistency_decoder(path: str | Path, dtype: torch.dtype = torch.float3
     except ImportError:
         raise UnsupportedError("The consistency decoder needs the diffusers library: `pip install diffusers`.") from None
     path = Path(path)
-    raw = read_tensors(path)
+    tensors = read_tensors(path).state_dict
+    require_tensors(tensors, str(path))
     config: dict[str, Any] = read_json(path / "config.json", required=False) if path.is_dir() else {}
-    if config and config.get("_class_name") != CLASS or not all(mark in raw.state_dict for mark in MARKS):
+    if config and config.get("_class_name") != CLASS or not all(mark in tensors for mark in MARKS):
         raise CheckpointError(
             f"{path}: not the consistency decoder (its config names {config.get('_class_name', 'no class')}; first keys: "
-            f"{', '.join(list(raw.state_dict)[:3])}). Give the diffusers folder or file of openai/consistency-decoder."
+            f"{', '.join(list(tensors)[:3])}). Give the diffusers folder or file of openai/consistency-decoder."
         )
-    module = ConsistencyDecoderVAE.from_config(config)
+    try:
+        module = ConsistencyDecoderVAE.from_config(config)
+    except Exception as error:  # diffusers builds whatever the config says, and raises nearly anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(
+            f"{path / 'config.json'}: no consistency decoder can be built from it ({reason}). Download openai/consistency-decoder again."
+        ) from error
+    _check_weights(tensors, module, path)
+    module.load_state_dict(tensors, strict=True)
+    return ConsistencyVae(module.to(dtype).eval().requires_grad_(False))
+
+
+def _check_weights(tensors: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
+    """Raises CheckpointError with all keys, shapes and values that are wrong."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    problems = [f"missing {key}" for key in expected if key not in raw.state_dict]
-    problems += [f"unknown {key}" for key in raw.state_dict if key not in expected]
+    problems = [f"missing {key}" for key in expected if key not in tensors]
+    problems += [f"unknown {key}" for key in tensors if key not in expected]
     problems += [
-        f"{key} has shape {tuple(raw.state_dict[key].shape)}, expected {shape}"
+        f"{key} has shape {tuple(tensors[key].shape)}, expected {shape}"
         for key, shape in expected.items()
-        if key in raw.state_dict and tuple(raw.state_dict[key].shape) != shape
+        if key in tensors and tuple(tensors[key].shape) != shape
     ]
+    problems += value_problems(tensors, quantized=set())
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(f"{path}: not a complete consistency decoder: {shown}. Download openai/consistency-decoder again.")
-    module.load_state_dict(raw.state_dict, strict=True)
-    return ConsistencyVae(module.to(dtype).eval().requires_grad_(False))
+        raise CheckpointError(f"{path}: not a sound consistency decoder: {shown}. Download openai/consistency-decoder again.")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoints.load import require_tensors, value_problems
 from .checkpoints.read import read_tensors
 from .errors import CheckpointError, InputError
 
@@ -69,6 +70,7 @@ class HedNetwork(nn.Module):
 
 def prepare_hed(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """The tensors of a ControlNetHED.pth, checked; raises CheckpointError with all that is wrong."""
+    require_tensors(state_dict, source)
     tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
     expected = {key: tuple(value.shape) for key, value in HedNetwork(device="meta").state_dict().items()}
     problems = [f"missing {key}" for key in expected if key not in tensors]
@@ -78,7 +80,7 @@ def prepare_hed(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tens
         for key, shape in expected.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
-    problems += [f"NaN or infinite values in {key}" for key, value in tensors.items() if not value.isfinite().all()]
+    problems += value_problems(tensors, quantized=set())
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pixart.consistency import load_consistency_decoder
 from pixart.errors import CheckpointError, InputError, UnsupportedError
@@ -58,6 +58,34 @@ def test_other_weights_are_refused(folder, tmp_path):
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="names AutoencoderKL"):
         load_consistency_decoder(broken)
+
+
+@pytest.mark.parametrize("config", [{"encoder_block_out_channels": [7]}, {"latent_channels": "4"}, {"encoder_down_block_types": [3]}])
+def test_a_config_that_nothing_can_be_built_from(tmp_path, config):
+    folder = write_decoder(tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(CheckpointError, match="config.json: no consistency decoder can be built from it.*openai/consistency-decoder"):
+        load_consistency_decoder(folder)
+
+
+DAMAGED = {  # more entries of the state dict, and what the error says
+    "no tensor": ({"epoch": 3}, r"1 entries are no tensors \(epoch\)"),
+    "no name": ({7: torch.zeros(1)}, r"1 entries are no tensors \(7\)"),
+    "NaN": ({"encoder.conv_out.bias": torch.full((8,), torch.nan)}, "encoder.conv_out.bias has 8 NaN or infinite values of 8"),
+    "integers": ({"encoder.conv_out.bias": torch.zeros(8, dtype=torch.int64)}, "encoder.conv_out.bias holds torch.int64"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_weights_are_named(tmp_path, case):
+    changes, message = DAMAGED[case]
+    folder = write_decoder(tmp_path)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    torch.save({**load_file(file), **changes}, folder / "diffusion_pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=message):
+        load_consistency_decoder(folder)
 
 
 def test_without_diffusers_the_error_names_the_package(folder, monkeypatch):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from pixart.errors import CheckpointError, InputError
-from pixart.hed import STAGES, HedNetwork, load_hed
+from pixart.hed import STAGES, HedNetwork, load_hed, prepare_hed
 
 
 def random_weights(seed=0):
@@ -60,6 +60,27 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="not the HED network"):
         load_hed(tmp_path / "other.pth")
+
+
+DAMAGED = {  # change of the state dict, and what the error says
+    "no tensor": (lambda w: {**w, "epoch": 3}, r"1 entries are no tensors \(epoch\)"),
+    "no name": (lambda w: {**w, 7: torch.zeros(1)}, r"1 entries are no tensors \(7\)"),
+    "NaN": (lambda w: {**w, "norm": torch.full((1, 3, 1, 1), torch.nan)}, "norm has 3 NaN or infinite values of 3"),
+    "NaN in fp8": (lambda w: {**w, "norm": torch.full((1, 3, 1, 1), torch.nan).to(torch.float8_e4m3fn)}, "norm has 3 NaN"),
+    "integers": (lambda w: {**w, "norm": torch.zeros(1, 3, 1, 1, dtype=torch.int8)}, "norm holds torch.int8; expected floating-point"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_are_named(case):
+    change, message = DAMAGED[case]
+    with pytest.raises(CheckpointError, match=f"file.pth.*{message}"):
+        prepare_hed(change(random_weights()), "file.pth")
+
+
+def test_weights_in_fp8_are_read(tmp_path):
+    torch.save({key: value.to(torch.float8_e4m3fn) for key, value in random_weights().items()}, tmp_path / "fp8.pth")
+    assert {value.dtype for value in load_hed(tmp_path / "fp8.pth").state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 32, 32), (1, 3, 8, 32)])

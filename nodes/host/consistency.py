@@ -22,7 +22,7 @@ def load_decoder(path: str) -> ConsistencyDecoder:
 
 
 class ConsistencyDecoder:
-    """What VAEDecode, VAEDecodeTiled and VAEEncode need of a VAE; loaded and unloaded like any other model."""
+    """What the host's nodes for encoding and decoding need of a VAE; loaded and unloaded like any other model."""
 
     def __init__(self, vae: ConsistencyVae, device: Any) -> None:
         self.vae = vae
@@ -49,12 +49,23 @@ class ConsistencyDecoder:
         return pictures.movedim(1, -1)
 
     def encode(self, pixel_samples: Tensor, **_: Any) -> Tensor:
-        """IMAGE (B, H, W, C) -> latents; sides that don't divide by 8 are cropped, as the host's VAE does."""
-        step = self.spacial_compression_encode()
-        height, width = (side // step * step for side in pixel_samples.shape[1:3])
-        self._load(height * width // step**2)
-        pixels = pixel_samples[:, :height, :width, :3].movedim(-1, 1)
+        """IMAGE (B, H, W, C) -> latents (B, 4, H/8, W/8) of its middle, where the sides don't divide by 8."""
+        pixels = self._cropped(pixel_samples)
+        self._load(pixels.shape[-2] * pixels.shape[-1] // self.downscale_ratio**2)
         return self.vae.encode(pixels).to(self.output_device)
+
+    def encode_tiled(self, pixel_samples: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64, **_: Any) -> Tensor:
+        """The same in overlapping tiles of so many pixels; `encode` where one tile is enough."""
+        self._load(tile_x * tile_y // self.downscale_ratio**2)
+        return comfy.utils.tiled_scale(
+            self._cropped(pixel_samples), self.vae.encode, tile_x=tile_x, tile_y=tile_y, overlap=overlap,
+            out_channels=self.vae.module.config.latent_channels, upscale_amount=1 / self.downscale_ratio, output_device=self.output_device,
+        )  # fmt: skip
+
+    @property
+    def downscale_ratio(self) -> int:
+        """Pixels per latent, where VAEEncodeForInpaint of older hosts looks for it."""
+        return self.vae.pixels_per_latent
 
     def spacial_compression_decode(self) -> int:
         """Pixels per latent; the spelling is the host's."""
@@ -74,6 +85,14 @@ class ConsistencyDecoder:
 
     def throw_exception_if_invalid(self) -> None:
         """A loaded decoder is a whole one."""
+
+    def _cropped(self, pixels: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, 3, h, w), sides cut to whole latents from the middle, as the host's VAE does: masks are cut so too."""
+        for axis in (1, 2):
+            side = pixels.shape[axis]
+            rest = side % self.downscale_ratio
+            pixels = pixels.narrow(axis, rest // 2, side - rest)
+        return pixels[..., :3].movedim(-1, 1)
 
     def _load(self, latents: int) -> None:
         needed = latents * self.vae.pixels_per_latent**2 * BYTES_PER_PIXEL

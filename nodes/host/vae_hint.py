@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 # What a VAE's file name gives away; the weights of SD1 and SDXL VAEs have the same shapes.
 KINDS = (
@@ -21,6 +22,8 @@ ADVICE = {
 }
 
 CONSISTENCY_DECODER = "consistency-decoder"
+PIXART, REFINER = "PixArt", "refiner"
+Graph = Mapping[str, Mapping[str, Any]]
 
 
 def vae_kind(name: str) -> str | None:
@@ -44,21 +47,64 @@ def vae_warning(wanted: str) -> str | None:
 
 
 def refiner_warning(family: str) -> str | None:
-    """For α beside the SDXL refiner: their latents have the same shape, so nothing else would notice a direct link."""
-    nodes = list(_running_nodes())
-    refiners = [str(node["inputs"].get("ckpt_name")) for node in nodes if "refiner" in str(node.get("inputs", {}).get("ckpt_name")).lower()]
-    encoded = any(node.get("class_type") in ("VAEEncode", "VAEEncodeTiled") for node in nodes)
-    if family != "alpha" or not refiners or encoded:
+    """For α before the SDXL refiner: their latents have the same shape, so nothing else would notice a direct link."""
+    names = [name for graph in _running_graphs() for name in _refiners_on_pixart(graph)] if family == "alpha" else []
+    if not names:
         return None
     return (
-        f"this graph hands PixArt-α's latent to {refiners[0]!r}, which reads SDXL latents: colours and shapes will be wrong. Put "
+        f"this graph hands PixArt-α's latent to {names[0]!r}, which reads SDXL latents: colours and shapes will be wrong. Put "
         "VAEDecode (SD1 VAE) and VAEEncode (SDXL VAE) between them; PixArt-Σ's latents need no such step."
     )
 
 
+def _refiners_on_pixart(graph: Graph) -> Iterator[str]:
+    """Names of refiners that sample on from a PixArt sampler's latent, without a VAE between."""
+    for node in graph.values():
+        refiner = _model_of(graph, node)
+        if REFINER not in refiner.lower():
+            continue
+        waiting, seen = _sources(graph, node, "latent_image"), set()
+        while waiting:
+            number = waiting.pop()
+            if number in seen:
+                continue
+            seen.add(number)
+            before = graph[number]
+            model = _model_of(graph, before)
+            if model == PIXART:
+                yield refiner
+            elif not model or REFINER in model.lower():  # another model's latent has come through a VAE of its own
+                waiting += [] if "vae" in before.get("inputs", {}) else _sources(graph, before)
+
+
+def _model_of(graph: Graph, node: Mapping[str, Any]) -> str:
+    """What a sampler draws with: PIXART, or the file's name; "" for nodes that don't sample."""
+    if not _sources(graph, node, "latent_image"):
+        return ""
+    waiting, seen = _sources(graph, node, "model") + _sources(graph, node, "guider"), {""}
+    while waiting:  # patches and LoRA lie between
+        number = waiting.pop(0)
+        if number in seen:
+            continue
+        seen.add(number)
+        loader = graph[number]
+        name = next((loader["inputs"][key] for key in ("ckpt_name", "unet_name") if key in loader.get("inputs", {})), None)
+        if name is not None or loader.get("class_type") == "PixArtModelLoader":
+            return PIXART if name is None else str(name)
+        waiting += _sources(graph, loader)
+    return "a model of another loader"
+
+
+def _sources(graph: Graph, node: Mapping[str, Any], name: str | None = None) -> list[str]:
+    """Ids of the nodes that a node's input, or each of its inputs, is linked to."""
+    inputs = node.get("inputs", {})
+    values = inputs.values() if name is None else [inputs.get(name)]
+    return [str(value[0]) for value in values if isinstance(value, list) and len(value) == 2 and str(value[0]) in graph]
+
+
 def _running_vaes() -> Iterator[str]:
     """Names in the VAE loaders of the graph that the host runs now; none without a running server."""
-    for node in _running_nodes():
+    for node in (node for graph in _running_graphs() for node in graph.values()):
         name = node.get("inputs", {}).get("vae_name")
         if node.get("class_type") == "PixArtConsistencyDecoder":
             yield CONSISTENCY_DECODER  # whatever the user calls the file
@@ -66,9 +112,8 @@ def _running_vaes() -> Iterator[str]:
             yield name
 
 
-def _running_nodes() -> Iterator[dict]:
-    """Every node of the graph that the host runs now."""
+def _running_graphs() -> list[Graph]:
+    """The graphs, node id -> node, that the host runs now."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     running = getattr(getattr(server, "prompt_queue", None), "currently_running", {})
-    for item in list(running.values()):
-        yield from item[2].values()  # (number, id, graph, ...)
+    return [item[2] for item in list(running.values())]  # (number, id, graph, ...)

@@ -121,6 +121,9 @@ def _problems(module: str, layer: Layer) -> list[str]:
     broken = [key for key in layer.tensors if not bool(torch.isfinite(layer.tensors[key].float()).all())]
     if broken:
         return [f"{module}: NaN or infinite values in {', '.join(broken)}"]
+    empty = [f"{role} {tuple(tensor.shape)}" for role, tensor in layer.tensors.items() if not tensor.numel()]
+    if empty:
+        return [f"{module}: rank 0, or no values: {', '.join(empty)}; it would change nothing"]
     if not math.isfinite(layer.scale):
         return [f"{module}: alpha is no finite number"]
     if not layer.has_weight:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -50,11 +50,11 @@ def settings_from_config(config: Mapping[str, Any], source: str) -> Settings:
         )
     return Settings(
         alpha=_number(config, "lora_alpha" if kind == "LORA" else "alpha", source),
-        rank=_number(config, "r", source),
-        alphas=_patterns(config, "alpha_pattern", source),
-        ranks=_patterns(config, "rank_pattern", source),
-        rank_stabilized=bool(config.get("use_rslora", False)),
-        dora=bool(config.get("use_dora", False)),
+        rank=_rank(config, "r", source),
+        alphas=_patterns(config, "alpha_pattern", source, _number),
+        ranks=_patterns(config, "rank_pattern", source, _rank),
+        rank_stabilized=_flag(config, "use_rslora", source),
+        dora=_flag(config, "use_dora", source),
     )
 
 
@@ -82,7 +82,22 @@ def _number(config: Mapping[str, Any], name: str, source: str) -> Any:
     return value
 
 
-def _patterns(config: Mapping[str, Any], name: str, source: str) -> dict[str, float]:
+def _rank(config: Mapping[str, Any], name: str, source: str) -> Any:
+    value = _number(config, name, source)
+    if value is not None and value <= 0:
+        raise CheckpointError(f"{source}: {name} is {value!r}; expected a rank of at least 1. Download the adapter again.")
+    return value
+
+
+def _flag(config: Mapping[str, Any], name: str, source: str) -> bool:
+    """The text "false" would count as true."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{source}: {name} is {value!r}; expected true or false.")
+    return bool(value)
+
+
+def _patterns(config: Mapping[str, Any], name: str, source: str, read: Callable[..., Any]) -> dict[str, float]:
     """Layer name -> number. PEFT reads the names as regular expressions, this only as names: the file is untrusted."""
     found = {}
     patterns = config.get(name) or {}
@@ -92,7 +107,7 @@ def _patterns(config: Mapping[str, Any], name: str, source: str) -> dict[str, fl
         plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if not _NO_PATTERN.fullmatch(plain):
             raise UnsupportedError(f"{source}: {name} has the pattern {pattern!r}; expected names of layers. Merge it with PEFT instead.")
-        found[plain] = _number(patterns, pattern, source)
+        found[plain] = read(patterns, pattern, source)
     return found
 
 

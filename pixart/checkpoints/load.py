@@ -127,10 +127,7 @@ def inspect_file(path: str | Path, variant: str = AUTO, ema: bool = False) -> De
 
 def _strip(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], str, list[str]]:
     """Tensors under the transformer's prefix, that prefix, and the names of other parts left out."""
-    others = [str(key) for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if others:
-        shown = ", ".join(others[:10])
-        raise CheckpointError(f"{source}: {len(others)} entries are no tensors ({shown}); expected a state dict of tensors.")
+    require_tensors(state_dict, source)
     keys = list(state_dict)
     prefixes = find_prefixes(keys)
     foreign = name_foreign(keys, has_pixart_layers=bool(prefixes))
@@ -208,6 +205,14 @@ def _ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([n, n])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def require_tensors(state_dict: Mapping[Any, Any], source: str) -> None:
+    """Raises CheckpointError unless every key is a name and every value a tensor; a pickle may hold anything else."""
+    others = [str(key) for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+    if others:
+        shown = ", ".join(others[:10])
+        raise CheckpointError(f"{source}: {len(others)} entries are no tensors ({shown}); expected a state dict of tensors.")
 
 
 def value_problems(tensors: Mapping[str, Tensor], quantized: set[str]) -> list[str]:

@@ -168,6 +168,10 @@ BROKEN = {
         },
         "alpha is no finite number",
     ),
+    "rank 0": (
+        {"blocks.0.attn.proj.lora_down.weight": torch.zeros(0, 144), "blocks.0.attn.proj.lora_up.weight": torch.zeros(144, 0)},
+        r"rank 0, or no values: lora_down \(0, 144\), lora_up \(144, 0\)",
+    ),
     "two adapters": (
         {f"blocks.0.attn.proj.lora_{side}.{name}.weight": torch.randn(144, 144) for side in "AB" for name in ("default", "other")},
         "lora_A.default.weight and .*lora_A.other.weight are the same matrix",

@@ -110,6 +110,20 @@ def test_damaged_settings_are_named():
             settings_from_config({"r": 4, "rank_pattern": patterns}, "x")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_rslora": "false"}, "use_rslora is 'false'; expected true or false"),
+        ({"use_dora": 0}, "use_dora is 0; expected true or false"),
+        ({"r": 0}, "r is 0; expected a rank of at least 1"),
+        ({"rank_pattern": {"to_q": -4}}, "to_q is -4; expected a rank of at least 1"),
+    ],
+)
+def test_settings_that_would_be_taken_for_something_else(config, message):
+    with pytest.raises(CheckpointError, match=f"x: {message}"):
+        settings_from_config({"r": 4, "lora_alpha": 4, **config}, "x")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_dora_without_magnitudes_is_refused(tmp_path):
     """Applied as a plain LoRA it would be another picture."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy import ndimage
 
+from demo.evaluate_control import CONTROLNET
 from demo.launch import graph as workflow
 from demo.launch.client import ComfyClient, Graph, QueueError
-from demo.evaluate_control import CONTROLNET
 from demo.reader import read_picture
 from pixart.config import get_variant
 from pixart.controlnet import ControlNetConfig, PixArtControlNet
 from tests.support.demo import DEMO, ROOT, SECOND_MODEL
-from tests.support.graphs import insert, node_of, picture
+from tests.support.graphs import id_of, insert, node_of, picture, pictures
+from tests.support.tiny_consistency import write_decoder
 
 RED, BLACK = "a red circle on a white background", "a yellow cross on a black background"
 
@@ -132,6 +134,55 @@ def test_one_step_is_one_forward(client: ComfyClient) -> None:
     steps: list[tuple[int, int]] = []
     client.wait(client.queue(on_demo(api("dmd"))), on_progress=lambda node, done, total: steps.append((done, total)))
     assert (1, 1) in steps and max(total for _, total in steps) == 1
+
+
+def steps_and_picture(client: ComfyClient, graph: Graph) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """(done, total) of each progress message, and the picture."""
+    steps: list[tuple[int, int]] = []
+    entry = client.wait(client.queue(graph), on_progress=lambda node, done, total: steps.append((done, total)))
+    saved = entry["outputs"][id_of(graph, "SaveImage")]["images"][0]
+    return steps, np.asarray(Image.open(io.BytesIO(client.image(saved))).convert("RGB"), np.float32) / 255
+
+
+def test_lcm_takes_four_steps_to_what_the_prompt_says(client: ComfyClient, demo_graph: Graph) -> None:
+    """The demo wasn't distilled: its colours are there after four steps, not always its shapes."""
+    wanted = {}
+    for prompt in (RED, BLACK):
+        workflow.configure(demo_graph, {"prompt": prompt, "steps": 12})
+        wanted[prompt] = picture(client, demo_graph)
+    for prompt, other in ((RED, BLACK), (BLACK, RED)):
+        graph = on_demo(api("lcm"))
+        workflow.configure(graph, {"prompt": prompt})
+        steps, found = steps_and_picture(client, graph)
+        assert {total for _, total in steps} == {4} and (4, 4) in steps
+        assert np.abs(found - wanted[prompt]).mean() < 0.5 * np.abs(found - wanted[other]).mean()
+
+
+def test_the_consistency_decoder_draws_from_the_queue(client: ComfyClient, base: Path) -> None:
+    """A random decoder: the picture is not to be recognised, but has its size, and is another for another latent."""
+    write_decoder(base / "models/vae/consistency-decoder")
+    graph, found = on_demo(api("consistency-decoder")), {}
+    workflow.configure(graph, {"steps": 1})
+    for seed in (1, 2):
+        workflow.configure(graph, {"seed": seed})
+        found[seed] = picture(client, graph)
+    assert found[1].shape == (256, 256, 3) and found[1].std() > 0.01
+    assert np.abs(found[1] - found[2]).mean() > 0.001
+
+
+def test_a_second_pass_in_tiles_keeps_the_picture_and_redraws_it(client: ComfyClient) -> None:
+    """hires-2k with the demo: 256 to 512 pixels, encoded and decoded in tiles of 256."""
+    graph = on_demo(api("hires-2k"))
+    workflow.configure(graph, {"prompt": RED, "steps": 12})
+    next(node for node in graph.values() if node["_meta"]["title"] == "Second pass")["inputs"] |= {"steps": 4, "denoise": 0.3}
+    node_of(graph, "PixArtKVCompress").update(first_block=4, last_block=-1)
+    for kind in ("VAEEncodeTiled", "VAEDecodeTiled"):
+        node_of(graph, kind).update(tile_size=256, overlap=64)
+    first, second = pictures(client, graph)
+    assert first.shape == (256, 256, 3) and second.shape == (512, 512, 3)
+    assert {found.color for found in read_picture(first).objects} == {"red"} == {found.color for found in read_picture(second).objects}
+    change = np.abs(second.reshape(256, 2, 256, 2, 3).mean((1, 3)) - first).mean()
+    assert 0.002 < change < 0.05
 
 
 def test_timesteps_out_of_order_are_named(client: ComfyClient) -> None:

@@ -5,12 +5,15 @@ import importlib
 import logging
 
 import comfy.samplers
-import nodes as host_nodes
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler, nodes_model_advanced
 
+import nodes as host_nodes
+from demo.launch import graph as workflow
 from tests.support import host
+from tests.support.demo import ROOT
+from tests.support.graphs import node_of
 from tests.support.host_models import captions, difference, noise
 
 errors = host.pack_module("pixart.errors")
@@ -177,56 +180,73 @@ def test_bad_timesteps_are_refused(sigma) -> None:
         few_steps.PixArtTimesteps.execute(sigma, "200, 400")
 
 
-def sa_sampler(model, eta=1.0):
+def sa_sampler(model):
     """The host's SamplerSASolver as the workflow sets it: the paper's orders, and its interval of noise."""
+    settings = node_of(workflow.load(ROOT / "workflows/api/sa-solver.json"), "SamplerSASolver")
     node = nodes_custom_sampler.SamplerSASolver
     run = getattr(node, "execute", None) or node().get_sampler
-    return result(run(model=model, eta=eta, sde_start_percent=0.201, sde_end_percent=0.801, s_noise=1.0, predictor_order=2,
-                      corrector_order=2, use_pece=False, simple_order_2=True))[0]  # fmt: skip
+    return result(run(**{**settings, "model": model}))[0]
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_sa_solver_equals_diffusers(sigma, fixed_noise, monkeypatch, eta) -> None:
-    """Order 2 predictor and corrector with tau 0 and 1 everywhere: the network sees the same latent at every step.
+def sa_steps(model):
+    """The workflow's 25 steps: sigmas, and for each the paper's tau of the step that arrives there (t from 1 to 0.001)."""
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "sgm_uniform", 25)
+    return sigmas, [float(0.2 <= 1 - i * 0.999 / 25 <= 0.8) for i in range(26)]
 
-    But the last, to which the host predicts with order 1, and diffusers, as the reference, with order 2.
+
+def diffusers_sa_solver(model, sigmas, taus):
+    """The latent before each step of diffusers' SASolverScheduler. It asks for tau where a step departs: given is that of its arrival.
+
+    To the last latent the host predicts with order 1, and diffusers, as the reference, with order 2: set to 1 here.
     """
     import diffusers.schedulers.scheduling_sasolver as scheduling
 
-    fixed_noise(scheduling)
+    timesteps = [int(model.get_model_object("model_sampling").timestep(sigma)) for sigma in sigmas[:-1]]
     scheduler = scheduling.SASolverScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", predictor_order=2, corrector_order=2, tau_func=lambda t: eta,
-        timestep_spacing="linspace",
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", predictor_order=2, corrector_order=2,
+        tau_func=lambda t: taus[timesteps.index(int(t)) + 1],
     )  # fmt: skip
-    scheduler.set_timesteps(10)
-    latent, expected = first_noise(), []
-    for timestep in scheduler.timesteps:
-        expected.append(latent)
-        latent = scheduler.step(predicted_noise(sigma, latent, timestep), timestep, latent, return_dict=False)[0]
-    seen = []
-    network = sigma.model.diffusion_model
-    original = network._denoise
+    scheduler.set_timesteps(len(timesteps))
+    scheduler.sigmas[:-1], scheduler.timesteps = sigmas[:-1], torch.tensor(timesteps)
+    latent, latents = first_noise(), []
+    for number, timestep in enumerate(scheduler.timesteps, start=2):
+        if number == len(timesteps):
+            scheduler.register_to_config(predictor_order=1)
+        latents.append(latent)
+        latent = scheduler.step(predicted_noise(model, latent, timestep), timestep, latent, return_dict=False)[0]
+    return latents
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0, None])
+def test_sa_solver_equals_diffusers(sigma, fixed_noise, monkeypatch, tau) -> None:
+    """The network sees the same latent at all of the workflow's steps: with tau 0 or 1 everywhere, and where the paper switches it."""
+    import diffusers.schedulers.scheduling_sasolver as scheduling
+
+    fixed_noise(scheduling)
+    sigmas, taus = sa_steps(sigma)
+    expected = diffusers_sa_solver(sigma, sigmas, taus if tau is None else [tau] * len(taus))
+    seen, original = [], sigma.model.diffusion_model._denoise
 
     def look(x, *rest):
         seen.append(x.clone())
         return original(x, *rest)
 
-    monkeypatch.setattr(network, "_denoise", look)
-    sigmas = few_steps.PixArtTimesteps.execute(sigma, ", ".join(str(int(t)) for t in scheduler.timesteps)).result[0]
-    solver = sa_sampler(sigma, eta)
-    solver.extra_options["tau_func"] = lambda s: eta
+    monkeypatch.setattr(sigma.model.diffusion_model, "_denoise", look)
+    # The host draws noise only where tau isn't 0: the n-th step's, whatever was drawn before.
+    monkeypatch.setattr(k_diffusion, "default_noise_sampler", lambda *_, **__: lambda *_: first_noise(99 + len(seen)))
+    solver = sa_sampler(sigma)
+    if tau is not None:
+        solver.extra_options["tau_func"] = lambda s: tau
     custom(sigma, solver, sigmas)
-    assert len(seen) == len(expected) == 10
-    assert max(difference(ours, theirs) for ours, theirs in zip(seen[:-1], expected[:-1])) < 2e-3
+    assert len(seen) == len(expected) == 25
+    assert max(difference(ours, theirs) for ours, theirs in zip(seen, expected)) < 2e-3
 
 
 def test_sa_solver_is_noisy_where_the_paper_says(sigma) -> None:
     """tau is 1 for the steps that arrive at 0.2 <= t <= 0.8, of 25 that fall evenly from 1 to 0.001."""
-    arrivals = [1 - i * 0.999 / 25 for i in range(26)]
-    expected = [0.2 <= t <= 0.8 for t in arrivals[:-1]]
-    scheduled = comfy.samplers.calculate_sigmas(sigma.get_model_object("model_sampling"), "sgm_uniform", 25)
+    sigmas, taus = sa_steps(sigma)
     tau = sa_sampler(sigma).extra_options["tau_func"]
-    assert len(scheduled) == 26 and [tau(s) == 1 for s in scheduled[:-1]] == expected
+    assert len(sigmas) == 26 and [tau(s) for s in sigmas[:-1]] == taus[:-1] and 0 < sum(taus) < 25
     sampling = sigma.get_model_object("model_sampling")
-    for s, t in zip(scheduled[:-1], arrivals):
-        assert int(sampling.timestep(s)) == pytest.approx(1000 * t - 1, abs=0.51)
+    for i, s in enumerate(sigmas[:-1]):
+        assert int(sampling.timestep(s)) == pytest.approx(1000 * (1 - i * 0.999 / 25) - 1, abs=0.51)

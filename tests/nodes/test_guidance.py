@@ -5,10 +5,10 @@ import importlib
 
 import comfy.sample
 import comfy.samplers
-import nodes as host_nodes
 import pytest
 import torch
 
+import nodes as host_nodes
 from tests.support import checkpoint_factory, host
 from tests.support.host_models import captions, difference, load_model, noise, sample, write_model
 
@@ -187,13 +187,22 @@ def test_the_hosts_own_pag_is_for_unets_as_the_help_says(sigma) -> None:
     assert difference(run(node.execute(model=sigma, scale=3.0).result[0]), run(sigma)) < 1e-5
 
 
-def test_rescaled_cfg_keeps_the_spread_of_the_conditional_prediction(sigma) -> None:
-    """RescaleCFG at 1.0: the guided v-prediction has the standard deviation of the conditional one (arXiv:2305.08891)."""
+def test_rescaled_cfg_equals_diffusers_on_the_v_prediction(sigma) -> None:
+    """RescaleCFG (arXiv:2305.08891) at every step: v = alpha eps - sigma x0 of both prompts, guided, rescaled, and back to x0."""
+    rescale = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion").rescale_noise_cfg
     node = importlib.import_module("comfy_extras.nodes_model_advanced").RescaleCFG
-    strong = sample(sigma, captions(5), captions(2, seed=1), steps=1, cfg=12.0)
-    cond = sample(sigma, captions(5), captions(2, seed=1), steps=1, cfg=1.0)
-    found = sample(node().patch(sigma, 1.0)[0], captions(5), captions(2, seed=1), steps=1, cfg=12.0)
-    assert abs(float(found.std() / cond.std()) - 1) < abs(float(strong.std() / cond.std()) - 1)
+    seen, patched = [], node().patch(sigma, 0.7)[0]
+    patched.set_model_sampler_post_cfg_function(lambda args: seen.append(args) or args["denoised"])
+    sample(patched, captions(5), captions(2, seed=1), steps=4, cfg=12.0)
+    changes = []
+    for args in seen:
+        x, s, scale = args["input"], args["sigma"].reshape(-1, 1, 1, 1), (1 + args["sigma"].reshape(-1, 1, 1, 1) ** 2) ** 0.5
+        cond, uncond = (((x - args[name]) / s - s * args[name]) / scale for name in ("cond_denoised", "uncond_denoised"))
+        guided = uncond + 12 * (cond - uncond)
+        expected, plain = ((x / scale - s * v) / scale for v in (rescale(guided, cond, guidance_rescale=0.7), guided))
+        assert difference(args["denoised"], expected) < 1e-5
+        changes.append(difference(plain, expected))
+    assert len(changes) == 4 and max(changes) > 1e-2
 
 
 class TestRegionalPrompts:

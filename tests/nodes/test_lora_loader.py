@@ -73,7 +73,7 @@ def test_newer_hosts_bring_patches_to_the_card_and_sum_the_same(sigma, models: P
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"])
-@pytest.mark.parametrize("name", ["onetrainer", "lokr", "dora-peft"])
+@pytest.mark.parametrize("name", adapter_factory.FORMATS)
 def test_other_precisions_are_summed_in_fp32(sigma_file: Path, models: Path, dtype: str, name: str) -> None:
     """bf16 and fp16 round to the nearest; fp8 up or down by chance, as the host does it: to one of the two neighbours."""
     model = load_model(sigma_file, weight_dtype=dtype)

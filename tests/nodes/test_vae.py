@@ -1,12 +1,12 @@
 """The consistency decoder, and the demo's autoencoder, through the host's VAE nodes."""
 from __future__ import annotations
 
-import nodes as host_nodes
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import nodes as host_nodes
 from demo.autoencoder import VAE_FILE, load_decoder, save_autoencoder
 from demo.scenes import render, sample_scene
 from tests.support import host
@@ -41,6 +41,47 @@ def test_tiled_decoding_of_one_tile_is_the_same(vae) -> None:
     torch.testing.assert_close(tiled, whole, rtol=1e-3, atol=1e-3)
     many = host_nodes.VAEDecodeTiled().decode(vae, {"samples": latent(12, 20)}, 64, 16)[0]
     assert many.shape == (1, 96, 160, 3) and torch.isfinite(many).all()
+
+
+def picture(height: int, width: int) -> torch.Tensor:
+    """An IMAGE."""
+    return torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(5))
+
+
+def encoded(pixels: torch.Tensor) -> torch.Tensor:
+    """diffusers' latent of an IMAGE."""
+    return tiny_decoder().encode(pixels.movedim(-1, 1) * 2 - 1).latent_dist.mean
+
+
+def test_encoding_takes_the_middle_as_the_hosts_vae_does(vae) -> None:
+    pixels = picture(45, 70)
+    torch.testing.assert_close(host_nodes.VAEEncode().encode(vae, pixels)[0]["samples"], encoded(pixels[:, 2:42, 3:67]))
+
+
+def test_tiled_encoding(vae) -> None:
+    """One tile is the whole; where there are more, each is encoded by itself and they are blended where they overlap."""
+    tiled = host_nodes.VAEEncodeTiled().encode
+    pixels = picture(69, 64)
+    torch.testing.assert_close(tiled(vae, pixels, 128, 32)[0]["samples"], encoded(pixels[:, 2:66]), rtol=1e-3, atol=1e-3)
+    pixels = picture(64, 96)
+    found = tiled(vae, pixels, 64, 32)[0]["samples"]
+    left, right = encoded(pixels[:, :, :64]), encoded(pixels[:, :, 32:])
+    assert found.shape == (1, 4, 8, 12)
+    torch.testing.assert_close(found[..., :4], left[..., :4], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[..., 8:], right[..., 4:], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (37, 55)])
+def test_encoding_for_inpainting(vae, size: tuple[int, int]) -> None:
+    """The host greys the masked pixels out, and hands the mask on; 0.3.64 asks the VAE for `downscale_ratio`."""
+    pixels, mask = picture(*size), torch.zeros(1, *size)
+    mask[:, 10:20, 8:30] = 1
+    found = host_nodes.VAEEncodeForInpaint().encode(vae, pixels, mask, 0)[0]
+    grey = torch.where(mask[..., None] > 0, torch.tensor(0.5), pixels)
+    top, left = size[0] % 8 // 2, size[1] % 8 // 2
+    torch.testing.assert_close(found["samples"], encoded(grey[:, top : top + 32, left : left + 48]))
+    assert torch.equal(found["noise_mask"][0], mask[:, top : top + 32, left : left + 48])
+    assert vae.downscale_ratio == 8
 
 
 def test_names_outside_the_folder_are_refused(models) -> None:
