@@ -111,8 +111,7 @@ def read_t5(path: Path, dtype: torch.dtype | None = None) -> T5Weights:
     if dtype is None:
         dtype = torch.bfloat16 if layers else _main_dtype(stored)
     precision = packed.precision_of(next(iter(layers.values()))) if layers else None
-    tokenizer = None if model is None else model.read().numpy().tobytes()
-    return T5Weights(path, stored, layers, config, dtype, precision, tokenizer, ignored, scales)
+    return T5Weights(path, stored, layers, config, dtype, precision, _tokenizer(model, path), ignored, scales)
 
 
 def expected_shapes(config: dict[str, int | float | str]) -> dict[str, tuple[int, ...]]:
@@ -150,6 +149,13 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], config: dict, path: Path) -
             f"{path} is not a complete T5 encoder: {_some(problems, 12, '; ')}. Download it again, or choose the folder "
             "instead of one of its shards."
         )
+
+
+def _tokenizer(stored: StoredTensor | None, path: Path) -> bytes | None:
+    model = None if stored is None else stored.read()
+    if model is not None and model.dtype not in (torch.uint8, torch.int8):
+        raise TextEncoderError(f"{path}: {TOKENIZER_KEY} is {model.dtype}; expected the bytes of a tokenizer (uint8). Download it again.")
+    return None if model is None else model.numpy().tobytes()
 
 
 def _strip(raw: dict[str, StoredTensor], path: Path) -> tuple[dict[str, StoredTensor], list[str]]:

@@ -52,6 +52,27 @@ class TestBadFiles:
         save_file(state, path)
         assert "expected ids below 40" in self.refused(path)
 
+    @pytest.mark.parametrize("content", [b"", b"junk" * 9], ids=["empty", "junk"])
+    @pytest.mark.parametrize("inside", [True, False], ids=["tensor", "file"])
+    def test_damaged_tokenizer(self, content: bytes, inside: bool, reference, tmp_path: Path) -> None:
+        """As the core names it; without an end token, an empty one can't be a T5's."""
+        if inside:
+            path = tmp_path / "t5.safetensors"
+            tiny_text.save_t5_file(reference, path, tokenizer=False)
+            save_file({**load_file(path), "spiece_model": torch.tensor(list(content), dtype=torch.uint8)}, path)
+        else:
+            path = tiny_text.save_t5_folder(reference, tmp_path / "t5")
+            (path / "spiece.model").write_bytes(content)
+        message = self.refused(path)
+        assert "is not a SentencePiece model" in message if content else "has no end token" in message
+        with pytest.raises(errors.TextEncoderError) as caught:
+            host.pack_module("pixart.text.encoder").load_text_encoder(path)
+        assert str(caught.value) == message
+
+    def test_tokenizer_of_numbers_that_are_no_bytes(self, t5_file: Path, tmp_path: Path) -> None:
+        save_file({**load_file(t5_file), "spiece_model": torch.zeros(9, dtype=torch.bfloat16)}, tmp_path / "t5.safetensors")
+        assert "spiece_model is torch.bfloat16; expected the bytes" in self.refused(tmp_path / "t5.safetensors")
+
     def test_names_outside_the_menu(self, models: Path) -> None:
         with pytest.raises(errors.PixArtError, match="not in the folder text_encoders"):
             text_nodes.PixArtT5Loader.execute(t5_name="../x", precision="default", device="default")
