@@ -7,7 +7,8 @@ packed weights are plain buffers, and products are taken in bf16.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -91,7 +92,8 @@ class QuantizedLinear(nn.Module):
             offset=offset,
             state2=nested,
         )
-        return functional.dequantize_4bit(parts[WEIGHT].unsqueeze(1), state)
+        with _native("unpack", self.state["quant_type"], parts[WEIGHT].device):
+            return functional.dequantize_4bit(parts[WEIGHT].unsqueeze(1), state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves the parts, but never casts them: `.to(bfloat16)` would round the scales."""
@@ -99,25 +101,31 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_weight(weight: Tensor, precision: str, device: torch.device) -> dict[str, Tensor]:
-    """The parts of a quantized weight (out, in), in main memory or on the card; a few million values at a time."""
+    """The parts of a quantized weight (out, in), in main memory or on the card; about a million values at a time."""
     if precision not in PRECISIONS:
         raise UnsupportedError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
     if precision == FP8:
         return {WEIGHT: weight.to(device).to(torch.float8_e4m3fn)}
     functional = bitsandbytes(precision).functional
     weight = weight if weight.dtype.itemsize > 1 else weight.to(COMPUTE)
-    try:
+    with _native("make", precision, device):
         if precision == INT8:
             rows = max(1, CHUNK // weight.shape[1])
             found = [functional.int8_vectorwise_quant(part.to(device).half()) for part in weight.split(rows)]
             return {WEIGHT: torch.cat([part[0] for part in found]), SCALES: torch.cat([part[1] for part in found]).float()}
         return _quantize_4bit(functional, weight, precision, device)
+
+
+@contextmanager
+def _native(what: str, precision: str, device: torch.device) -> Iterator[None]:
+    """Around bitsandbytes' kernels, which not every device has; memory that runs out is the caller's to handle."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError) as error:
-        raise UnsupportedError(
-            f"bitsandbytes can't make {precision} on {device} ({str(error).splitlines()[0]}); {WITHOUT}, or choose the CPU."
-        ) from error
+    except RuntimeError as error:  # NotImplementedError is one
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UnsupportedError(f"bitsandbytes can't {what} {precision} on {device} ({reason}); {WITHOUT}, or choose the CPU.") from error
 
 
 def _quantize_4bit(functional: ModuleType, weight: Tensor, precision: str, device: torch.device) -> dict[str, Tensor]:

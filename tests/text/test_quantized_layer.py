@@ -4,6 +4,7 @@ import torch
 
 bnb = pytest.importorskip("bitsandbytes")
 
+from pixart.errors import UnsupportedError
 from pixart.text import quantize
 from pixart.text.quantize import QuantizedLinear, quantize_weight
 
@@ -51,3 +52,21 @@ def test_large_activations_don_t_overflow():
     layer.quantize(torch.eye(64) * 8, "int8", "cpu")
     out = layer(torch.full((1, 64), 60000.0))
     torch.testing.assert_close(out, torch.full((1, 64), 480000.0), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("raised, expected, said", [
+    (NotImplementedError("no kernel for this device"), UnsupportedError, "can't unpack nf4 on cpu.*no kernel.*bf16 and fp8_e4m3fn work"),
+    (NotImplementedError(), UnsupportedError, "can't unpack nf4 on cpu .NotImplementedError"),
+    (torch.OutOfMemoryError("no room"), torch.OutOfMemoryError, "no room"),  # the host frees memory and tries again
+])  # fmt: skip
+def test_a_device_bitsandbytes_can_t_unpack_on(monkeypatch, raised, expected, said):
+    """A written folder needs no quantizing: its first product is the first to ask for a kernel."""
+
+    def refuses(*arguments):
+        raise raised
+
+    layer = QuantizedLinear(64, 64)
+    layer.quantize(torch.eye(64), "nf4", "cpu")
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", refuses)
+    with pytest.raises(expected, match=said):
+        layer(torch.ones(1, 64))
