@@ -20,7 +20,7 @@ from ...pixart.text.files import SAFE
 from ...pixart.text.names import STORED_PRECISIONS
 from ...pixart.text.quantize import choose_precision
 from ...pixart.text.tokenizer import find_tokenizer
-from ...pixart.text.weights import T5Weights, is_finite, read_t5
+from ...pixart.text.weights import T5Weights, check_shapes, expected_shapes, is_finite, read_t5
 from .dtypes import DEFAULT, DTYPES
 from .quantized_t5 import quantized_clip_class, resident_estimate
 from .tokenizer import tokenizer_class
@@ -30,6 +30,10 @@ PRECISIONS = (*DTYPES, *STORED_PRECISIONS)
 DEVICES = (DEFAULT, "cpu")
 XXL_KEY, XXL_ROWS = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight", 10240
 XXL_VOCABULARY = 32128  # UMT5, which doesn't fit, has 256384
+XXL = {
+    "vocab_size": XXL_VOCABULARY, "d_model": 4096, "d_kv": 64, "d_ff": XXL_ROWS, "num_heads": 64, "num_layers": 24,
+    "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
 ACTIVATIONS = {"gated-gelu": "gelu_pytorch_tanh", "relu": "relu"}
 # What the host's T5 has as constants
 FIXED = {
@@ -69,9 +73,8 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
     scaled = any(key.endswith(QUANTIZATION_SUFFIXES) for key in shapes)
     if not is_xxl or precision in STORED_PRECISIONS or not (precision == DEFAULT or scaled):
         return None
-    if not scaled:
-        read_t5(Path(path))  # names and shapes: the host only logs missing keys, and goes on with whatever was in memory
-    elif precision != DEFAULT:
+    _check_names(Path(path), scaled, set(shapes))
+    if scaled and precision != DEFAULT:
         log.warning("PixArt: %s keeps the precision of its file; %s was asked for.", path, precision)
     clip = comfy.sd.load_clip(
         ckpt_paths=[path],
@@ -87,6 +90,17 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
         )
     _check_values(path, clip)
     return clip
+
+
+def _check_names(path: Path, scaled: bool, names: set[str]) -> None:
+    """The host only logs missing keys, and goes on with whatever was in memory."""
+    try:
+        read_t5(path)  # shapes too
+    except UnsupportedError:
+        if not scaled:
+            raise
+        # A quantization that the host alone knows: names are all that is sure
+        check_shapes({name: shape for name, shape in expected_shapes(XXL).items() if name in names}, XXL, path)
 
 
 def _check_values(path: str, clip: Any) -> None:

@@ -147,6 +147,17 @@ class TestBadXXL:
         key = "encoder.block.7.layer.0.SelfAttention.q.weight"
         assert f"{key} has shape (4, 4)" in refused(lambda state: state.update({key: torch.zeros(4, 4)}))
 
+    @pytest.mark.parametrize("scale", [torch.ones(()), torch.ones(16, 1)], ids=["one scale", "a scale for each row, of the host alone"])
+    def test_missing_key_of_a_scaled_file(self, scale: torch.Tensor, refused) -> None:
+        def edit(state) -> None:
+            state.update({"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)})
+            for key in [key for key in state if key.endswith("SelfAttention.q.weight")]:
+                state[key] = state[key].to(torch.float8_e4m3fn)
+                state[key.replace(".weight", ".scale_weight")] = scale.clone()
+            del state["encoder.block.7.layer.0.SelfAttention.q.weight"]
+
+        assert "missing encoder.block.7.layer.0.SelfAttention.q.weight" in refused(edit)
+
     @pytest.mark.parametrize("key", ["encoder.block.9.layer.1.DenseReluDense.wo.weight", "encoder.final_layer_norm.weight"])
     def test_nan(self, key: str, refused) -> None:
         def edit(state) -> None:
