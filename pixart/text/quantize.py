@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import TextEncoderError, UnsupportedError
 from .names import FP4, FP8, INT8, NF4, PRECISIONS
-from .packed import SCALES, STATE, WEIGHT, check_parts, read_state
+from .packed import PARTS, SCALES, STATE, WEIGHT, check_parts, read_state
 from .weights import T5Weights
 
 COMPUTE = torch.bfloat16
@@ -51,6 +51,7 @@ class QuantizedLinear(nn.Module):
         """Takes over the parts of a quantized weight, named as in `packed.PARTS`; raises TextEncoderError if they don't fit."""
         check_parts(parts, (self.out_features, self.in_features), where)
         self.state = read_state(parts[STATE], where) if STATE in parts else {}
+        self._buffers.clear()  # what it was filled with before may have had other parts
         for part, value in parts.items():
             value = value.to(device).contiguous()
             self.register_buffer(part, value.reshape(self.out_features, -1) if part == WEIGHT and not self.state else value.flatten())
@@ -94,6 +95,17 @@ class QuantizedLinear(nn.Module):
         )
         with _native("unpack", self.state["quant_type"], parts[WEIGHT].device):
             return functional.dequantize_4bit(parts[WEIGHT].unsqueeze(1), state)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Through `fill`: `state` must be that of the parts, whatever the layer held before."""
+        parts = {part: state_dict[prefix + part] for part in PARTS if prefix + part in state_dict}
+        if parts:
+            kept = next(iter(self._buffers.values()), parts.get(WEIGHT))
+            self.fill(parts, "cpu" if kept is None else kept.device, prefix.rstrip("."))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves the parts, but never casts them: `.to(bfloat16)` would round the scales."""

@@ -4,7 +4,7 @@ import torch
 
 bnb = pytest.importorskip("bitsandbytes")
 
-from pixart.errors import UnsupportedError
+from pixart.errors import TextEncoderError, UnsupportedError
 from pixart.text import quantize
 from pixart.text.quantize import QuantizedLinear, quantize_weight
 
@@ -70,3 +70,33 @@ def test_a_device_bitsandbytes_can_t_unpack_on(monkeypatch, raised, expected, sa
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", refuses)
     with pytest.raises(expected, match=said):
         layer(torch.ones(1, 64))
+
+
+def filled(precision, seed):
+    layer = QuantizedLinear(128, 64)
+    layer.quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(seed)) * (seed + 1), precision, "cpu")
+    return layer
+
+
+@pytest.mark.parametrize("before", ["nf4", "int8", "fp8_e4m3fn", None])
+@pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "fp8_e4m3fn"])
+def test_state_dict_into_a_filled_layer(precision, before):
+    """Also of another precision: the offset of 4-bit scales is no tensor, and lies beside the parts."""
+    given = filled(precision, 3)
+    layer = filled(before, 0) if before else QuantizedLinear(128, 64)
+    model = torch.nn.Sequential(layer)
+    assert model.load_state_dict({f"0.{name}": value for name, value in given.state_dict().items()}) == ([], [])
+    assert layer.state == given.state and set(layer.parts()) == set(given.parts())
+    x = torch.randn(3, 128)
+    assert torch.equal(layer(x), given(x))
+
+
+def test_state_dict_that_doesn_t_fit():
+    layer, first = filled("nf4", 0), filled("nf4", 0).state_dict()
+    with pytest.raises(TextEncoderError, match="absmax is missing"):
+        layer.load_state_dict({name: value for name, value in first.items() if name != "absmax"})
+    with pytest.raises(RuntimeError, match="[Uu]nexpected.*weight"):
+        layer.load_state_dict({**first, "weight": torch.zeros(64, 128)})
+    assert set(layer.load_state_dict({}, strict=False).missing_keys) == set(first)
+    x = torch.randn(3, 128)
+    assert torch.equal(layer(x), filled("nf4", 0)(x))
