@@ -1,4 +1,6 @@
 """One quantized layer: the numbers of bitsandbytes, close to fp32, and no overflow."""
+import json
+
 import pytest
 import torch
 
@@ -100,3 +102,50 @@ def test_state_dict_that_doesn_t_fit():
     assert set(layer.load_state_dict({}, strict=False).missing_keys) == set(first)
     x = torch.randn(3, 128)
     assert torch.equal(layer(x), filled("nf4", 0)(x))
+
+
+def state_without(*names, **changes):
+    def edit(parts):
+        state = json.loads(bytes(parts["quant_state"].tolist())) | changes
+        text = json.dumps({name: value for name, value in state.items() if name not in names})
+        parts["quant_state"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    return edit
+
+
+def plain_scales(parts):
+    """Nested scales stay, but nothing says how to read them."""
+    state_without("nested_blocksize", "nested_offset")(parts)
+    parts["absmax"] = torch.ones(128)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (plain_scales, "nested_absmax doesn't belong to it, nested_quant_map doesn't"),
+        (lambda parts: parts.update(scales=torch.ones(64)), "scales doesn't belong to it"),
+        (lambda parts: parts.pop("quant_state"), "absmax doesn't belong .* packed has 4096 values of torch.uint8; expected 8192 of a float"),
+        (state_without(blocksize=64.0), "4-bit state is damaged"),
+        (state_without(nested_blocksize=256.0), "4-bit state is damaged"),
+        (state_without(nested_offset=float("nan")), "4-bit state is damaged"),
+        (state_without(nested_offset=float("inf")), "4-bit state is damaged"),
+        (state_without("nested_blocksize"), "4-bit state is damaged"),
+        (state_without(shape=[64, True]), "4-bit state is damaged"),
+        (lambda parts: parts.update(quant_state=torch.tensor(list(b"[" * 100_000), dtype=torch.uint8)), "4-bit state is damaged"),
+    ],
+)
+def test_crafted_parts_are_refused_when_filled(edit, message):
+    parts = filled("nf4", 0).parts()
+    edit(parts)
+    layer = QuantizedLinear(128, 64)
+    with pytest.raises(TextEncoderError, match=f"file: layer.*{message}"):
+        layer.fill(parts, "cpu", "file: layer")
+    assert not layer.parts() and not layer.state
+
+
+def test_state_keeps_what_is_read_alone():
+    parts = filled("nf4", 0).parts()
+    state_without(more="x" * 50)(parts)
+    layer = QuantizedLinear(128, 64)
+    layer.fill(parts, "cpu")
+    assert layer.state == filled("nf4", 0).state and "more" not in layer.state
