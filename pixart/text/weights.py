@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import TextEncoderError, UnsupportedError
 from . import packed
 from .files import DECODER_KEYS, StoredTensor, stored_tensors, text_encoder_folder, weight_files
+from .settings import merge_settings
 
 __all__ = ["T5Weights", "is_finite", "read_t5", "text_encoder_folder"]
 
@@ -29,9 +30,6 @@ IGNORED = ("logit_scale", "scaled_fp8")
 SCALED_FP8 = (".scale_weight", ".weight_scale")  # ComfyUI's two spellings: the true weight is the stored one times this
 FP8_EXTRAS = (".scale_input", ".input_scale")  # for products in fp8, which are not taken here
 FP8_MARK, FP8_FORMATS = ".comfy_quant", ("float8_e4m3fn", "float8_e5m2")
-# config.json fields that shapes don't show, and those that they do
-FREE_FIELDS = ("layer_norm_epsilon", "relative_attention_max_distance", "feed_forward_proj")
-SHAPE_FIELDS = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
 MOST_LAYERS = 512
 FOREIGN = (  # a key's part -> what the file is
     ("text_model.encoder", "a CLIP text encoder"),
@@ -106,7 +104,7 @@ def read_t5(path: Path, dtype: torch.dtype | None = None) -> T5Weights:
     shapes = {name: each.shape for name, each in stored.items()}
     shapes |= {f"{layer}.weight": packed.shape_of(parts, f"{path}: {layer}") for layer, parts in layers.items()}
     config = _sizes(shapes, path)
-    _merge_settings(config, settings, path)
+    merge_settings(config, settings, path)
     check_shapes(shapes, config, path)
     if dtype is None:
         dtype = torch.bfloat16 if layers else _main_dtype(stored)
@@ -235,21 +233,6 @@ def _sizes(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, int | fl
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu" if gated else "relu",
     }
-
-
-def _merge_settings(config: dict, settings: dict, path: Path) -> None:
-    """Takes from config.json what shapes don't show; refuses contradictions."""
-    wrong = [
-        f"{name} {settings[name]} (weights: {config[name]})"
-        for name in SHAPE_FIELDS
-        if name in settings and settings[name] != config[name]
-    ]
-    gated = str(settings.get("feed_forward_proj", config["feed_forward_proj"])).startswith("gated")
-    if gated != str(config["feed_forward_proj"]).startswith("gated"):
-        wrong.append(f"feed_forward_proj {settings['feed_forward_proj']} (weights: {config['feed_forward_proj']})")
-    if wrong:
-        raise TextEncoderError(f"{path}: config.json contradicts the weights in {', '.join(wrong)}.")
-    config.update({name: settings[name] for name in FREE_FIELDS if name in settings})
 
 
 def _main_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:

@@ -19,6 +19,37 @@ def folder(tmp_path):
     return made, {key: value.clone() for key, value in model.state_dict().items()}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer_norm_epsilon": "1e-6"}, {"layer_norm_epsilon": float("nan")}, {"layer_norm_epsilon": 0}, {"layer_norm_epsilon": None},
+        {"layer_norm_epsilon": 10**400}, {"layer_norm_epsilon": True},
+        {"relative_attention_max_distance": "128"}, {"relative_attention_max_distance": 0}, {"relative_attention_max_distance": 8},
+        {"relative_attention_max_distance": 128.0}, {"relative_attention_max_distance": 10**400},
+        {"feed_forward_proj": "gated-gelu-x"}, {"feed_forward_proj": "gated-abc"}, {"feed_forward_proj": "gated-gelu" * 99},
+    ],
+)  # fmt: skip
+def test_values_no_t5_has(folder, change):
+    """Those that the weights don't show; 8 is where the distances of 32 buckets begin to be logarithmic."""
+    made, state = folder
+    torch.save(state, made / "pytorch_model.bin")
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(TextEncoderError, match=f"config.json has {next(iter(change))} .*; expected .*Download it again"):
+        load_text_encoder(made)
+
+
+def test_unusual_values_are_taken(folder):
+    made, state = folder
+    torch.save(state, made / "pytorch_model.bin")
+    config = json.loads((made / "config.json").read_text())
+    change = {"layer_norm_epsilon": 1e-5, "relative_attention_max_distance": 9, "feed_forward_proj": "gated-silu"}
+    (made / "config.json").write_text(json.dumps(config | change))
+    encoder = load_text_encoder(made)
+    assert change.items() <= encoder.model.config.to_dict().items()
+    assert torch.isfinite(encoder.encode(["a red circle above a blue square"]).states).all()
+
+
 def test_shards_outside_the_folder_are_refused(folder):
     made, state = folder
     torch.save(state, made.parent / "out.bin")
