@@ -203,7 +203,7 @@ def _is_fp8(mark: StoredTensor) -> bool:
     try:
         found = json.loads(bytes(mark.read().to(torch.uint8).tolist()))
         return found["format"] in FP8_FORMATS
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
