@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES
 from ...pixart.errors import TextEncoderError, UnsupportedError
 from ...pixart.text.files import SAFE
-from ...pixart.text.names import STORED_PRECISIONS
-from ...pixart.text.quantize import choose_precision
+from ...pixart.text.names import FP8, STORED_PRECISIONS
+from ...pixart.text.quantize import check_range, choose_precision
 from ...pixart.text.tokenizer import find_tokenizer
 from ...pixart.text.weights import T5Weights, check_shapes, expected_shapes, is_finite, read_t5
 from .dtypes import DEFAULT, DTYPES
@@ -135,7 +135,7 @@ def _from_weights(path: Path, precision: str, options: dict[str, Any], disable_d
         parameters = resident_estimate(weights, quantized) // dtype.itemsize
     else:
         model_class = pixart_t5.pixart_te(dtype_t5=dtype)
-        content = {"disable_dynamic": disable_dynamic, "state_dict": [] if streamed else [weights.tensors]}
+        content = {"disable_dynamic": disable_dynamic, "state_dict": [] if streamed else [_fitting(weights.tensors, weights, dtype)]}
     clip = comfy.sd.CLIP(
         SimpleNamespace(clip=model_class, tokenizer=tokenizer_class(weights, _tokenizer_file(path)), params={}),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -144,11 +144,18 @@ def _from_weights(path: Path, precision: str, options: dict[str, Any], disable_d
         **_supported(comfy.sd.CLIP.__init__, **content),
     )
     for layer in weights.stream_layers() if streamed else ():
-        clip.load_sd(layer)
+        clip.load_sd(_fitting(layer, weights, dtype))
     log.info(
         "T5 %s: width %s, %s layers, %s", path, weights.config["d_model"], weights.config["num_layers"], quantized or dtype
     )
     return clip
+
+
+def _fitting(tensors: dict[str, torch.Tensor], weights: T5Weights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same; raises TextEncoderError for values that the host's cast to fp8 would make NaN."""
+    for name, tensor in tensors.items() if dtype == DTYPES[FP8] else ():
+        check_range(tensor, FP8, f"{weights.path}: {name}")
+    return tensors
 
 
 def _pages_weights() -> bool:

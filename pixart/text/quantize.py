@@ -24,6 +24,7 @@ from .weights import T5Weights
 COMPUTE = torch.bfloat16
 CHUNK = 2**20  # values quantized at once: bitsandbytes needs up to a hundred bytes for each meanwhile
 BLOCK, NESTED_BLOCK = 64, 256  # values sharing a 4-bit scale, and scales sharing one of theirs: bitsandbytes' defaults
+LARGEST = {FP8: 448.0, INT8: 65504.0}  # bitsandbytes quantizes to int8 from fp16
 WITHOUT = "bf16 and fp8_e4m3fn work without it"
 
 
@@ -43,9 +44,10 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.state: dict[str, Any] = {}  # of 4 bits: quant_type, blocksize, ...
 
-    def quantize(self, weight: Tensor, precision: str, device: torch.device | str) -> None:
+    def quantize(self, weight: Tensor, precision: str, device: torch.device | str, where: str = "a layer") -> None:
         """Takes over `weight` (out, in), quantized on `device`. Raises TextEncoderError or UnsupportedError saying what to do."""
-        self.fill(quantize_weight(weight, precision, torch.device(device)), device)
+        check_range(weight, precision, where)
+        self.fill(quantize_weight(weight, precision, torch.device(device)), device, where)
 
     def fill(self, parts: dict[str, Tensor], device: torch.device | str, where: str = "a quantized layer") -> None:
         """Takes over the parts of a quantized weight, named as in `packed.PARTS`; raises TextEncoderError if they don't fit."""
@@ -128,6 +130,19 @@ def quantize_weight(weight: Tensor, precision: str, device: torch.device) -> dic
         return _quantize_4bit(functional, weight, precision, device)
 
 
+def check_range(weight: Tensor, precision: str, where: str) -> None:
+    """Raises TextEncoderError for values beyond the precision: a cast gives NaN, and clamping would be wrong in silence."""
+    if precision not in LARGEST or weight.dtype.itemsize == 1:
+        return
+    low, high = weight.aminmax()
+    largest = max(float(-low), float(high))
+    if largest > LARGEST[precision]:
+        others = "int8, nf4, fp4 or bf16" if precision == FP8 else "nf4, fp4 or bf16"
+        raise TextEncoderError(
+            f"{where} has a weight of {largest:g}; {precision} holds up to {LARGEST[precision]:g}. Choose the precision {others} for this T5."
+        )
+
+
 @contextmanager
 def _native(what: str, precision: str, device: torch.device) -> Iterator[None]:
     """Around bitsandbytes' kernels, which not every device has; memory that runs out is the caller's to handle."""
@@ -198,7 +213,7 @@ def fill_layers(
         elif weights.precision is not None:
             layer.fill({WEIGHT: tensor.to(COMPUTE)}, home)
         else:
-            layer.quantize(tensor, precision, device)
+            layer.quantize(tensor, precision, device, f"{weights.path}: {name}")
             layer.to(home)
     return others
 

@@ -40,6 +40,16 @@ class TestBadFiles:
         save_file(state, tmp_path / "t5.safetensors")
         assert "NaN" in self.refused(tmp_path / "t5.safetensors")
 
+    @pytest.mark.parametrize("pages", [False, True], ids=["streamed", "at once"])
+    def test_weights_too_large_for_fp8(self, pages: bool, t5_file: Path, tmp_path: Path, monkeypatch) -> None:
+        """The host's cast would make them NaN."""
+        state = load_file(t5_file)
+        state["encoder.block.1.layer.1.DenseReluDense.wo.weight"][0, 0] = -450
+        save_file(state, tmp_path / "t5.safetensors")
+        monkeypatch.setattr(encoder, "_pages_weights", lambda: pages)
+        with pytest.raises(errors.TextEncoderError, match="t5.safetensors: .*wo.weight has a weight of 450; fp8_e4m3fn holds up to 448"):
+            encoder.load_t5(str(tmp_path / "t5.safetensors"), "fp8_e4m3fn", "default")
+
     def test_no_tokenizer_for_its_vocabulary(self, reference, tmp_path: Path) -> None:
         path = tiny_text.save_t5_file(reference, tmp_path / "t5.safetensors", tokenizer=False)
         message = self.refused(path)

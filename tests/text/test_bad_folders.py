@@ -6,6 +6,7 @@ import torch
 
 from pixart import load_text_encoder
 from pixart.errors import TextEncoderError
+from pixart.text.folder import quantize_folder
 from tests.support.tiny_text import save_t5_folder, tiny_t5
 
 
@@ -87,3 +88,30 @@ def test_damaged_pickle(folder, content):
     (made / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(TextEncoderError, match="pytorch_model.bin.*damaged or incomplete"):
         load_text_encoder(made)
+
+
+@pytest.mark.parametrize("precision, value, others", [("fp8_e4m3fn", -449.0, "int8, nf4, fp4 or bf16"), ("int8", 7e4, "nf4, fp4 or bf16")])
+def test_weights_beyond_the_precision(folder, precision, value, others):
+    """A cast to fp8 makes NaN of them, as bitsandbytes' fp16 does; what is named works."""
+    made, state = folder
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    state[name][3, 5] = value
+    torch.save(state, made / "pytorch_model.bin")
+    message = f"{name} has a weight of {abs(value):g}; {precision} holds up to .*Choose the precision {others} for"
+    with pytest.raises(TextEncoderError, match=message):
+        load_text_encoder(made, precision=precision)
+    pytest.importorskip("bitsandbytes")
+    if precision == "int8":
+        with pytest.raises(TextEncoderError, match=message):
+            quantize_folder(made, made.parent / "int8", "int8")
+        assert not (made.parent / "int8").exists()
+    assert torch.isfinite(load_text_encoder(made, precision="nf4").encode(["red"]).states).all()
+
+
+def test_the_largest_value_of_fp8_is_kept(folder):
+    made, state = folder
+    name = "encoder.block.1.layer.1.DenseReluDense.wo"
+    state[f"{name}.weight"][3, 5] = 448
+    torch.save(state, made / "pytorch_model.bin")
+    encoder = load_text_encoder(made, precision="fp8_e4m3fn")
+    assert encoder.model.get_submodule(name).parts()["packed"][3, 5].float() == 448
