@@ -28,22 +28,23 @@ class QuantizedOperations(comfy.ops.manual_cast):
 
 
 def quantized_clip_class(weights: T5Weights, precision: str, options: dict[str, Any]) -> type:
-    """The class that the host's CLIP instantiates. `weights` are quantized on the loading device, if they aren't yet."""
+    """The class that the host's CLIP instantiates, once. `weights` are quantized on the loading device, if they aren't yet."""
     check_available(weights, precision)  # before anything is built
     quantize_on = options.get("load_device", management.text_encoder_device())
+    given = [weights]  # emptied: the class lives as long as the CLIP, and `weights` may hold all tensors of the file
 
     class QuantizedT5(pixart_t5.pixart_te(dtype_t5=COMPUTE)):
         """The host's PixArt T5."""
 
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] = {}) -> None:  # noqa: B006
             super().__init__(device=device, dtype=dtype, model_options={**model_options, "custom_operations": QuantizedOperations})
-            t5 = self.t5xxl.transformer
-            others = fill_layers(t5, weights, precision, quantize_on, device)
+            t5, source = self.t5xxl.transformer, given.pop()
+            others = fill_layers(t5, source, precision, quantize_on, device)
             missing, unknown = t5.load_state_dict(others, strict=False)
             missing = [name for name in missing if not isinstance(t5.get_submodule(name.rpartition(".")[0]), QuantizedLinear)]
             if missing or unknown:
                 raise TextEncoderError(
-                    f"{weights.path}: this ComfyUI's T5 lacks {', '.join(unknown) or 'nothing'} and wants {', '.join(missing)}."
+                    f"{source.path}: this ComfyUI's T5 lacks {', '.join(unknown) or 'nothing'} and wants {', '.join(missing)}."
                 )
 
     return QuantizedT5
