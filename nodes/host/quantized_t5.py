@@ -9,13 +9,14 @@ import comfy.text_encoders.pixart_t5 as pixart_t5
 import torch
 
 from ...pixart.errors import TextEncoderError
-from ...pixart.text.names import INT8
+from ...pixart.text.names import FP8, INT8
 from ...pixart.text.quantize import COMPUTE, QuantizedLinear, check_available, fill_layers
 from ...pixart.text.weights import EMBEDDING, T5Weights
 
 # 4 bits, their scale in 8 bits for every 64 values, and its own; an estimate for the host's choice of device
 BYTES_PER_VALUE = {INT8: 1.0}
 FOUR_BITS = 0.52
+FINGERPRINT = "pixart_fingerprint"  # on a T5 of the host that rounds what a fingerprint is made of
 
 
 class QuantizedOperations(comfy.ops.manual_cast):
@@ -61,8 +62,8 @@ def resident_estimate(weights: T5Weights, precision: str) -> int:
 
 
 def precision_of(t5: torch.nn.Module) -> str:
-    """int8, nf4 or fp4, else the dtype of the layers, of a T5 of the host."""
+    """int8, nf4, fp4 or fp8_e4m3fn, else the dtype of the layers, of a T5 of the host: as the core names them."""
     query = t5.encoder.block[0].layer[0].SelfAttention.q
     if isinstance(query, QuantizedLinear):
         return query.state.get("quant_type", INT8)
-    return str(query.weight.dtype).removeprefix("torch.")
+    return FP8 if query.weight.dtype == torch.float8_e4m3fn else str(query.weight.dtype).removeprefix("torch.")

@@ -18,11 +18,12 @@ from ...pixart.checkpoints import QUANTIZATION_SUFFIXES
 from ...pixart.errors import TextEncoderError, UnsupportedError
 from ...pixart.text.files import SAFE
 from ...pixart.text.names import FP8, STORED_PRECISIONS
+from ...pixart.text.prompt_file import fingerprint
 from ...pixart.text.quantize import check_range, choose_precision
 from ...pixart.text.tokenizer import find_tokenizer
-from ...pixart.text.weights import T5Weights, check_shapes, expected_shapes, is_finite, read_t5
+from ...pixart.text.weights import EMBEDDING, FINAL_NORM, T5Weights, check_shapes, expected_shapes, is_finite, read_t5
 from .dtypes import DEFAULT, DTYPES
-from .quantized_t5 import quantized_clip_class, resident_estimate
+from .quantized_t5 import FINGERPRINT, quantized_clip_class, resident_estimate
 from .tokenizer import tokenizer_class
 
 log = logging.getLogger(__name__)
@@ -145,6 +146,9 @@ def _from_weights(path: Path, precision: str, options: dict[str, Any], disable_d
     )
     for layer in weights.stream_layers() if streamed else ():
         clip.load_sd(_fitting(layer, weights, dtype))
+    if dtype == DTYPES[FP8]:  # the host casts embeddings and norms too, which the core keeps in bf16
+        name = fingerprint(weights.read(EMBEDDING), weights.read(FINAL_NORM), int(weights.config["num_layers"]), FP8)
+        setattr(clip.cond_stage_model.t5xxl.transformer, FINGERPRINT, name)
     log.info(
         "T5 %s: width %s, %s layers, %s", path, weights.config["d_model"], weights.config["num_layers"], quantized or dtype
     )

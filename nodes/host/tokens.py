@@ -13,7 +13,7 @@ from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.text.captions import prepare
 from ...pixart.text.prompt_file import fingerprint
 from ...pixart.text.tokenizer import whole_characters
-from .quantized_t5 import precision_of
+from .quantized_t5 import FINGERPRINT, precision_of
 
 STREAM = "t5xxl"
 PAD_ID, END_ID = 0, 1  # of every T5
@@ -120,11 +120,11 @@ def _masked(clip: Any) -> Iterator[None]:
 
 
 def _fingerprint(clip: Any) -> str:
-    """Of the T5 inside; "" where its weights are not plain tensors (GGUF)."""
+    """Of the T5 inside; "" where its weights are not plain tensors (GGUF), whose classes may raise anything."""
     t5 = getattr(getattr(clip.cond_stage_model, STREAM, None), "transformer", None)
     try:
-        return fingerprint(t5.shared.weight, t5.encoder.final_layer_norm.weight, len(t5.encoder.block), precision_of(t5))
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError, IndexError):
+        return getattr(t5, FINGERPRINT, None) or fingerprint(t5.shared.weight, t5.encoder.final_layer_norm.weight, len(t5.encoder.block), precision_of(t5))
+    except Exception:  # noqa: BLE001 - no prompt fails for want of a name for its encoder
         return ""
 
 

@@ -24,6 +24,7 @@ PREFIXES = ("", "transformer.", "text_encoder.", "t5xxl.transformer.", "text_enc
 EMBEDDING = "shared.weight"
 EMBEDDING_ALIAS = "encoder.embed_tokens.weight"  # the same matrix under its other name
 POSITIONS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+FINAL_NORM = "encoder.final_layer_norm.weight"
 QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 TOKENIZER_KEY = "spiece_model"  # ComfyUI's place for a SentencePiece model inside a weight file
 IGNORED = ("logit_scale", "scaled_fp8")
@@ -58,11 +59,14 @@ class T5Weights:
 
     def raw(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of what is not quantized, one at a time as stored, scaled fp8 in bf16; raises TextEncoderError for NaN."""
-        for name, stored in self.stored.items():
-            value = self._sound(name, stored.read())
-            if name in self.scales:
-                value = (value.float() * self._sound(self.scales[name].key, self.scales[name].read()).float()).bfloat16()
-            yield name, value
+        return ((name, self.read(name)) for name in self.stored)
+
+    def read(self, name: str) -> Tensor:
+        """One of them."""
+        value = self._sound(name, self.stored[name].read())
+        if name in self.scales:
+            value = (value.float() * self._sound(self.scales[name].key, self.scales[name].read()).float()).bfloat16()
+        return value
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """The same in `dtype`."""
@@ -128,7 +132,7 @@ def expected_shapes(config: dict[str, int | float | str]) -> dict[str, tuple[int
         EMBEDDING: (int(config["vocab_size"]), width),
         POSITIONS: (int(config["relative_attention_num_buckets"]), int(config["num_heads"])),
         **{f"encoder.block.{i}.{name}": shape for i in range(int(config["num_layers"])) for name, shape in block.items()},
-        "encoder.final_layer_norm.weight": (width,),
+        FINAL_NORM: (width,),
     }
 
 

@@ -226,6 +226,35 @@ class TestFiles:
         assert not list(places.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("precision", ["default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "int8", "nf4"])
+def test_fingerprint_is_the_core_s(precision: str, reference, tmp_path: Path) -> None:
+    """Of the same file in the same precision, so that files of both can be told to be of one encoder."""
+    if precision in ("int8", "nf4"):
+        pytest.importorskip("bitsandbytes")
+    path = tiny_text.save_t5_file(reference, tmp_path / "t5.safetensors")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    stored = None if dtype or precision == "default" else precision
+    expected = host.pack_module("pixart.text.encoder").load_text_encoder(path, dtype=dtype, precision=stored).fingerprint
+    found = encode(encoder.load_t5(str(path), precision, "default"))[0][1]["pixart_prompt"]["encoder"]
+    assert found == expected and found.startswith("t5-32x2-")
+
+
+def test_weights_of_a_foreign_kind_encode_without_a_fingerprint(clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a tensor class of another pack, that refuses to be looked into."""
+
+    class Foreign:
+        def __getitem__(self, rows):
+            raise KeyError("packed")
+
+    tokens = host.pack_module("nodes.host.tokens")
+    shared = type("Embedding", (), {"weight": Foreign()})()
+    transformer = clip.cond_stage_model.t5xxl.transformer
+    strange = type("T5", (), {"shared": shared, "encoder": transformer.encoder})()
+    stream = type("Stream", (), {"transformer": strange})()
+    other = type("CLIP", (), {"cond_stage_model": type("Model", (), {"t5xxl": stream})()})()
+    assert tokens._fingerprint(other) == ""
+
+
 def test_conditioning_survives_the_host(clip, sigma) -> None:
     """The note on the prompt passes through the host's own nodes."""
     both = host_nodes.ConditioningCombine().combine(encode(clip), encode(clip, "star"))[0]
