@@ -61,7 +61,7 @@ def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
             f"The states of the prompt {text[:60]!r} hold NaN or infinite values. Look for a weight such as (word:1e40), or "
             "choose precision bf16 in PixArtT5Loader."
         )
-    note = {"prompt": text, "encoder": _fingerprint(clip), "count": len(words) + 1, "cut": _words(clip, cut)}
+    note = {"prompt": text, "encoder": _fingerprint(clip), "count": len(words) + 1, "kept": len(kept) + 1, "cut": _words(clip, cut)}
     for entry in conditioning:
         entry[1][PROMPT_KEY] = note
     return Encoded(conditioning, len(words) + 1, max_tokens, note["cut"])
@@ -79,7 +79,7 @@ def encode_padded_end(clip: Any, length: int) -> list:
     for entry in conditioning:
         entry[0] = torch.cat([entry[0][:, :1], entry[0][:, 1:].expand(-1, max(length - 1, 0), -1)], dim=1)
         entry[1].pop("attention_mask", None)
-        entry[1][PROMPT_KEY] = {"prompt": "", "encoder": _fingerprint(clip), "count": length, "cut": ""}
+        entry[1][PROMPT_KEY] = {"prompt": "", "encoder": _fingerprint(clip), "count": length, "kept": length, "cut": ""}
     return conditioning
 
 

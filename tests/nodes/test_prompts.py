@@ -173,6 +173,25 @@ class TestFiles:
         assert (entry["width"], entry["height"]) == (640, 480) and torch.equal(entry["attention_mask"], mask.bool())
         assert entry["pixart_prompt"]["prompt"] == "my words"
 
+    @pytest.mark.parametrize("limit", ["300", "7"])
+    def test_a_note_that_became_stale_is_left_out(self, limit: str, clip, places: Path) -> None:
+        """The host's nodes change states and keep what else there is; a cut prompt has more tokens than states."""
+        given = encode(clip, PROMPT + " and a star" * 2, max_tokens=limit)
+        joined = host_nodes.ConditioningConcat().concat(given, encode(clip, "star"))[0]
+        zeroed = host_nodes.ConditioningZeroOut().zero_out(given)[0]
+        for name, changed in (("joined", joined), ("zeroed", zeroed)):
+            save(changed, name)
+            found = core.load_prompts(places / f"output/prompts/{name}_00001.safetensors")
+            assert found.prompts == found.embeddings.truncated == ("",) and found.encoder == ""
+            assert found.embeddings.token_counts == (changed[0][0].shape[1],)
+        save(joined, "told", "both")
+        assert core.load_prompts(places / "output/prompts/told_00001.safetensors").prompts == ("both",)
+        save(given, "same")
+        again = nodes.PixArtLoadPrompt.execute("same_00001.safetensors [output]").result[0]
+        assert again[0][1]["pixart_prompt"] == given[0][1]["pixart_prompt"]
+        save(host_nodes.ConditioningConcat().concat(again, again)[0], "twice")
+        assert core.load_prompts(places / "output/prompts/twice_00001.safetensors").prompts == ("",)
+
     def test_pipeline_and_node_share_files(self, clip, places: Path, reference, tmp_path: Path) -> None:
         """The core's writer and reader, on the node's file and the other way round."""
         save(encode(clip))
