@@ -78,6 +78,13 @@ def load(path: Path, model: Any | None) -> tuple[list, str]:
     return [[embeddings.states.float(), values]], "\n".join([*shown, f"cut: {cut}"] if cut else shown)
 
 
+def tokens_of(conditioning: list) -> int:
+    """Real tokens of the longest prompt, at least 1; raises InputError for a conditioning without any."""
+    if not conditioning:
+        raise InputError("The positive conditioning is empty; connect an encoded prompt, from PixArtTextEncode.")
+    return max(1, *(int(_mask(states, values.get("attention_mask")).sum(dim=1).max()) for states, values in conditioning))
+
+
 def _note(states: Tensor, values: dict[str, Any]) -> dict[str, Any]:
     """What was noted of the prompt; {} where another node has changed the states since and left the note."""
     note = values.get(PROMPT_KEY) or {}

@@ -115,6 +115,22 @@ class TestNegative:
         assert found[1].get("attention_mask") is None
         assert torch.equal(encode(clip, "a red circle")[0][0], before)  # the CLIP is as it was
 
+    def test_padding_of_the_positive_doesn_t_count(self, clip, alpha_1024_file: Path) -> None:
+        """The Σ repository looks at the negative through the positive's mask; several prompts go by the longest."""
+        mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0]])
+        padded = [[torch.zeros(1, 9, 32), {"attention_mask": mask}]]
+        table = load_model(alpha_1024_file)
+        assert self.negative(nodes.SIGMA, clip=clip, positive=padded)[0][0].shape == (1, 4, 32)
+        assert self.negative(nodes.ALPHA, model=table, positive=padded)[0][0].shape[1] == 4
+        both = [*padded, [torch.zeros(1, 6, 32), {}]]
+        assert self.negative(nodes.SIGMA, clip=clip, positive=both)[0][0].shape == (1, 6, 32)
+        long = [[torch.zeros(1, 140, 32), {"attention_mask": torch.nn.functional.pad(mask, (0, 131))}]]
+        assert self.negative(nodes.ALPHA, model=table, positive=long)[0][0].shape[1] == 4
+
+    def test_empty_positive(self, clip) -> None:
+        with pytest.raises(errors.InputError, match="positive conditioning is empty"):
+            self.negative(nodes.SIGMA, clip=clip, positive=[])
+
     def test_null_embedding(self, clip, alpha_1024_file: Path) -> None:
         model = load_model(alpha_1024_file)
         positive = encode(clip, "a red circle", max_tokens=120)
