@@ -33,9 +33,10 @@ ROOM = 1.15  # of the resident size: the most that loading may take
 RESULTS = Path(__file__).parent / "results"
 OURS, PLAIN, WRITTEN = "pixart", "transformers", "pixart, written once"
 REFERENCE, WRITE = "reference", "write"  # children that measure nothing
-FP32, BF16 = "fp32", "bf16"
+FP32, BF16, FP16 = "fp32", "bf16", "fp16"
+DTYPES = {FP32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
 CASES = (
-    (OURS, FP32), (OURS, BF16), (PLAIN, BF16),
+    (OURS, FP32), (OURS, BF16), (OURS, FP16), (PLAIN, BF16),
     *((who, precision) for precision in ("int8", "nf4") for who in (OURS, WRITTEN, PLAIN)),
     (OURS, "fp8_e4m3fn"), (PLAIN, FP32), *((who, "fp4") for who in (OURS, WRITTEN, PLAIN)),
 )  # fmt: skip
@@ -126,8 +127,10 @@ def layers_that_fit(shape: dict[str, Any], precision: str, free: int) -> int:
     """All layers, or as many as fit with room for loading; before it is quantized, a weight is in bf16."""
     from pixart.text.weights import expected_shapes
 
-    itemsize = 4 if precision == FP32 else 2
-    counts = {name: itemsize * prod(size) for name, size in expected_shapes(shape).items()}
+    def itemsize(name: str) -> int:
+        return 4 if precision == FP32 or (precision == FP16 and ".wo." in name) else 2  # wo overflows in fp16
+
+    counts = {name: itemsize(name) * prod(size) for name, size in expected_shapes(shape).items()}
     layer = sum(count for name, count in counts.items() if name.startswith("encoder.block.0."))
     fitting = (free / ROOM - sum(counts.values())) // layer + shape["num_layers"]
     return int(max(1, min(fitting, shape["num_layers"])))
@@ -199,7 +202,7 @@ def measure(source: Path, who: str, precision: str, device: str) -> dict[str, An
 
 def load(place: Path, who: str, precision: str, device: str) -> Any:
     """The model alone, without tokenizer."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision)
+    dtype = DTYPES.get(precision)
     if who == PLAIN:
         return _load_plain(place, precision, dtype, device)
     from pixart.text.encoder import build_model, open_weights

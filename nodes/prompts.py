@@ -49,7 +49,7 @@ class PixArtNegative(io.ComfyNode):
         """CONDITIONING of no prompt."""
         if convention == DIFFUSERS:
             return io.NodeOutput(encode(cls._given(clip, "clip", convention), "", 1).conditioning)
-        length = max(entry[0].shape[1] for entry in cls._given(positive, "positive", convention))
+        length = prompts.tokens_of(cls._given(positive, "positive", convention))
         if convention == SIGMA:
             return io.NodeOutput(encode_padded_end(cls._given(clip, "clip", convention), length))
         if convention != ALPHA:

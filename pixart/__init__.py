@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load_transformer": ".checkpoints.load",
     "load_text_encoder": ".text.encoder",
+    "load_prompts": ".text.prompt_file",
+    "save_prompts": ".text.prompt_file",
     "Pipeline": ".pipeline",
     "PerturbedGuidance": ".guidance",
     "nearest_bin": ".bins",

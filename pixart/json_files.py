@@ -16,7 +16,7 @@ def read_json(path: Path, *, required: bool = True, error: type[PixArtError] = C
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as reason:
+    except (ValueError, OSError, RecursionError) as reason:
         raise error(f"{path}: not readable as JSON ({reason}); download it again.") from reason
     if not isinstance(values, dict):
         raise error(f"{path}: holds a {type(values).__name__}; expected a JSON object.")

@@ -21,7 +21,7 @@ from .model import PIXELS_PER_LATENT, PixArtTransformer
 from .sampling import Callback, check_scheduler, denoise, initial_noise, make_scheduler
 from .text.captions import prepare
 from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_encoder
-from .text.prompt_file import load_prompts
+from .text.prompt_file import load_prompts, save_prompts
 from .vae import Vae, load_vae
 
 logger = logging.getLogger(__name__)
@@ -199,6 +199,13 @@ class Pipeline:
             raise InputError(f"prompt is {prompts!r}; expected a string or a list of strings.")
         texts = [prepare(text, clean_caption, lower_case) for text in texts]
         return self.text_encoder.encode(texts, max_tokens or self.max_tokens)
+
+    def save_prompt(self, path: str | Path, prompt: str | Sequence[str], **preparation: Any) -> Path:
+        """Encodes as `encode` does into a file for `prompt_embeds`, which PixArt Load Prompt reads too (ComfyUI's input/prompts)."""
+        settings = {"max_tokens": self.max_tokens, "lower_case": True, "clean_caption": False, **preparation}
+        found = self.encode(prompt, **settings)
+        prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        return save_prompts(path, found, prompts, self.text_encoder.fingerprint, **settings)
 
     def _check(self, steps: int, guidance: float, images_per_prompt: int, output: str) -> None:
         for name, value, limit in (("steps", steps, MAX_STEPS), ("images_per_prompt", images_per_prompt, 10_000)):

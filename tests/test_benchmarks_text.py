@@ -49,7 +49,7 @@ def test_measures_in_this_process(tmp_path):
     assert full["cosine"] == {20: None, 300: None}
     assert text.child(source, text.REFERENCE, "fp32", "cpu") == {} == text.child(source, text.WRITE, "nf4", "cpu")
     for who, precision, floor in (
-        (text.OURS, "fp32", 0.99999), (text.OURS, "int8", 0.999), (text.PLAIN, "int8", 0.99), (text.PLAIN, "nf4", 0.97), (text.WRITTEN, "nf4", 0.97),
+        (text.OURS, "fp32", 0.99999), (text.OURS, "fp16", 0.9999), (text.OURS, "int8", 0.999), (text.PLAIN, "int8", 0.99), (text.PLAIN, "nf4", 0.97), (text.WRITTEN, "nf4", 0.97),
     ):  # fmt: skip
         found = text.measure(source, who, precision, "cpu")
         assert all(floor < value <= 1.00001 for value in found["cosine"].values()), (who, precision)
@@ -57,9 +57,18 @@ def test_measures_in_this_process(tmp_path):
     assert full["resident_gib"] * text.GIB == 4 * sum(_counts(shape)) and found["write_seconds"] > 0
 
 
-@pytest.mark.parametrize(("precision", "gib", "layers"), [("fp32", 21, 24), ("fp32", 10, 11), ("nf4", 11, 24), ("nf4", 6, 13), ("fp32", 0, 1)])
+@pytest.mark.parametrize(("precision", "gib", "layers"), [("fp32", 21, 24), ("fp32", 10, 11), ("bf16", 10, 23), ("fp16", 10, 19), ("nf4", 11, 24), ("nf4", 6, 13), ("fp32", 0, 1)])
 def test_as_many_layers_as_memory_holds(precision, gib, layers):
     assert text.layers_that_fit(xxl.XXL, precision, gib * text.GIB) == layers
+
+
+def test_fp16_keeps_wo_in_fp32(tmp_path):
+    import torch
+
+    source = xxl.write_weights(tmp_path / "bf16", xxl.sizes(layers=1, width=128))
+    model = text.load(source, text.OURS, text.FP16, "cpu")
+    assert (text.OURS, text.FP16) in text.CASES and model.shared.weight.dtype == torch.float16
+    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
 
 
 def test_goes_on_where_it_stopped(tmp_path, monkeypatch):

@@ -8,9 +8,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("sentencepiece")
 
-from pixart import Pipeline
+from pixart import Pipeline, load_prompts, save_prompts
 from pixart.errors import InputError, TextEncoderError
-from pixart.text.prompt_file import save_prompts
 from pixart.text.quantize import QuantizedLinear
 from tests.support.tiny_pipeline import CAPTION_WIDTH, make_parts
 from tests.support.tiny_text import save_t5_folder, tiny_t5
@@ -59,6 +58,25 @@ def test_prompt_file(pipe, tmp_path):
     without = Pipeline(pipe.transformer, base_size=pipe.base_size)
     found = without(prompt_embeds=positive, negative_prompt_embeds=str(negative), **FAST)
     assert torch.equal(found, pipe("a red circle", **FAST))
+
+
+def test_saved_by_the_pipeline(pipe, tmp_path):
+    """With all that tells it from others, and read by the same names that write."""
+    path = pipe.save_prompt(tmp_path / "new" / "p.safetensors", "A Red circle", max_tokens=4)
+    found = load_prompts(path)
+    assert found.prompts == ("A Red circle",) and found.encoder == pipe.text_encoder.fingerprint
+    assert found.settings == {"max_tokens": 4, "lower_case": True, "clean_caption": False}
+    negative = pipe.save_prompt(tmp_path / "n.safetensors", "")
+    expected = pipe("A Red circle", **FAST)
+    full = pipe.save_prompt(tmp_path / "full.safetensors", "A Red circle")
+    assert torch.equal(pipe(prompt_embeds=full, negative_prompt_embeds=negative, **FAST), expected)
+    assert load_prompts(pipe.save_prompt(tmp_path / "two.safetensors", ["star", "a star"])).prompts == ("star", "a star")
+    again = save_prompts(tmp_path / "again.safetensors", found.embeddings, found.prompts, found.encoder, **found.settings)
+    back = load_prompts(again)
+    assert torch.equal(back.embeddings.states, found.embeddings.states) and back.encoder == found.encoder
+    with pytest.raises(InputError, match="no text encoder"):
+        Pipeline(pipe.transformer).save_prompt(tmp_path / "none.safetensors", "star")
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def test_prompt_file_of_another_width_is_named(pipe, tmp_path):

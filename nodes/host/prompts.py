@@ -48,7 +48,7 @@ def save(conditioning: list, prefix: str, prompt: str) -> Path:
         )
     if states.ndim != 3:
         raise InputError(f"The conditioning has shape {tuple(states.shape)}; expected (batch, tokens, channels).")
-    note = values.get(PROMPT_KEY) or {}
+    note = _note(states, values)
     size = (int(values["height"]), int(values["width"])) if values.get("height") and values.get("width") else None
     rows = states.shape[0]
     embeddings = TextEmbeddings(
@@ -71,10 +71,24 @@ def load(path: Path, model: Any | None) -> tuple[list, str]:
         values["height"], values["width"] = embeddings.size
     cut = next(iter(embeddings.truncated), "")
     values[PROMPT_KEY] = {
-        "prompt": next(iter(found.prompts), ""), "encoder": found.encoder, "count": next(iter(embeddings.token_counts), 0), "cut": cut,
+        "prompt": next(iter(found.prompts), ""), "encoder": found.encoder, "count": next(iter(embeddings.token_counts), 0),
+        "kept": embeddings.states.shape[1], "cut": cut,
     }  # fmt: skip
     shown = [*found.prompts, f"{embeddings.states.shape[1]} tokens, {found.encoder or 'encoder unknown'}"]
     return [[embeddings.states.float(), values]], "\n".join([*shown, f"cut: {cut}"] if cut else shown)
+
+
+def tokens_of(conditioning: list) -> int:
+    """Real tokens of the longest prompt, at least 1; raises InputError for a conditioning without any."""
+    if not conditioning:
+        raise InputError("The positive conditioning is empty; connect an encoded prompt, from PixArtTextEncode.")
+    return max(1, *(int(_mask(states, values.get("attention_mask")).sum(dim=1).max()) for states, values in conditioning))
+
+
+def _note(states: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+    """What was noted of the prompt; {} where another node has changed the states since and left the note."""
+    note = values.get(PROMPT_KEY) or {}
+    return note if note.get("kept") == states.shape[1] and bool(states.any()) else {}
 
 
 def _mask(states: Tensor, given: Tensor | None) -> Tensor:

@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES
 from ...pixart.errors import TextEncoderError, UnsupportedError
 from ...pixart.text.files import SAFE
-from ...pixart.text.names import STORED_PRECISIONS
-from ...pixart.text.quantize import choose_precision
+from ...pixart.text.names import FP8, STORED_PRECISIONS
+from ...pixart.text.prompt_file import fingerprint
+from ...pixart.text.quantize import check_range, choose_precision
 from ...pixart.text.tokenizer import find_tokenizer
-from ...pixart.text.weights import T5Weights, is_finite, read_t5
+from ...pixart.text.weights import EMBEDDING, FINAL_NORM, T5Weights, check_shapes, expected_shapes, is_finite, read_t5
 from .dtypes import DEFAULT, DTYPES
-from .quantized_t5 import quantized_clip_class, resident_estimate
+from .quantized_t5 import FINGERPRINT, quantized_clip_class, resident_estimate
 from .tokenizer import tokenizer_class
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,10 @@ PRECISIONS = (*DTYPES, *STORED_PRECISIONS)
 DEVICES = (DEFAULT, "cpu")
 XXL_KEY, XXL_ROWS = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight", 10240
 XXL_VOCABULARY = 32128  # UMT5, which doesn't fit, has 256384
+XXL = {
+    "vocab_size": XXL_VOCABULARY, "d_model": 4096, "d_kv": 64, "d_ff": XXL_ROWS, "num_heads": 64, "num_layers": 24,
+    "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
 ACTIVATIONS = {"gated-gelu": "gelu_pytorch_tanh", "relu": "relu"}
 # What the host's T5 has as constants
 FIXED = {
@@ -69,9 +74,8 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
     scaled = any(key.endswith(QUANTIZATION_SUFFIXES) for key in shapes)
     if not is_xxl or precision in STORED_PRECISIONS or not (precision == DEFAULT or scaled):
         return None
-    if not scaled:
-        read_t5(Path(path))  # names and shapes: the host only logs missing keys, and goes on with whatever was in memory
-    elif precision != DEFAULT:
+    _check_names(Path(path), scaled, set(shapes))
+    if scaled and precision != DEFAULT:
         log.warning("PixArt: %s keeps the precision of its file; %s was asked for.", path, precision)
     clip = comfy.sd.load_clip(
         ckpt_paths=[path],
@@ -87,6 +91,17 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
         )
     _check_values(path, clip)
     return clip
+
+
+def _check_names(path: Path, scaled: bool, names: set[str]) -> None:
+    """The host only logs missing keys, and goes on with whatever was in memory."""
+    try:
+        read_t5(path)  # shapes too
+    except UnsupportedError:
+        if not scaled:
+            raise
+        # A quantization that the host alone knows: names are all that is sure
+        check_shapes({name: shape for name, shape in expected_shapes(XXL).items() if name in names}, XXL, path)
 
 
 def _check_values(path: str, clip: Any) -> None:
@@ -121,7 +136,7 @@ def _from_weights(path: Path, precision: str, options: dict[str, Any], disable_d
         parameters = resident_estimate(weights, quantized) // dtype.itemsize
     else:
         model_class = pixart_t5.pixart_te(dtype_t5=dtype)
-        content = {"disable_dynamic": disable_dynamic, "state_dict": [] if streamed else [weights.tensors]}
+        content = {"disable_dynamic": disable_dynamic, "state_dict": [] if streamed else [_fitting(weights.tensors, weights, dtype)]}
     clip = comfy.sd.CLIP(
         SimpleNamespace(clip=model_class, tokenizer=tokenizer_class(weights, _tokenizer_file(path)), params={}),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -130,11 +145,21 @@ def _from_weights(path: Path, precision: str, options: dict[str, Any], disable_d
         **_supported(comfy.sd.CLIP.__init__, **content),
     )
     for layer in weights.stream_layers() if streamed else ():
-        clip.load_sd(layer)
+        clip.load_sd(_fitting(layer, weights, dtype))
+    if dtype == DTYPES[FP8]:  # the host casts embeddings and norms too, which the core keeps in bf16
+        name = fingerprint(weights.read(EMBEDDING), weights.read(FINAL_NORM), int(weights.config["num_layers"]), FP8)
+        setattr(clip.cond_stage_model.t5xxl.transformer, FINGERPRINT, name)
     log.info(
         "T5 %s: width %s, %s layers, %s", path, weights.config["d_model"], weights.config["num_layers"], quantized or dtype
     )
     return clip
+
+
+def _fitting(tensors: dict[str, torch.Tensor], weights: T5Weights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same; raises TextEncoderError for values that the host's cast to fp8 would make NaN."""
+    for name, tensor in tensors.items() if dtype == DTYPES[FP8] else ():
+        check_range(tensor, FP8, f"{weights.path}: {name}")
+    return tensors
 
 
 def _pages_weights() -> bool:

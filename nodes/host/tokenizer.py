@@ -10,7 +10,7 @@ import tokenizers
 from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 
 from ...pixart.errors import TextEncoderError
-from ...pixart.text.tokenizer import END_TOKEN, WHERE_TO_GET
+from ...pixart.text.tokenizer import END_TOKEN, WHERE_TO_GET, from_sentencepiece
 from ...pixart.text.weights import T5Weights
 
 END_ID = 1  # in the host's T5 classes, and in every T5
@@ -52,14 +52,14 @@ class JsonTokenizer:
 def tokenizer_class(weights: T5Weights, file: Path | None) -> type:
     """A class for the host to instantiate: the SentencePiece model inside the weights, the folder's file, or the host's own.
 
-    Raises TextEncoderError where the tokenizer's ids don't fit the weights.
+    Raises TextEncoderError for a damaged one, and where its ids don't fit the weights.
     """
-    source: Any = weights.sentencepiece or (str(file) if file else None)
-    kind = JsonTokenizer if file and not weights.sentencepiece and file.suffix == ".json" else SPieceTokenizer
-    width, rows = int(weights.config["d_model"]), int(weights.config["vocab_size"])
+    source, kind = _source(weights, file)
+    # The class lives as long as the CLIP: it must not name `weights`, which may hold all tensors of the file
+    path, width, rows = weights.path, int(weights.config["d_model"]), int(weights.config["vocab_size"])
     if source is None and rows < T5_VOCABULARY:
         raise TextEncoderError(
-            f"{weights.path}: has {rows} token embeddings and no tokenizer of its own; T5's common tokenizer needs "
+            f"{path}: has {rows} token embeddings and no tokenizer of its own; T5's common tokenizer needs "
             f"{T5_VOCABULARY}. Give the folder with its spiece.model, or a file with the `spiece_model` tensor."
         )
 
@@ -80,7 +80,7 @@ def tokenizer_class(weights: T5Weights, file: Path | None) -> type:
                 min_length=1,
                 tokenizer_data=tokenizer_data,
             )
-            _check(self, weights, rows)
+            _check(self, path, rows)
 
         def state_dict(self) -> dict[str, Any]:
             """Saved with the encoder, so that it stays complete."""
@@ -109,12 +109,24 @@ def tokenizer_class(weights: T5Weights, file: Path | None) -> type:
     return PixArtTokenizer
 
 
-def _check(tokenizer: Any, weights: T5Weights, rows: int) -> None:
+def _source(weights: T5Weights, file: Path | None) -> tuple[Any, type]:
+    """What the host builds a tokenizer of (None: its own), and the class; the host itself would fail on damaged ones without a name."""
+    model, name = weights.sentencepiece, f"{weights.path} (spiece_model)"
+    if model is None and file is not None:
+        if file.suffix == ".json":
+            return str(file), JsonTokenizer
+        model, name = file.read_bytes(), str(file)
+    if model is not None:
+        from_sentencepiece(model, name)
+    return model, SPieceTokenizer
+
+
+def _check(tokenizer: Any, path: Path, rows: int) -> None:
     highest = max(tokenizer.inv_vocab, default=0)
     # tokenizer.json also lists T5's 100 sentinels, which prompts never produce
     plain = max((i for i, piece in tokenizer.inv_vocab.items() if not piece.startswith("<extra_id_")), default=highest)
     if tokenizer.end_token != END_ID or plain >= rows:
         raise TextEncoderError(
-            f"{weights.path}: its tokenizer has ids up to {plain} and end token {tokenizer.end_token}; expected ids "
+            f"{path}: its tokenizer has ids up to {plain} and end token {tokenizer.end_token}; expected ids "
             f"below {rows}, the rows of the embedding, and end token {END_ID}. {WHERE_TO_GET}"
         )

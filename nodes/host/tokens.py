@@ -13,7 +13,7 @@ from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.text.captions import prepare
 from ...pixart.text.prompt_file import fingerprint
 from ...pixart.text.tokenizer import whole_characters
-from .quantized_t5 import precision_of
+from .quantized_t5 import FINGERPRINT, precision_of
 
 STREAM = "t5xxl"
 PAD_ID, END_ID = 0, 1  # of every T5
@@ -61,7 +61,7 @@ def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
             f"The states of the prompt {text[:60]!r} hold NaN or infinite values. Look for a weight such as (word:1e40), or "
             "choose precision bf16 in PixArtT5Loader."
         )
-    note = {"prompt": text, "encoder": _fingerprint(clip), "count": len(words) + 1, "cut": _words(clip, cut)}
+    note = {"prompt": text, "encoder": _fingerprint(clip), "count": len(words) + 1, "kept": len(kept) + 1, "cut": _words(clip, cut)}
     for entry in conditioning:
         entry[1][PROMPT_KEY] = note
     return Encoded(conditioning, len(words) + 1, max_tokens, note["cut"])
@@ -79,7 +79,7 @@ def encode_padded_end(clip: Any, length: int) -> list:
     for entry in conditioning:
         entry[0] = torch.cat([entry[0][:, :1], entry[0][:, 1:].expand(-1, max(length - 1, 0), -1)], dim=1)
         entry[1].pop("attention_mask", None)
-        entry[1][PROMPT_KEY] = {"prompt": "", "encoder": _fingerprint(clip), "count": length, "cut": ""}
+        entry[1][PROMPT_KEY] = {"prompt": "", "encoder": _fingerprint(clip), "count": length, "kept": length, "cut": ""}
     return conditioning
 
 
@@ -120,11 +120,11 @@ def _masked(clip: Any) -> Iterator[None]:
 
 
 def _fingerprint(clip: Any) -> str:
-    """Of the T5 inside; "" where its weights are not plain tensors (GGUF)."""
+    """Of the T5 inside; "" where its weights are not plain tensors (GGUF), whose classes may raise anything."""
     t5 = getattr(getattr(clip.cond_stage_model, STREAM, None), "transformer", None)
     try:
-        return fingerprint(t5.shared.weight, t5.encoder.final_layer_norm.weight, len(t5.encoder.block), precision_of(t5))
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError, IndexError):
+        return getattr(t5, FINGERPRINT, None) or fingerprint(t5.shared.weight, t5.encoder.final_layer_norm.weight, len(t5.encoder.block), precision_of(t5))
+    except Exception:  # noqa: BLE001 - no prompt fails for want of a name for its encoder
         return ""
 
 

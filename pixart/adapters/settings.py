@@ -62,7 +62,7 @@ def settings_from_metadata(text: str | None, source: str) -> dict[str, Settings]
     """TRANSFORMER and TEXT -> settings, from the JSON that diffusers writes into a file's header."""
     try:
         values = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         values = {}
     if not isinstance(values, Mapping):
         return {}

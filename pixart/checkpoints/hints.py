@@ -78,7 +78,7 @@ def hints_from_note(note: str | Mapping[str, Any] | None) -> Hints:
     if isinstance(note, str):
         try:
             note = json.loads(note)
-        except ValueError:
+        except (ValueError, RecursionError):
             return Hints()
     if not isinstance(note, Mapping):
         return Hints()

@@ -114,7 +114,7 @@ def _read_safetensors(path: Path, start: bytes, size: int) -> tuple[dict[str, Te
         with path.open("rb") as file:
             header = json.loads(file.read(8 + length)[8:])
         needed = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header is damaged ({error}); download it again.") from error
     if size < needed:
         raise CheckpointError(f"{path}: truncated: {size} of {needed} bytes are there; download it again.")

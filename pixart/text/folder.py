@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import InputError, UnsupportedError
 from .names import INT8, STORED_PRECISIONS
 from .packed import FORMAT, FORMAT_KEY, SCALES, STATE, WEIGHT
-from .quantize import COMPUTE, quantize_weight
+from .quantize import COMPUTE, check_range, quantize_weight
 from .tokenizer import find_tokenizer, tokenizer_places
 from .weights import EMBEDDING, POSITIONS, T5Weights, read_t5
 
@@ -79,6 +79,7 @@ def _quantized(
     """The file's tensors, layer by layer; embeddings and norms in bf16."""
     for done, (name, tensor) in enumerate(weights.raw(), start=1):
         if tensor.ndim == 2 and name not in (EMBEDDING, POSITIONS):
+            check_range(tensor, precision, f"{weights.path}: {name}")
             parts = quantize_weight(tensor, precision, device)
             yield {key: value.cpu() for key, value in file_parts(name.removesuffix(".weight"), parts).items()}
         else:

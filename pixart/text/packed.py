@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import re
-from math import ceil, prod
+from math import ceil, isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ PARTS = {
 _PATTERNS = {part: re.compile(rf"(.+?)\.(?:{'|'.join(names)})") for part, names in PARTS.items()}
 _FORMAT_MARK = ".weight_format"  # of int8 layers; there is one layout only
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes knows
+_NESTED = ("nested_blocksize", "nested_offset")
+_STATE_KEYS = ("quant_type", "blocksize", "shape", *_NESTED)  # of bitsandbytes' state; the others name dtypes, which tensors show
 
 
 def spellings(weight: str) -> tuple[str, str]:
@@ -75,13 +77,14 @@ def shape_of(parts: dict[str, StoredTensor], where: str) -> tuple[int, ...]:
 def read_state(blob: Tensor, where: str) -> dict:
     """What bitsandbytes packs into a tensor as JSON; raises TextEncoderError unless all of it is as expected."""
     try:
-        state = json.loads(bytes(blob.cpu().to(torch.uint8).tolist()))
-        shape, block = state["shape"], state["blocksize"]
-        sound = len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape) and block in _BLOCK_SIZES
-        if "nested_blocksize" in state:
-            sound = sound and state["nested_blocksize"] in _BLOCK_SIZES and isinstance(state["nested_offset"], float)
-        sound = sound and state["quant_type"] in (NF4, FP4)
-    except (ValueError, KeyError, TypeError, RuntimeError):
+        found = json.loads(bytes(blob.cpu().to(torch.uint8).tolist()))
+        state = {name: found[name] for name in _STATE_KEYS if name in found}
+        sound = state["quant_type"] in (NF4, FP4) and _is_block(state["blocksize"])
+        sound = sound and len(state["shape"]) == 2 and all(type(n) is int and n > 0 for n in state["shape"])
+        if any(name in state for name in _NESTED):
+            offset = state["nested_offset"]
+            sound = sound and _is_block(state["nested_blocksize"]) and isinstance(offset, float) and isfinite(offset)
+    except (ValueError, KeyError, TypeError, RuntimeError):  # RecursionError is a RuntimeError
         sound = False
     if not sound:
         raise TextEncoderError(
@@ -91,9 +94,13 @@ def read_state(blob: Tensor, where: str) -> dict:
     return state
 
 
+def _is_block(size: object) -> bool:
+    return type(size) is int and size in _BLOCK_SIZES
+
+
 def check_parts(parts: dict[str, Tensor], shape: tuple[int, int], where: str) -> None:
     """Raises TextEncoderError unless the parts fit the layer: bitsandbytes' native code trusts them blindly."""
-    wanted: dict[str, tuple[int, torch.dtype | None]]
+    wanted: dict[str, tuple[int, torch.dtype | None]]  # None: any float
     if STATE in parts:
         state = read_state(parts[STATE], where)
         if tuple(state["shape"]) != tuple(shape):
@@ -109,14 +116,17 @@ def check_parts(parts: dict[str, Tensor], shape: tuple[int, int], where: str) ->
         wanted = {WEIGHT: (prod(shape), torch.int8), SCALES: (shape[0], torch.float32)}
     else:
         wanted = {WEIGHT: (prod(shape), None)}
+    problems = [f"{part} doesn't belong to it" for part in parts if part not in (*wanted, STATE)]
     for part, (count, dtype) in wanted.items():
         found = parts.get(part)
-        if found is None or found.numel() != count or dtype not in (None, found.dtype):
+        fits = found is not None and (found.dtype == dtype if dtype else found.is_floating_point()) and found.numel() == count
+        if not fits:
             has = "is missing" if found is None else f"has {found.numel()} values of {found.dtype}"
-            raise TextEncoderError(
-                f"{where}: {part} {has}; expected {count} of {dtype}. The file is damaged or of another version: "
-                "quantize the original again."
-            )
+            problems.append(f"{part} {has}; expected {count} of {dtype or 'a float dtype'}")
+    if problems:
+        raise TextEncoderError(
+            f"{where}: {', '.join(problems)}. The file is damaged or of another version: quantize the original again."
+        )
 
 
 def check_settings(settings: dict, path: Path) -> None:

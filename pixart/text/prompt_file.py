@@ -107,19 +107,21 @@ def _assemble(path: Path, states: Tensor, mask: Tensor, metadata: dict[str, str]
     def value(name: str, kind: type, default: Any) -> Any:
         try:
             found = json.loads(metadata.get(name, "null"))
-        except ValueError:
+        except (ValueError, RecursionError):
             found = default
         return found if isinstance(found, kind) else default
 
-    prompts = tuple(map(str, value("prompts", list, [])))
+    def texts(name: str) -> tuple[str, ...]:
+        return tuple(text if isinstance(text, str) else "" for text in value(name, list, []))
+
     counts = tuple(n for n in value("token_counts", list, []) if isinstance(n, int))
     size = value("size", list, None)
     if size is not None and not (len(size) == 2 and all(isinstance(n, int) and 0 < n <= LARGEST_SIDE for n in size)):
         raise InputError(f"{path}: its picture size is {size}; expected height and width in pixels. Write it again.")
     embeddings = TextEmbeddings(
-        states, mask, counts, tuple(map(str, value("truncated", list, []))), size=tuple(size) if size else None, source=str(path)
+        states, mask, counts, texts("truncated"), size=tuple(size) if size else None, source=str(path)
     )
-    return PromptFile(embeddings, prompts, metadata.get("encoder", ""), value("settings", dict, {}))
+    return PromptFile(embeddings, texts("prompts"), metadata.get("encoder", ""), value("settings", dict, {}))
 
 
 def fingerprint(embedding: Tensor, norm: Tensor, layers: int, precision: str) -> str:

@@ -7,7 +7,8 @@ packed weights are plain buffers, and products are taken in bf16.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from ..errors import TextEncoderError, UnsupportedError
 from .names import FP4, FP8, INT8, NF4, PRECISIONS
-from .packed import SCALES, STATE, WEIGHT, check_parts, read_state
+from .packed import PARTS, SCALES, STATE, WEIGHT, check_parts, read_state
 from .weights import T5Weights
 
 COMPUTE = torch.bfloat16
 CHUNK = 2**20  # values quantized at once: bitsandbytes needs up to a hundred bytes for each meanwhile
 BLOCK, NESTED_BLOCK = 64, 256  # values sharing a 4-bit scale, and scales sharing one of theirs: bitsandbytes' defaults
+LARGEST = {FP8: 448.0, INT8: 65504.0}  # bitsandbytes quantizes to int8 from fp16
 WITHOUT = "bf16 and fp8_e4m3fn work without it"
 
 
@@ -42,14 +44,16 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.state: dict[str, Any] = {}  # of 4 bits: quant_type, blocksize, ...
 
-    def quantize(self, weight: Tensor, precision: str, device: torch.device | str) -> None:
+    def quantize(self, weight: Tensor, precision: str, device: torch.device | str, where: str = "a layer") -> None:
         """Takes over `weight` (out, in), quantized on `device`. Raises TextEncoderError or UnsupportedError saying what to do."""
-        self.fill(quantize_weight(weight, precision, torch.device(device)), device)
+        check_range(weight, precision, where)
+        self.fill(quantize_weight(weight, precision, torch.device(device)), device, where)
 
     def fill(self, parts: dict[str, Tensor], device: torch.device | str, where: str = "a quantized layer") -> None:
         """Takes over the parts of a quantized weight, named as in `packed.PARTS`; raises TextEncoderError if they don't fit."""
         check_parts(parts, (self.out_features, self.in_features), where)
         self.state = read_state(parts[STATE], where) if STATE in parts else {}
+        self._buffers.clear()  # what it was filled with before may have had other parts
         for part, value in parts.items():
             value = value.to(device).contiguous()
             self.register_buffer(part, value.reshape(self.out_features, -1) if part == WEIGHT and not self.state else value.flatten())
@@ -91,7 +95,19 @@ class QuantizedLinear(nn.Module):
             offset=offset,
             state2=nested,
         )
-        return functional.dequantize_4bit(parts[WEIGHT].unsqueeze(1), state)
+        with _native("unpack", self.state["quant_type"], parts[WEIGHT].device):
+            return functional.dequantize_4bit(parts[WEIGHT].unsqueeze(1), state)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """Through `fill`: `state` must be that of the parts, whatever the layer held before."""
+        parts = {part: state_dict[prefix + part] for part in PARTS if prefix + part in state_dict}
+        if parts:
+            kept = next(iter(self._buffers.values()), parts.get(WEIGHT))
+            self.fill(parts, "cpu" if kept is None else kept.device, prefix.rstrip("."))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves the parts, but never casts them: `.to(bfloat16)` would round the scales."""
@@ -99,25 +115,44 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_weight(weight: Tensor, precision: str, device: torch.device) -> dict[str, Tensor]:
-    """The parts of a quantized weight (out, in), in main memory or on the card; a few million values at a time."""
+    """The parts of a quantized weight (out, in), in main memory or on the card; about a million values at a time."""
     if precision not in PRECISIONS:
         raise UnsupportedError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
     if precision == FP8:
         return {WEIGHT: weight.to(device).to(torch.float8_e4m3fn)}
     functional = bitsandbytes(precision).functional
     weight = weight if weight.dtype.itemsize > 1 else weight.to(COMPUTE)
-    try:
+    with _native("make", precision, device):
         if precision == INT8:
             rows = max(1, CHUNK // weight.shape[1])
             found = [functional.int8_vectorwise_quant(part.to(device).half()) for part in weight.split(rows)]
             return {WEIGHT: torch.cat([part[0] for part in found]), SCALES: torch.cat([part[1] for part in found]).float()}
         return _quantize_4bit(functional, weight, precision, device)
+
+
+def check_range(weight: Tensor, precision: str, where: str) -> None:
+    """Raises TextEncoderError for values beyond the precision: a cast gives NaN, and clamping would be wrong in silence."""
+    if precision not in LARGEST or weight.dtype.itemsize == 1:
+        return
+    low, high = weight.aminmax()
+    largest = max(float(-low), float(high))
+    if largest > LARGEST[precision]:
+        others = "int8, nf4, fp4 or bf16" if precision == FP8 else "nf4, fp4 or bf16"
+        raise TextEncoderError(
+            f"{where} has a weight of {largest:g}; {precision} holds up to {LARGEST[precision]:g}. Choose the precision {others} for this T5."
+        )
+
+
+@contextmanager
+def _native(what: str, precision: str, device: torch.device) -> Iterator[None]:
+    """Around bitsandbytes' kernels, which not every device has; memory that runs out is the caller's to handle."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError) as error:
-        raise UnsupportedError(
-            f"bitsandbytes can't make {precision} on {device} ({str(error).splitlines()[0]}); {WITHOUT}, or choose the CPU."
-        ) from error
+    except RuntimeError as error:  # NotImplementedError is one
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UnsupportedError(f"bitsandbytes can't {what} {precision} on {device} ({reason}); {WITHOUT}, or choose the CPU.") from error
 
 
 def _quantize_4bit(functional: ModuleType, weight: Tensor, precision: str, device: torch.device) -> dict[str, Tensor]:
@@ -178,7 +213,7 @@ def fill_layers(
         elif weights.precision is not None:
             layer.fill({WEIGHT: tensor.to(COMPUTE)}, home)
         else:
-            layer.quantize(tensor, precision, device)
+            layer.quantize(tensor, precision, device, f"{weights.path}: {name}")
             layer.to(home)
     return others
 

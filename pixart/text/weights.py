@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import TextEncoderError, UnsupportedError
 from . import packed
 from .files import DECODER_KEYS, StoredTensor, stored_tensors, text_encoder_folder, weight_files
+from .settings import merge_settings
 
 __all__ = ["T5Weights", "is_finite", "read_t5", "text_encoder_folder"]
 
@@ -23,15 +24,13 @@ PREFIXES = ("", "transformer.", "text_encoder.", "t5xxl.transformer.", "text_enc
 EMBEDDING = "shared.weight"
 EMBEDDING_ALIAS = "encoder.embed_tokens.weight"  # the same matrix under its other name
 POSITIONS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+FINAL_NORM = "encoder.final_layer_norm.weight"
 QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 TOKENIZER_KEY = "spiece_model"  # ComfyUI's place for a SentencePiece model inside a weight file
 IGNORED = ("logit_scale", "scaled_fp8")
 SCALED_FP8 = (".scale_weight", ".weight_scale")  # ComfyUI's two spellings: the true weight is the stored one times this
 FP8_EXTRAS = (".scale_input", ".input_scale")  # for products in fp8, which are not taken here
 FP8_MARK, FP8_FORMATS = ".comfy_quant", ("float8_e4m3fn", "float8_e5m2")
-# config.json fields that shapes don't show, and those that they do
-FREE_FIELDS = ("layer_norm_epsilon", "relative_attention_max_distance", "feed_forward_proj")
-SHAPE_FIELDS = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
 MOST_LAYERS = 512
 FOREIGN = (  # a key's part -> what the file is
     ("text_model.encoder", "a CLIP text encoder"),
@@ -60,11 +59,14 @@ class T5Weights:
 
     def raw(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of what is not quantized, one at a time as stored, scaled fp8 in bf16; raises TextEncoderError for NaN."""
-        for name, stored in self.stored.items():
-            value = self._sound(name, stored.read())
-            if name in self.scales:
-                value = (value.float() * self._sound(self.scales[name].key, self.scales[name].read()).float()).bfloat16()
-            yield name, value
+        return ((name, self.read(name)) for name in self.stored)
+
+    def read(self, name: str) -> Tensor:
+        """One of them."""
+        value = self._sound(name, self.stored[name].read())
+        if name in self.scales:
+            value = (value.float() * self._sound(self.scales[name].key, self.scales[name].read()).float()).bfloat16()
+        return value
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """The same in `dtype`."""
@@ -106,13 +108,12 @@ def read_t5(path: Path, dtype: torch.dtype | None = None) -> T5Weights:
     shapes = {name: each.shape for name, each in stored.items()}
     shapes |= {f"{layer}.weight": packed.shape_of(parts, f"{path}: {layer}") for layer, parts in layers.items()}
     config = _sizes(shapes, path)
-    _merge_settings(config, settings, path)
+    merge_settings(config, settings, path)
     check_shapes(shapes, config, path)
     if dtype is None:
         dtype = torch.bfloat16 if layers else _main_dtype(stored)
     precision = packed.precision_of(next(iter(layers.values()))) if layers else None
-    tokenizer = None if model is None else model.read().numpy().tobytes()
-    return T5Weights(path, stored, layers, config, dtype, precision, tokenizer, ignored, scales)
+    return T5Weights(path, stored, layers, config, dtype, precision, _tokenizer(model, path), ignored, scales)
 
 
 def expected_shapes(config: dict[str, int | float | str]) -> dict[str, tuple[int, ...]]:
@@ -131,7 +132,7 @@ def expected_shapes(config: dict[str, int | float | str]) -> dict[str, tuple[int
         EMBEDDING: (int(config["vocab_size"]), width),
         POSITIONS: (int(config["relative_attention_num_buckets"]), int(config["num_heads"])),
         **{f"encoder.block.{i}.{name}": shape for i in range(int(config["num_layers"])) for name, shape in block.items()},
-        "encoder.final_layer_norm.weight": (width,),
+        FINAL_NORM: (width,),
     }
 
 
@@ -150,6 +151,13 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], config: dict, path: Path) -
             f"{path} is not a complete T5 encoder: {_some(problems, 12, '; ')}. Download it again, or choose the folder "
             "instead of one of its shards."
         )
+
+
+def _tokenizer(stored: StoredTensor | None, path: Path) -> bytes | None:
+    model = None if stored is None else stored.read()
+    if model is not None and model.dtype not in (torch.uint8, torch.int8):
+        raise TextEncoderError(f"{path}: {TOKENIZER_KEY} is {model.dtype}; expected the bytes of a tokenizer (uint8). Download it again.")
+    return None if model is None else model.numpy().tobytes()
 
 
 def _strip(raw: dict[str, StoredTensor], path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
@@ -199,7 +207,7 @@ def _is_fp8(mark: StoredTensor) -> bool:
     try:
         found = json.loads(bytes(mark.read().to(torch.uint8).tolist()))
         return found["format"] in FP8_FORMATS
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -229,21 +237,6 @@ def _sizes(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, int | fl
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu" if gated else "relu",
     }
-
-
-def _merge_settings(config: dict, settings: dict, path: Path) -> None:
-    """Takes from config.json what shapes don't show; refuses contradictions."""
-    wrong = [
-        f"{name} {settings[name]} (weights: {config[name]})"
-        for name in SHAPE_FIELDS
-        if name in settings and settings[name] != config[name]
-    ]
-    gated = str(settings.get("feed_forward_proj", config["feed_forward_proj"])).startswith("gated")
-    if gated != str(config["feed_forward_proj"]).startswith("gated"):
-        wrong.append(f"feed_forward_proj {settings['feed_forward_proj']} (weights: {config['feed_forward_proj']})")
-    if wrong:
-        raise TextEncoderError(f"{path}: config.json contradicts the weights in {', '.join(wrong)}.")
-    config.update({name: settings[name] for name in FREE_FIELDS if name in settings})
 
 
 def _main_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:

@@ -40,6 +40,16 @@ class TestBadFiles:
         save_file(state, tmp_path / "t5.safetensors")
         assert "NaN" in self.refused(tmp_path / "t5.safetensors")
 
+    @pytest.mark.parametrize("pages", [False, True], ids=["streamed", "at once"])
+    def test_weights_too_large_for_fp8(self, pages: bool, t5_file: Path, tmp_path: Path, monkeypatch) -> None:
+        """The host's cast would make them NaN."""
+        state = load_file(t5_file)
+        state["encoder.block.1.layer.1.DenseReluDense.wo.weight"][0, 0] = -450
+        save_file(state, tmp_path / "t5.safetensors")
+        monkeypatch.setattr(encoder, "_pages_weights", lambda: pages)
+        with pytest.raises(errors.TextEncoderError, match="t5.safetensors: .*wo.weight has a weight of 450; fp8_e4m3fn holds up to 448"):
+            encoder.load_t5(str(tmp_path / "t5.safetensors"), "fp8_e4m3fn", "default")
+
     def test_no_tokenizer_for_its_vocabulary(self, reference, tmp_path: Path) -> None:
         path = tiny_text.save_t5_file(reference, tmp_path / "t5.safetensors", tokenizer=False)
         message = self.refused(path)
@@ -51,6 +61,27 @@ class TestBadFiles:
         state["shared.weight"] = state["shared.weight"][:40].clone()
         save_file(state, path)
         assert "expected ids below 40" in self.refused(path)
+
+    @pytest.mark.parametrize("content", [b"", b"junk" * 9], ids=["empty", "junk"])
+    @pytest.mark.parametrize("inside", [True, False], ids=["tensor", "file"])
+    def test_damaged_tokenizer(self, content: bytes, inside: bool, reference, tmp_path: Path) -> None:
+        """As the core names it; without an end token, an empty one can't be a T5's."""
+        if inside:
+            path = tmp_path / "t5.safetensors"
+            tiny_text.save_t5_file(reference, path, tokenizer=False)
+            save_file({**load_file(path), "spiece_model": torch.tensor(list(content), dtype=torch.uint8)}, path)
+        else:
+            path = tiny_text.save_t5_folder(reference, tmp_path / "t5")
+            (path / "spiece.model").write_bytes(content)
+        message = self.refused(path)
+        assert "is not a SentencePiece model" in message if content else "has no end token" in message
+        with pytest.raises(errors.TextEncoderError) as caught:
+            host.pack_module("pixart.text.encoder").load_text_encoder(path)
+        assert str(caught.value) == message
+
+    def test_tokenizer_of_numbers_that_are_no_bytes(self, t5_file: Path, tmp_path: Path) -> None:
+        save_file({**load_file(t5_file), "spiece_model": torch.zeros(9, dtype=torch.bfloat16)}, tmp_path / "t5.safetensors")
+        assert "spiece_model is torch.bfloat16; expected the bytes" in self.refused(tmp_path / "t5.safetensors")
 
     def test_names_outside_the_menu(self, models: Path) -> None:
         with pytest.raises(errors.PixArtError, match="not in the folder text_encoders"):
@@ -125,6 +156,17 @@ class TestBadXXL:
     def test_misshapen_weight(self, refused) -> None:
         key = "encoder.block.7.layer.0.SelfAttention.q.weight"
         assert f"{key} has shape (4, 4)" in refused(lambda state: state.update({key: torch.zeros(4, 4)}))
+
+    @pytest.mark.parametrize("scale", [torch.ones(()), torch.ones(16, 1)], ids=["one scale", "a scale for each row, of the host alone"])
+    def test_missing_key_of_a_scaled_file(self, scale: torch.Tensor, refused) -> None:
+        def edit(state) -> None:
+            state.update({"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)})
+            for key in [key for key in state if key.endswith("SelfAttention.q.weight")]:
+                state[key] = state[key].to(torch.float8_e4m3fn)
+                state[key.replace(".weight", ".scale_weight")] = scale.clone()
+            del state["encoder.block.7.layer.0.SelfAttention.q.weight"]
+
+        assert "missing encoder.block.7.layer.0.SelfAttention.q.weight" in refused(edit)
 
     @pytest.mark.parametrize("key", ["encoder.block.9.layer.1.DenseReluDense.wo.weight", "encoder.final_layer_norm.weight"])
     def test_nan(self, key: str, refused) -> None:

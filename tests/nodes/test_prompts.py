@@ -115,6 +115,22 @@ class TestNegative:
         assert found[1].get("attention_mask") is None
         assert torch.equal(encode(clip, "a red circle")[0][0], before)  # the CLIP is as it was
 
+    def test_padding_of_the_positive_doesn_t_count(self, clip, alpha_1024_file: Path) -> None:
+        """The Σ repository looks at the negative through the positive's mask; several prompts go by the longest."""
+        mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0]])
+        padded = [[torch.zeros(1, 9, 32), {"attention_mask": mask}]]
+        table = load_model(alpha_1024_file)
+        assert self.negative(nodes.SIGMA, clip=clip, positive=padded)[0][0].shape == (1, 4, 32)
+        assert self.negative(nodes.ALPHA, model=table, positive=padded)[0][0].shape[1] == 4
+        both = [*padded, [torch.zeros(1, 6, 32), {}]]
+        assert self.negative(nodes.SIGMA, clip=clip, positive=both)[0][0].shape == (1, 6, 32)
+        long = [[torch.zeros(1, 140, 32), {"attention_mask": torch.nn.functional.pad(mask, (0, 131))}]]
+        assert self.negative(nodes.ALPHA, model=table, positive=long)[0][0].shape[1] == 4
+
+    def test_empty_positive(self, clip) -> None:
+        with pytest.raises(errors.InputError, match="positive conditioning is empty"):
+            self.negative(nodes.SIGMA, clip=clip, positive=[])
+
     def test_null_embedding(self, clip, alpha_1024_file: Path) -> None:
         model = load_model(alpha_1024_file)
         positive = encode(clip, "a red circle", max_tokens=120)
@@ -173,6 +189,25 @@ class TestFiles:
         assert (entry["width"], entry["height"]) == (640, 480) and torch.equal(entry["attention_mask"], mask.bool())
         assert entry["pixart_prompt"]["prompt"] == "my words"
 
+    @pytest.mark.parametrize("limit", ["300", "7"])
+    def test_a_note_that_became_stale_is_left_out(self, limit: str, clip, places: Path) -> None:
+        """The host's nodes change states and keep what else there is; a cut prompt has more tokens than states."""
+        given = encode(clip, PROMPT + " and a star" * 2, max_tokens=limit)
+        joined = host_nodes.ConditioningConcat().concat(given, encode(clip, "star"))[0]
+        zeroed = host_nodes.ConditioningZeroOut().zero_out(given)[0]
+        for name, changed in (("joined", joined), ("zeroed", zeroed)):
+            save(changed, name)
+            found = core.load_prompts(places / f"output/prompts/{name}_00001.safetensors")
+            assert found.prompts == found.embeddings.truncated == ("",) and found.encoder == ""
+            assert found.embeddings.token_counts == (changed[0][0].shape[1],)
+        save(joined, "told", "both")
+        assert core.load_prompts(places / "output/prompts/told_00001.safetensors").prompts == ("both",)
+        save(given, "same")
+        again = nodes.PixArtLoadPrompt.execute("same_00001.safetensors [output]").result[0]
+        assert again[0][1]["pixart_prompt"] == given[0][1]["pixart_prompt"]
+        save(host_nodes.ConditioningConcat().concat(again, again)[0], "twice")
+        assert core.load_prompts(places / "output/prompts/twice_00001.safetensors").prompts == ("",)
+
     def test_pipeline_and_node_share_files(self, clip, places: Path, reference, tmp_path: Path) -> None:
         """The core's writer and reader, on the node's file and the other way round."""
         save(encode(clip))
@@ -224,6 +259,35 @@ class TestFiles:
         with pytest.raises(errors.InputError, match=r"shape \(1, 768\)"):
             save([[torch.zeros(1, 768), {}]])
         assert not list(places.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("precision", ["default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "int8", "nf4"])
+def test_fingerprint_is_the_core_s(precision: str, reference, tmp_path: Path) -> None:
+    """Of the same file in the same precision, so that files of both can be told to be of one encoder."""
+    if precision in ("int8", "nf4"):
+        pytest.importorskip("bitsandbytes")
+    path = tiny_text.save_t5_file(reference, tmp_path / "t5.safetensors")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    stored = None if dtype or precision == "default" else precision
+    expected = host.pack_module("pixart.text.encoder").load_text_encoder(path, dtype=dtype, precision=stored).fingerprint
+    found = encode(encoder.load_t5(str(path), precision, "default"))[0][1]["pixart_prompt"]["encoder"]
+    assert found == expected and found.startswith("t5-32x2-")
+
+
+def test_weights_of_a_foreign_kind_encode_without_a_fingerprint(clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a tensor class of another pack, that refuses to be looked into."""
+
+    class Foreign:
+        def __getitem__(self, rows):
+            raise KeyError("packed")
+
+    tokens = host.pack_module("nodes.host.tokens")
+    shared = type("Embedding", (), {"weight": Foreign()})()
+    transformer = clip.cond_stage_model.t5xxl.transformer
+    strange = type("T5", (), {"shared": shared, "encoder": transformer.encoder})()
+    stream = type("Stream", (), {"transformer": strange})()
+    other = type("CLIP", (), {"cond_stage_model": type("Model", (), {"t5xxl": stream})()})()
+    assert tokens._fingerprint(other) == ""
 
 
 def test_conditioning_survives_the_host(clip, sigma) -> None:

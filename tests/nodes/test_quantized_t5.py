@@ -1,7 +1,9 @@
 """Quantized T5 in the host: sized, offloaded, unloaded and run again without a change, and quantized once."""
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import comfy.model_management as management
@@ -161,3 +163,28 @@ def test_without_bitsandbytes(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(errors.TextEncoderError, match="pip install bitsandbytes.*fp8_e4m3fn work without"):
         load("t5.safetensors", "nf4")
     assert torch.isfinite(states(load("t5.safetensors", "fp8_e4m3fn"))).all()
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16", "default"])
+def test_what_was_read_is_let_go(precision: str, reference, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pickle of the old kind lies in memory whole; the CLIP has weights of its own."""
+    found = []
+
+    def read(path):
+        weights = original(path)
+        found.extend([weakref.ref(weights), weakref.ref(weights.stored["encoder.block.0.layer.0.SelfAttention.q.weight"].value)])
+        return weights
+
+    state = {name: value.clone() for name, value in reference.state_dict().items()}
+    folder = models / "text_encoders" / "old"
+    tiny_text.save_t5_folder(reference, folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    encoder = host.pack_module("nodes.host.text_encoder")
+    original = encoder.read_t5
+    monkeypatch.setattr(encoder, "read_t5", read)
+    clip = load("old", precision)
+    gc.collect()
+    assert [each() for each in found] == [None, None]
+    assert torch.isfinite(states(clip)).all()
