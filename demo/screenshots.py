@@ -43,7 +43,7 @@ HIDE_MINIMAP = "async () => { await window.app.extensionManager.setting.set('Com
 RUN_BUTTON = "[data-testid='queue-button'], .comfyui-queue-button button"
 PICTURE_WIDTH = 1600
 PATIENCE = 300_000  # milliseconds; the page loads hundreds of scripts from a host that may be busy
-WITH_WEIGHTS = ("demo", "img2img", "inpaint", "batch", "lora-stack", "pag", "regional-prompts", "sa-solver")
+WITH_WEIGHTS = ("demo", "img2img", "inpaint", "batch", "controlnet-demo", "lora-stack", "pag", "regional-prompts", "sa-solver")
 
 
 def find_browser() -> str | None:
