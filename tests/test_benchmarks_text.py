@@ -57,7 +57,10 @@ def test_measures_in_this_process(tmp_path):
     assert full["resident_gib"] * text.GIB == 4 * sum(_counts(shape)) and found["write_seconds"] > 0
 
 
-@pytest.mark.parametrize(("precision", "gib", "layers"), [("fp32", 21, 24), ("fp32", 10, 11), ("bf16", 10, 23), ("fp16", 10, 19), ("nf4", 11, 24), ("nf4", 6, 13), ("fp32", 0, 1)])
+@pytest.mark.parametrize(
+    ("precision", "gib", "layers"),
+    [("fp32", 21, 24), ("fp32", 10, 11), ("bf16", 10, 23), ("fp16", 10, 19), ("nf4", 11, 24), ("nf4", 6, 13), ("fp32", 0, 1)],
+)
 def test_as_many_layers_as_memory_holds(precision, gib, layers):
     assert text.layers_that_fit(xxl.XXL, precision, gib * text.GIB) == layers
 

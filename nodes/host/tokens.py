@@ -123,7 +123,8 @@ def _fingerprint(clip: Any) -> str:
     """Of the T5 inside; "" where its weights are not plain tensors (GGUF), whose classes may raise anything."""
     t5 = getattr(getattr(clip.cond_stage_model, STREAM, None), "transformer", None)
     try:
-        return getattr(t5, FINGERPRINT, None) or fingerprint(t5.shared.weight, t5.encoder.final_layer_norm.weight, len(t5.encoder.block), precision_of(t5))
+        noted = getattr(t5, FINGERPRINT, "")
+        return noted or fingerprint(t5.shared.weight, t5.encoder.final_layer_norm.weight, len(t5.encoder.block), precision_of(t5))
     except Exception:  # noqa: BLE001 - no prompt fails for want of a name for its encoder
         return ""
 

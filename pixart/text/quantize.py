@@ -139,7 +139,8 @@ def check_range(weight: Tensor, precision: str, where: str) -> None:
     if largest > LARGEST[precision]:
         others = "int8, nf4, fp4 or bf16" if precision == FP8 else "nf4, fp4 or bf16"
         raise TextEncoderError(
-            f"{where} has a weight of {largest:g}; {precision} holds up to {LARGEST[precision]:g}. Choose the precision {others} for this T5."
+            f"{where} has a weight of {largest:g}; {precision} holds up to {LARGEST[precision]:g}. Choose the precision {others} for "
+            "this T5."
         )
 
 

@@ -124,7 +124,7 @@ def plain_scales(parts):
     [
         (plain_scales, "nested_absmax doesn't belong to it, nested_quant_map doesn't"),
         (lambda parts: parts.update(scales=torch.ones(64)), "scales doesn't belong to it"),
-        (lambda parts: parts.pop("quant_state"), "absmax doesn't belong .* packed has 4096 values of torch.uint8; expected 8192 of a float"),
+        (lambda parts: parts.pop("quant_state"), "absmax doesn't .* packed has 4096 values of torch.uint8; expected 8192 of a float"),
         (state_without(blocksize=64.0), "4-bit state is damaged"),
         (state_without(nested_blocksize=256.0), "4-bit state is damaged"),
         (state_without(nested_offset=float("nan")), "4-bit state is damaged"),
