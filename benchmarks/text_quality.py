@@ -71,7 +71,7 @@ def run(make: Callable[[str], Pipeline], wanted: Sequence[str], chosen: argparse
             continue
         row, pictures = measure_precision(make(precision), precision, chosen)
         if precision == FP32:
-            save_file({"pictures": pictures}, kept)
+            save_file({"pictures": np.ascontiguousarray(pictures)}, kept)  # other layouts would be mixed up in silence
         distance = np.abs(pictures.astype(np.int16) - load_file(kept)["pictures"])
         report["results"][precision] = row | {"difference": round(float(distance.mean()) / 255, 5)}
         file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
