@@ -27,6 +27,7 @@ from .dataset import edge_grid
 from .evaluate import KINDS, Question, Run, make_questions, summarise
 from .layout import arrange
 from .reader import check
+from .scenes import render
 
 FOLDER = Path(__file__).parent
 CONTROLNET = FOLDER / "weights" / "controlnet" / "pixart-demo-controlnet.safetensors"
@@ -52,11 +53,11 @@ def hints(questions: Sequence[Question], width: int, height: int) -> Tensor:
 
 
 def measure(pipeline: Pipeline, run: Run, steps: int, seed: int, batch: int) -> dict:
-    """Shares of right pictures of each kind."""
+    """Shares of right pictures of each kind, and how well their objects lie on those whose outlines were given."""
     figures = {}
     for objects, kind in KINDS.items():
         questions = make_questions(run, objects, seed)
-        verdicts = []
+        verdicts, overlaps = [], []
         for start in tqdm(range(0, len(questions), batch), desc=f"{run.name}, {kind}", leave=False):
             part = questions[start : start + batch]
             pipeline.transformer.hint = hints(part, run.width, run.height)
@@ -66,15 +67,33 @@ def measure(pipeline: Pipeline, run: Run, steps: int, seed: int, batch: int) -> 
             )  # fmt: skip
             pictures = (np.asarray(images) * 255).round().astype(np.uint8)
             verdicts += [check(q.scene, p, q.caption.stated) for q, p in zip(part, pictures, strict=True)]
-        figures[kind] = summarise(verdicts)
+            overlaps += [overlap(p / 255, target(q, run.width, run.height)) for q, p in zip(part, pictures, strict=True)]
+        figures[kind] = summarise(verdicts) | {"overlap": round(float(np.mean(overlaps)), 4)}
     return figures
+
+
+def target(question: Question, width: int, height: int) -> np.ndarray:
+    """The picture (height, width, 3) in [0, 1] whose outlines are given."""
+    return render(arrange(question.scene, width, height), width, height)
+
+
+def overlap(picture: np.ndarray, wanted: np.ndarray) -> float:
+    """Of the objects' pixels in two pictures (H, W, 3) in [0, 1]: what both have over what either has."""
+    first, second = object_pixels(picture), object_pixels(wanted)
+    return float((first & second).sum() / max(1, (first | second).sum()))
+
+
+def object_pixels(picture: np.ndarray) -> np.ndarray:
+    """Pixels (H, W) that have another colour than the upper edge."""
+    return np.abs(picture - np.median(picture[:4].reshape(-1, 3), axis=0)).max(-1) > 0.25
 
 
 def evaluate(pipeline: Pipeline, controlnet: Path, run: Run, steps: int = 20, seed: int = 0, batch: int = 16) -> dict:
     """Figures with the ControlNet at strength 1, and at 0."""
     model = Hinted(pipeline.transformer, load_controlnet(controlnet, dtype=pipeline.dtype, device=pipeline.device))
     controlled = Pipeline(model, pipeline.text_encoder, pipeline.vae, base_size=pipeline.base_size, max_tokens=pipeline.max_tokens)
-    report = {"steps": steps, "seed": seed, "guidance": run.guidance, "width": run.width, "height": run.height, "runs": {}}
+    dtype = str(pipeline.dtype).removeprefix("torch.")
+    report = {"dtype": dtype, "steps": steps, "seed": seed, "guidance": run.guidance, "width": run.width, "height": run.height, "runs": {}}
     for name, strength in (("with outlines", 1.0), ("without", 0.0)):
         model.strength = strength
         report["runs"][name] = measure(controlled, replace(run, name=name), steps, seed, batch)
@@ -89,9 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--out", type=Path, default=FOLDER / "results" / "controlnet.json")
     chosen = parser.parse_args(arguments)
-    pipeline = Pipeline.from_files(*(WEIGHTS[kind] for kind in ("diffusion_models", "text_encoders", "vae")), variant="demo")
+    dtype = torch.bfloat16 if chosen.dtype == "bf16" else torch.float32
+    weights = (WEIGHTS[kind] for kind in ("diffusion_models", "text_encoders", "vae"))
+    pipeline = Pipeline.from_files(*weights, dtype=dtype, variant="demo")
     report = evaluate(pipeline, chosen.controlnet, Run("heldout", chosen.count), chosen.steps, chosen.seed, chosen.batch)
     chosen.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(report["runs"], indent=1) + "\n")

@@ -23,8 +23,19 @@ def test_with_and_without(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_control, "check", lambda scene, picture, stated: seen.append((scene, picture)) or scene)
     monkeypatch.setattr(evaluate_control, "summarise", lambda verdicts: {"pictures": len(verdicts)})
     report = evaluate_control.evaluate(pipeline, tmp_path / "control.safetensors", Run("heldout", 3, 64, 64), steps=2, batch=2)
-    figures = {kind: {"pictures": 3} for kind in ("one_object", "two_objects")}
-    assert report["runs"] == {"with outlines": figures, "without": figures}
+    for figures in (report["runs"]["with outlines"], report["runs"]["without"]):
+        assert set(figures) == {"one_object", "two_objects"}
+        assert all(kind["pictures"] == 3 and 0 <= kind["overlap"] <= 1 for kind in figures.values())
     first, second = seen[:6], seen[6:]
     assert [scene for scene, _ in first] == [scene for scene, _ in second]
     assert any(not np.array_equal(a, b) for (_, a), (_, b) in zip(first, second))
+
+
+def test_overlap_is_of_objects_not_of_backgrounds():
+    wanted = np.full((16, 16, 3), 0.9)
+    wanted[4:8, 4:8] = (1, 0, 0)
+    other = np.full((16, 16, 3), 0.2)
+    other[4:8, 6:10] = (1, 1, 0)
+    assert evaluate_control.overlap(wanted, wanted) == 1
+    assert evaluate_control.overlap(other, wanted) == 8 / 24
+    assert evaluate_control.overlap(np.zeros((16, 16, 3)), np.ones((16, 16, 3))) == 0

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy import ndimage
 
-from demo.evaluate_control import CONTROLNET
+from demo.evaluate_control import overlap
 from demo.launch import graph as workflow
 from demo.launch.client import ComfyClient, Graph, QueueError
 from demo.reader import read_picture
@@ -78,26 +78,18 @@ def test_a_controlnet_changes_the_picture_as_strong_as_it_is_set(client: ComfyCl
     assert 0.001 < weak < strong
 
 
-@pytest.mark.skipif(not CONTROLNET.is_file(), reason="demo/weights has no ControlNet yet")
 def test_the_demos_controlnet_draws_the_outlines_of_the_picture(client: ComfyClient) -> None:
     """What isn't background overlaps with the picture's objects: far better with the ControlNet than without."""
     graph = api("controlnet-demo")
-    wanted = objects(np.asarray(Image.open(ROOT / "demo/inputs/pixart-scene.png").convert("RGB")) / 255)
-    overlap = {}
+    wanted = np.asarray(Image.open(ROOT / "demo/inputs/pixart-scene.png").convert("RGB")) / 255
+    found = {}
     for strength in (0.0, 1.0):
         node_of(graph, "ControlNetApplyAdvanced")["strength"] = strength
-        found = []
+        found[strength] = []
         for seed in (1, 2, 3):
             node_of(graph, "KSampler")["seed"] = seed
-            drawn = objects(picture(client, graph))
-            found.append((drawn & wanted).sum() / (drawn | wanted).sum())
-        overlap[strength] = np.mean(found)
-    assert overlap[1.0] > max(0.7, overlap[0.0] + 0.1), overlap
-
-
-def objects(image: np.ndarray) -> np.ndarray:
-    """Pixels that have another colour than the frame."""
-    return np.abs(image - np.median(image[:4].reshape(-1, 3), axis=0)).max(-1) > 0.25
+            found[strength].append(overlap(picture(client, graph), wanted))
+    assert np.mean(found[1.0]) > max(0.7, np.mean(found[0.0]) + 0.1), found
 
 
 @pytest.mark.parametrize(
