@@ -119,7 +119,7 @@ def measure(place: Path, precision: str, chosen: argparse.Namespace) -> dict[str
     from tests.support import host
 
     host.load_pack()
-    free()  # else what was freed long ago would count as held, until the first unloading
+    unload()  # else what this process has done with already would count as held, until the first unloading
     before = memory()["rss"] / GIB
     stages: dict[str, dict[str, float]] = {}
     prompts = encode(t5_folder(place, chosen.layers), precision, stages)
