@@ -124,9 +124,7 @@ def quantize_weight(weight: Tensor, precision: str, device: torch.device) -> dic
     weight = weight if weight.dtype.itemsize > 1 else weight.to(COMPUTE)
     with _native("make", precision, device):
         if precision == INT8:
-            rows = max(1, CHUNK // weight.shape[1])
-            found = [functional.int8_vectorwise_quant(part.to(device).half()) for part in weight.split(rows)]
-            return {WEIGHT: torch.cat([part[0] for part in found]), SCALES: torch.cat([part[1] for part in found]).float()}
+            return _quantize_int8(functional, weight, device)
         return _quantize_4bit(functional, weight, precision, device)
 
 
@@ -156,14 +154,25 @@ def _native(what: str, precision: str, device: torch.device) -> Iterator[None]:
         raise UnsupportedError(f"bitsandbytes can't {what} {precision} on {device} ({reason}); {WITHOUT}, or choose the CPU.") from error
 
 
+def _quantize_int8(functional: ModuleType, weight: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """One scale a row, as bitsandbytes' own layer has it."""
+    values = torch.empty(weight.shape, dtype=torch.int8, device=device)  # at once: pieces would split the heap
+    scales = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
+    rows = max(1, CHUNK // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        values[part], scales[part], _ = functional.int8_vectorwise_quant(weight[part].to(device).half())
+    return {WEIGHT: values, SCALES: scales}
+
+
 def _quantize_4bit(functional: ModuleType, weight: Tensor, precision: str, device: torch.device) -> dict[str, Tensor]:
     """As functional.quantize_4bit with compress_statistics, whose scales of scales need all blocks at once."""
-    packed, scales, state = [], [], None
-    for part in weight.reshape(-1).split(CHUNK):
+    packed = torch.empty((weight.numel() + 1) // 2, dtype=torch.uint8, device=device)  # at once, too
+    absmax = torch.empty(-(-weight.numel() // BLOCK), dtype=torch.float32, device=device)
+    for start, part in zip(range(0, weight.numel(), CHUNK), weight.reshape(-1).split(CHUNK)):
         values, state = functional.quantize_4bit(part.to(device), blocksize=BLOCK, compress_statistics=False, quant_type=precision)
-        packed.append(values.flatten())
-        scales.append(state.absmax)
-    absmax = torch.cat(scales)
+        packed[start // 2 : start // 2 + values.numel()] = values.flatten()
+        absmax[start // BLOCK : start // BLOCK + state.absmax.numel()] = state.absmax
     offset = absmax.mean()
     absmax, nested = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
     blob = {
@@ -171,7 +180,7 @@ def _quantize_4bit(functional: ModuleType, weight: Tensor, precision: str, devic
         "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(offset),
     }  # fmt: skip
     return {
-        WEIGHT: torch.cat(packed),
+        WEIGHT: packed,
         "absmax": absmax,
         "quant_map": state.code.clone(),
         "nested_absmax": nested.absmax,
