@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-XXL = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
-    "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
+from pixart.text.settings import XXL
+
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 
 

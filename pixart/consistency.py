@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoints.load import require_tensors, value_problems
+from .checkpoints.load import require_tensors, tensor_problems
 from .checkpoints.read import read_tensors
 from .errors import CheckpointError, InputError, UnsupportedError
 from .json_files import read_json
@@ -85,14 +85,7 @@ def load_consistency_decoder(path: str | Path, dtype: torch.dtype = torch.float3
 def _check_weights(tensors: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:
     """Raises CheckpointError with all keys, shapes and values that are wrong."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    problems = [f"missing {key}" for key in expected if key not in tensors]
-    problems += [f"unknown {key}" for key in tensors if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, expected {shape}"
-        for key, shape in expected.items()
-        if key in tensors and tuple(tensors[key].shape) != shape
-    ]
-    problems += value_problems(tensors, quantized=set())
+    problems = tensor_problems(tensors, expected)
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{path}: not a sound consistency decoder: {shown}. Download openai/consistency-decoder again.")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoints.load import require_tensors, value_problems
+from .checkpoints.load import require_tensors, tensor_problems
 from .checkpoints.read import read_tensors
 from .errors import CheckpointError, InputError
 
@@ -73,14 +73,7 @@ def prepare_hed(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tens
     require_tensors(state_dict, source)
     tensors = {key.removeprefix("module."): value for key, value in state_dict.items()}
     expected = {key: tuple(value.shape) for key, value in HedNetwork(device="meta").state_dict().items()}
-    problems = [f"missing {key}" for key in expected if key not in tensors]
-    problems += [f"unknown {key}" for key in tensors if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, expected {shape}"
-        for key, shape in expected.items()
-        if key in tensors and tuple(tensors[key].shape) != shape
-    ]
-    problems += value_problems(tensors, quantized=set())
+    problems = tensor_problems(tensors, expected)
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(

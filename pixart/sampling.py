@@ -37,7 +37,9 @@ def check_scheduler(scheduler: Any) -> None:
         shown, wanted = (", ".join(f"{name}={value!r}" for name, value in values.items()) for values in (found, BETAS))
         other = "trained_betas" if found == BETAS else shown
         name = type(scheduler).__name__
-        raise InputError(f"The scheduler has {other}; PixArt was trained with others: {name}.from_config(its config, {wanted}, trained_betas=None).")
+        raise InputError(
+            f"The scheduler has {other}; PixArt was trained with others: {name}.from_config(its config, {wanted}, trained_betas=None)."
+        )
 
 
 def initial_noise(shape: tuple[int, int, int, int], seed: int | Sequence[int] | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from ...pixart.text.files import SAFE
 from ...pixart.text.names import FP8, STORED_PRECISIONS
 from ...pixart.text.prompt_file import fingerprint
 from ...pixart.text.quantize import check_range, choose_precision
+from ...pixart.text.settings import XXL
 from ...pixart.text.tokenizer import find_tokenizer
 from ...pixart.text.weights import EMBEDDING, FINAL_NORM, T5Weights, check_shapes, expected_shapes, is_finite, read_t5
 from .dtypes import DEFAULT, DTYPES
@@ -29,12 +30,7 @@ from .tokenizer import tokenizer_class
 log = logging.getLogger(__name__)
 PRECISIONS = (*DTYPES, *STORED_PRECISIONS)
 DEVICES = (DEFAULT, "cpu")
-XXL_KEY, XXL_ROWS = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight", 10240
-XXL_VOCABULARY = 32128  # UMT5, which doesn't fit, has 256384
-XXL = {
-    "vocab_size": XXL_VOCABULARY, "d_model": 4096, "d_kv": 64, "d_ff": XXL_ROWS, "num_heads": 64, "num_layers": 24,
-    "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu",
-}  # fmt: skip
+XXL_KEY = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"  # UMT5-XXL, which doesn't fit, has it too, but 256384 rows of tokens
 ACTIVATIONS = {"gated-gelu": "gelu_pytorch_tanh", "relu": "relu"}
 # What the host's T5 has as constants
 FIXED = {
@@ -70,7 +66,7 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
     if not Path(path).is_file() or Path(path).suffix.lower() not in SAFE:
         return None
     shapes = _shapes(path)
-    is_xxl = shapes.get(XXL_KEY, (0,))[0] == XXL_ROWS and shapes.get("shared.weight", (0,))[0] == XXL_VOCABULARY
+    is_xxl = shapes.get(XXL_KEY, (0,))[0] == XXL["d_ff"] and shapes.get("shared.weight", (0,))[0] == XXL["vocab_size"]
     scaled = any(key.endswith(QUANTIZATION_SUFFIXES) for key in shapes)
     if not is_xxl or precision in STORED_PRECISIONS or not (precision == DEFAULT or scaled):
         return None

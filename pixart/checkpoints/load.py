@@ -215,6 +215,18 @@ def require_tensors(state_dict: Mapping[Any, Any], source: str) -> None:
         raise CheckpointError(f"{source}: {len(others)} entries are no tensors ({shown}); expected a state dict of tensors.")
 
 
+def tensor_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Keys, shapes and values of a module's weights that are wrong; for small networks, whose keys needn't be grouped."""
+    problems = [f"missing {key}" for key in expected if key not in tensors]
+    problems += [f"unknown {key}" for key in tensors if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(tensors[key].shape)}, expected {shape}"
+        for key, shape in expected.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
+    ]
+    return problems + value_problems(tensors, quantized=set())
+
+
 def value_problems(tensors: Mapping[str, Tensor], quantized: set[str]) -> list[str]:
     """Keys with NaN or infinite values, or no floating-point numbers at all. min and max carry both and need no mask as large."""
     problems = []

@@ -6,6 +6,10 @@ from typing import Any
 
 from ..errors import TextEncoderError
 
+XXL = {  # T5-v1.1-XXL, as far as shapes show it
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
+    "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
 SHAPE_FIELDS = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
 PROJECTIONS = (*ACTIVATIONS, *(f"gated-{name}" for name in ACTIVATIONS))
