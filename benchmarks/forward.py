@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = f"forward-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else "")
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG,
-        "attention": chosen.attention, "tokens": TOKENS, "diffusers_tokens": PADDED, "matmul_rate": matmul_rate(DTYPES[chosen.dtype], chosen.device),
+        "attention": chosen.attention, "tokens": TOKENS, "diffusers_tokens": PADDED,
+        "matmul_rate": matmul_rate(DTYPES[chosen.dtype], chosen.device),
         "rounds": chosen.rounds, "peers": chosen.peers, "kv": [str(one) for one in chosen.kv], "sizes": [],
     }  # fmt: skip
     for pixels in chosen.px:

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown settings {unknown}; expected some of {sorted(known)}")
     wanted = [*(known[name] for name in chosen.settings), *(trained_settings(chosen.recipe) if chosen.recipe else ())]
-    pipeline = Pipeline.from_files(WEIGHTS["diffusion_models"], WEIGHTS["text_encoders"], WEIGHTS["vae"], dtype=torch.float32, variant="demo")
+    weights = (WEIGHTS[kind] for kind in ("diffusion_models", "text_encoders", "vae"))
+    pipeline = Pipeline.from_files(*weights, dtype=torch.float32, variant="demo")
     columns = [pictures(pipeline, one, chosen) for one in wanted]
     sheet = make_contact_sheet([entry for row in zip(*columns, strict=True) for entry in row], columns=len(columns))
     chosen.out.mkdir(parents=True, exist_ok=True)

@@ -152,9 +152,9 @@ def markdown(report: dict[str, Any]) -> str:
     for row in report["results"].values():
         lines.append(f"| {row['name']} | {row['share_of_attention']:.0%} | {row['alignment']:.1%} | {row['latent_error']:.3f} |")
     facts = report["settings"]
-    lines += ["", f"Demo model, {2 * facts['count']} held-out prompts, {facts['size']} px, {facts['steps']} steps, cfg {facts['cfg']:g}, {facts['dtype']}. "
-              "Latent error: relative distance from the uncompressed model's latent from the same noise. All but conv is an approximation without "
-              "training."]  # fmt: skip
+    lines += ["", f"Demo model, {2 * facts['count']} held-out prompts, {facts['size']} px, {facts['steps']} steps, cfg {facts['cfg']:g}, "
+              f"{facts['dtype']}. Latent error: relative distance from the uncompressed model's latent from the same noise. All but conv "
+              "is an approximation without training."]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -62,7 +62,12 @@ def test_report_compares_with_the_uncompressed_and_goes_on(tmp_path, monkeypatch
 def test_pictures_stand_in_a_column_for_each_setting(tmp_path, monkeypatch, capsys) -> None:
     sheets = []
     make = kv_pictures.make_contact_sheet
-    monkeypatch.setattr(kv_pictures, "make_contact_sheet", lambda entries, columns: sheets.append((entries, columns)) or make(entries, columns))
+
+    def noted(entries, columns):
+        sheets.append((entries, columns))
+        return make(entries, columns)
+
+    monkeypatch.setattr(kv_pictures, "make_contact_sheet", noted)
     kv_pictures.main(["--count", "1", "--steps", "2", "--settings", EXACT, "mean 4, all", "--out", str(tmp_path)])
     entries, columns = sheets[0]
     assert columns == 2 and [entry.prompt for entry in entries] == [EXACT, "mean 4, all", "", ""]

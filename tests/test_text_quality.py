@@ -22,7 +22,8 @@ def test_report_compares_with_fp32_and_goes_on(tmp_path, monkeypatch) -> None:
         drawn.append(precision)
         kinds = {kind: {"correct": 0.5, "pictures": 2} for kind in text_quality.KINDS.values()}
         row = {"alignment": 0.5, "interval": (0.25, 0.75), "seconds": 1.0, **kinds}
-        pictures = np.arange(48, dtype=np.uint8).reshape(4, 3, 2, 2).transpose(0, 2, 3, 1)  # channels last, as the VAE's pictures lie in memory
+        # channels last in shape only, as the VAE's pictures lie in memory
+        pictures = np.arange(48, dtype=np.uint8).reshape(4, 3, 2, 2).transpose(0, 2, 3, 1)
         return row, pictures if precision == FP32 else pictures + np.uint8(51)
 
     monkeypatch.setattr(text_quality, "measure_precision", measured)
