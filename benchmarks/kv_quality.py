@@ -30,8 +30,10 @@ from pixart.model import PixArtTransformer  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 EXACT = "uncompressed"
 PARTS = {"all": (0, -1), "first half": (0, 3), "last half": (4, -1), "without ends": (1, 6)}  # of the demo's 8 blocks
+TOKEN = 16  # pixels of a side
 PERCENTS = ((0.0, 0.5), (0.2, 1.0), (0.5, 1.0))
 KEYS = {"length kept": {"keep_length": True}, "keys x 1.15": {"key_scale": 1.15}, "keys x 1.3": {"key_scale": 1.3}}
+EDGES = {"edges as whole cells": {"size_bias": False}}  # differs only where the ratio doesn't divide the grid of tokens
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Setting:
     transformer: PixArtTransformer | None = None
 
 
-def settings() -> Iterator[Setting]:
+def settings(size: str = "256") -> Iterator[Setting]:
     """The grid: method, ratio and blocks in full; parts of sampling and keys at each method's ratio 2."""
+    keys_of_size = KEYS | (EDGES if any(side % (2 * TOKEN) for side in sides(size)) else {})
     yield Setting(EXACT, EXACT)
     for method in ("mean", "stride"):
         for ratio in (2, 4):
@@ -55,7 +58,7 @@ def settings() -> Iterator[Setting]:
             one = KVCompression(2, method, start_percent=start, end_percent=end)
             yield Setting(f"{method} 2, {start:.0%} to {end:.0%} of sampling", f"{method}, part of sampling", (one,))
     for part in ("all", "last half"):
-        for keys, values in KEYS.items():
+        for keys, values in keys_of_size.items():
             first, last = PARTS[part]
             yield Setting(f"mean 2, {part}, {keys}", "mean 2, other keys", (KVCompression(2, "mean", first, last, **values),))
     both = (KVCompression(2, "mean", 0, 3), KVCompression(4, "mean", 4, -1))
@@ -72,6 +75,12 @@ def trained_settings(recipe_path: Path) -> Iterator[Setting]:
     yield Setting("conv, not yet trained", "conv", transformer=begun)
     if Path(recipe.output).is_file():
         yield Setting("conv, trained", "conv", transformer=load_transformer(recipe.output, variant=recipe.variant))
+
+
+def sides(size: str) -> tuple[int, int]:
+    """Width and height of "256" or "272x240", in pixels."""
+    width, _, height = size.partition("x")
+    return int(width), int(height or width)
 
 
 def share_of_attention(setting: Setting, config: Any) -> float:
@@ -109,7 +118,7 @@ def measure_setting(pipeline: Pipeline, setting: Setting, chosen: argparse.Names
             other, pipeline.text_encoder, pipeline.vae, base_size=pipeline.base_size, max_tokens=pipeline.max_tokens
         )
     latents: list[Tensor] = []
-    run = Run(setting.name, chosen.count, chosen.size, chosen.size, chosen.cfg)
+    run = Run(setting.name, chosen.count, *sides(chosen.size), chosen.cfg)
     sampler = make_sampler(pipeline, setting.compression, chosen.steps, latents)
     figures = measure(sampler, run, chosen.seed, chosen.batch)[0]
     row = {
@@ -121,6 +130,12 @@ def measure_setting(pipeline: Pipeline, setting: Setting, chosen: argparse.Names
         **{kind: figures[kind] for kind in KINDS.values()},
     }
     return row, torch.cat(latents)
+
+
+def choose(known: Sequence[Setting], texts: Sequence[str]) -> list[Setting]:
+    """The uncompressed setting, and those with one of the texts as their name; where none has, as a part of it."""
+    names = {one.name for one in known}
+    return [one for one in known if one.name == EXACT or any(one.name == t if t in names else t in one.name for t in texts)]
 
 
 def run(pipeline: Pipeline, wanted: Sequence[Setting], chosen: argparse.Namespace) -> None:
@@ -180,13 +195,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kv_quality", description=__doc__)
     parser.add_argument("--count", type=int, default=100, help="prompts of each kind")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--size", default="256", help="in pixels: a side, or WIDTHxHEIGHT")
     parser.add_argument("--cfg", type=float, default=4.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="*", metavar="TEXT", help="settings whose name holds one of these (default: all)")
+    parser.add_argument("--only", nargs="*", metavar="TEXT", help="settings of these names, or, where none is called so, "
+                        "whose name holds the text (default: all)")
     parser.add_argument("--recipe", type=Path, help="a training recipe with compressed_blocks")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args(arguments)
@@ -194,9 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         WEIGHTS["diffusion_models"], WEIGHTS["text_encoders"], WEIGHTS["vae"],
         dtype=getattr(torch, chosen.dtype), device=chosen.device, variant="demo",
     )  # fmt: skip
-    wanted = [*settings(), *(trained_settings(chosen.recipe) if chosen.recipe else ())]
+    wanted = [*settings(chosen.size), *(trained_settings(chosen.recipe) if chosen.recipe else ())]
     if chosen.only is not None:
-        wanted = [one for one in wanted if one.name == EXACT or any(text in one.name for text in chosen.only)]
+        wanted = choose(wanted, chosen.only)
     run(pipeline, wanted, chosen)
 
 

@@ -25,6 +25,14 @@ def test_every_setting_fits_the_demo_and_has_a_name_of_its_own() -> None:
         assert (share_of_attention(one, DEMO) < 1) == bool(one.compression)
 
 
+def test_settings_are_chosen_by_name_or_by_a_part_of_it() -> None:
+    def names(*texts: str) -> list[str]:
+        return [one.name for one in kv_quality.choose(list(settings()), texts)]
+
+    assert names("mean 2, last half") == [EXACT, "mean 2, last half"]
+    assert names("keys x 1.3", "stride 4, all") == [EXACT, "stride 4, all", "mean 2, all, keys x 1.3", "mean 2, last half, keys x 1.3"]
+
+
 def test_share_of_attention() -> None:
     def share(*compression: KVCompression) -> float:
         return share_of_attention(Setting("x", "x", compression), DEMO)
@@ -36,6 +44,12 @@ def test_share_of_attention() -> None:
     assert share_of_attention(Setting("x", "x"), trained) == pytest.approx(1 - 2 * 0.75 / 8)
 
 
+def test_sides_of_a_picture() -> None:
+    assert kv_quality.sides("256") == (256, 256) and kv_quality.sides("272x240") == (272, 240)
+    odd = {one.name for one in settings("272x240")} - {one.name for one in settings()}
+    assert odd == {"mean 2, all, edges as whole cells", "mean 2, last half, edges as whole cells"}
+
+
 def test_report_compares_with_the_uncompressed_and_goes_on(tmp_path, monkeypatch) -> None:
     drawn = []
 
@@ -45,7 +59,7 @@ def test_report_compares_with_the_uncompressed_and_goes_on(tmp_path, monkeypatch
         return row, torch.full((2, 4, 2, 2), 2.0 + bool(setting.compression))
 
     monkeypatch.setattr(kv_quality, "measure_setting", measured)
-    chosen = Namespace(out=tmp_path, count=1, steps=2, size=256, cfg=4.5, seed=0, dtype="float32", device="cpu")
+    chosen = Namespace(out=tmp_path, count=1, steps=2, size="256", cfg=4.5, seed=0, dtype="float32", device="cpu")
     wanted = [Setting(EXACT, EXACT), Setting("mean", "mean", (KVCompression(2),))]
     kv_quality.run(None, wanted, chosen)
     results = json.loads((tmp_path / "kv_quality.json").read_text())["results"]
