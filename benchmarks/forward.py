@@ -45,7 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, lists split."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks forward", description=__doc__)
+    return make_parser("forward", __doc__).parse_args(arguments)
+
+
+def make_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """Of the options that benchmarks of sizes share."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {command}", description=description)
     parser.add_argument("--px", type=lambda text: [int(part) for part in text.split(",")], default=[256, 512, 1024], help="sides in pixels")
     parser.add_argument(
         "--peers", type=lambda text: [part for part in text.split(",") if part], default=["comfyui", "diffusers"],
@@ -66,7 +71,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count; 0 where a step takes minutes")
     parser.add_argument("--note", default="", help="a sentence on the state of the machine, for the report")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def parse_kv(text: str) -> list[Compressed]:

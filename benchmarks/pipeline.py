@@ -1,46 +1,101 @@
-"""From embeddings to latents beside diffusers' Σ pipeline: `python -m benchmarks pipeline --px 256,512 --steps 4`."""
+"""From embeddings to latents or pictures beside diffusers' Σ pipeline: `python -m benchmarks pipeline --px 256,512 --steps 4`.
+
+Few steps with a picture at the end: `--px 1024 --steps 4 --guidance 1 --decode --compile`; the largest size:
+`--px 4096 --steps 20 --kv 28:4 --peers ""`. On a card the peak of memory is measured too, weights included.
+"""
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.forward import CPU_BLOCKS, DTYPES, cell, device_name, parse
-from benchmarks.peers import CFG, CORE, DIFFUSERS, PADDED, Size, Workload, core_model, diffusers_model
+from benchmarks.forward import CPU_BLOCKS, DTYPES, cell, device_name, make_parser
+from benchmarks.graph_memory import SDXL_VAE
+from benchmarks.peers import CFG, CORE, DIFFUSERS, PADDED, Compressed, Size, Workload, core_model, diffusers_model
 from benchmarks.report import machine
 from benchmarks.timing import ratio, summarise, synchronize, take_turns
 from pixart import Pipeline
+from pixart.bins import base_sizes
+from pixart.kv_compress import KVCompression
 from pixart.text.encoder import TextEmbeddings
+from pixart.vae import Vae
 
-STEPS = 4
+SDXL_FACTOR = 0.13025  # of its latents, as its config has it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; the options are those of `forward` (the peer is always diffusers)."""
-    chosen = parse(sys.argv[1:] if arguments is None else arguments)
-    if chosen.kv:
-        sys.exit("--kv is for forward and memory; leave it out here.")
+    """Command line; the options of `forward`, and those of the whole run. The peer is diffusers, or none."""
+    chosen = parse(arguments)
     report: dict[str, Any] = {
-        "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG, "steps": STEPS,
-        "rounds": chosen.rounds, "sizes": [],
+        "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype,
+        "cfg": chosen.guidance, "steps": chosen.steps, "decode": chosen.decode, "compile": chosen.compile, "rounds": chosen.rounds,
+        "sizes": [],
     }  # fmt: skip
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    name = f"pipeline-{chosen.device}-{chosen.dtype}"
     for pixels in chosen.px:
         size = Size(pixels, chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28))
-        work = Workload(size, DTYPES[chosen.dtype], chosen.device)
-        seconds = take_turns({CORE: _ours(work), DIFFUSERS: _theirs(work)}, chosen.rounds)
-        report["sizes"].append({
-            "pixels": pixels, "image_tokens": size.tokens, "blocks": size.blocks,
-            "seconds": {name: summarise(times) for name, times in seconds.items()}, "ratio": ratio(seconds[CORE], seconds[DIFFUSERS]),
-        })  # fmt: skip
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        name = f"pipeline-{chosen.device}-{chosen.dtype}"
+        report["sizes"].append(measure(size, chosen))
         (chosen.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (chosen.out / f"{name}.md").write_text(markdown(report) + "\n", encoding="utf-8")
         print(markdown(report), flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; exits where they can't go together."""
+    parser = make_parser("pipeline", __doc__)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--guidance", type=float, default=CFG, help="1 runs without the negative prompt, as LCM does")
+    parser.add_argument("--decode", action="store_true", help="to pictures, by a random VAE of SDXL's sizes")
+    parser.add_argument("--compile", action="store_true", help="our transformer under torch.compile")
+    parser.set_defaults(peers=[DIFFUSERS])
+    chosen = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    if chosen.peers not in ([], [DIFFUSERS]):
+        parser.error(f"--peers is {','.join(chosen.peers)}; expected {DIFFUSERS}, or \"\" for none.")
+    return chosen
+
+
+def measure(size: Size, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every contender at one size, and on a card the peak of memory of each, alone with its weights."""
+    work = Workload(size, DTYPES[chosen.dtype], chosen.device)
+    vae = make_vae(work) if chosen.decode else None
+    ours = partial(_ours, work, vae, chosen)
+    makers = {CORE: ours} | {f"{CORE} {kv}": partial(ours, kv) for kv in chosen.kv}
+    makers |= {DIFFUSERS: partial(_theirs, work, vae, chosen)} if chosen.peers else {}
+    peaks = {name: peak_of(make) for name, make in makers.items()} if chosen.device == "cuda" else {}
+    seconds = take_turns({name: _timed(make()) for name, make in makers.items()}, chosen.rounds)
+    return {
+        "pixels": size.pixels, "image_tokens": size.tokens, "blocks": size.blocks,
+        "seconds": {name: summarise(times) for name, times in seconds.items()},
+        "ratio": {name: ratio(seconds[CORE], times) for name, times in seconds.items() if name in chosen.peers},
+        "peak_mib": peaks,
+    }  # fmt: skip
+
+
+def make_vae(work: Workload) -> Vae:
+    """Random weights; in bf16 unless the transformer is fp32: SDXL's overflows in fp16."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    dtype = torch.float32 if work.dtype == torch.float32 else torch.bfloat16
+    module = AutoencoderKL(**SDXL_VAE, scaling_factor=SDXL_FACTOR).to(work.device, dtype).eval().requires_grad_(False)
+    return Vae(module, SDXL_FACTOR)
+
+
+def peak_of(make: Callable[[], Callable[[], Any]]) -> float:
+    """MiB of a card's memory that one run needs, weights included, after a first one that loads code."""
+    run = make()
+    run()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 def _timed(call: Callable[[], Any]) -> Callable[[], float]:
@@ -55,43 +110,56 @@ def _timed(call: Callable[[], Any]) -> Callable[[], float]:
     return run
 
 
-def _ours(work: Workload) -> Callable[[], float]:
+def _ours(work: Workload, vae: Vae | None, chosen: argparse.Namespace, kv: Compressed | None = None) -> Callable[[], Any]:
     """pixart.Pipeline on embeddings of their own lengths."""
-    pipeline = Pipeline(core_model(work), base_size=work.size.pixels)
+    model = core_model(work)
+    if chosen.compile:
+        model.compile(fullgraph=True)
+    base = min(base_sizes(), key=lambda size: abs(size - work.size.pixels))
+    pipeline = Pipeline(model, vae=vae, base_size=base)
     positive, negative = (
         TextEmbeddings(states.to(work.device, work.dtype), torch.ones(states.shape[:2], dtype=torch.bool, device=work.device))
         for states in work.captions
     )
-    return _timed(lambda: pipeline(
-        prompt_embeds=positive, negative_prompt_embeds=negative, steps=STEPS, guidance=CFG, width=work.size.pixels,
-        height=work.size.pixels, use_bins=False, seed=0, output="latent", progress=False,
-    ))  # fmt: skip
+    compression = KVCompression(kv.ratio, first_block=kv.first_block(work.size.blocks)) if kv else ()
+    return lambda: pipeline(
+        prompt_embeds=positive, negative_prompt_embeds=negative, steps=chosen.steps, guidance=chosen.guidance,
+        width=work.size.pixels, height=work.size.pixels, use_bins=False, seed=0, output="pt" if vae else "latent", progress=False,
+        kv_compression=compression,
+    )  # fmt: skip
 
 
-def _theirs(work: Workload) -> Callable[[], float]:
+def _theirs(work: Workload, vae: Vae | None, chosen: argparse.Namespace) -> Callable[[], Any]:
     """diffusers' PixArtSigmaPipeline on embeddings padded to 300 tokens, as its own encoding makes them."""
     from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
 
-    pipeline = PixArtSigmaPipeline(None, None, None, diffusers_model(work), DPMSolverMultistepScheduler())
+    module = vae.module if vae else None
+    pipeline = PixArtSigmaPipeline(None, None, module, diffusers_model(work), DPMSolverMultistepScheduler())
     pipeline.set_progress_bar_config(disable=True)
     states, mask = work.padded_captions(PADDED)
-    return _timed(lambda: pipeline(
+    return lambda: pipeline(
         prompt_embeds=states[:1], prompt_attention_mask=mask[:1], negative_prompt=None, negative_prompt_embeds=states[1:],
-        negative_prompt_attention_mask=mask[1:], num_inference_steps=STEPS, guidance_scale=CFG, width=work.size.pixels,
-        height=work.size.pixels, use_resolution_binning=False, output_type="latent",
-    ))  # fmt: skip
+        negative_prompt_attention_mask=mask[1:], num_inference_steps=chosen.steps, guidance_scale=chosen.guidance,
+        width=work.size.pixels, height=work.size.pixels, use_resolution_binning=False, output_type="pt" if vae else "latent",
+    )  # fmt: skip
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A table of medians and ratios."""
-    lines = ["| px | blocks | pixart.Pipeline s | diffusers s | ours / diffusers |", "|---|---|---|---|---|"]
+    """A table of medians and ratios, and of memory where it was measured."""
+    names = list(report["sizes"][0]["seconds"])
+    peers = list(report["sizes"][0]["ratio"])
+    measured = bool(report["sizes"][0]["peak_mib"])
+    heads = [f"{name.replace(CORE, 'pixart.Pipeline')} s" for name in names] + [f"ours / {peer}" for peer in peers]
+    heads += [f"{name.replace(CORE, 'pixart.Pipeline')} peak MiB" for name in names] if measured else []
+    lines = ["| px | blocks | " + " | ".join(heads) + " |", "|" + "---|" * (2 + len(heads))]
     for size in report["sizes"]:
-        cells = " | ".join(cell(size["seconds"][name]) for name in (CORE, DIFFUSERS))
-        lines.append(f"| {size['pixels']} | {size['blocks']} | {cells} | {size['ratio']:.2f} |")
+        cells = [cell(size["seconds"][name]) for name in names] + [f"{size['ratio'][peer]:.2f}" for peer in peers]
+        cells += [f"{size['peak_mib'][name]:.0f}" for name in names] if measured else []
+        lines.append(f"| {size['pixels']} | {size['blocks']} | " + " | ".join(cells) + " |")
     facts = report["machine"]
-    lines += ["", f"{report['steps']} steps with guidance {report['cfg']} from embeddings to latents, {report['dtype']}, {report['device']}; "
-              f"median of {report['rounds']} turns ± half the distance of the quartiles. {facts['cpu']}, {facts['threads']} threads, "
-              f"torch {facts['torch']}. {report['note']}".rstrip()]  # fmt: skip
+    lines += ["", f"{report['steps']} steps with guidance {report['cfg']:g} from embeddings to {'pictures' if report['decode'] else 'latents'}, "
+              f"{report['dtype']}, {report['device']}{', compiled' if report['compile'] else ''}; median of {report['rounds']} turns ± half "
+              f"the distance of the quartiles. {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}. {report['note']}".rstrip()]  # fmt: skip
     return "\n".join(lines)
 
 

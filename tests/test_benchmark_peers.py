@@ -1,6 +1,7 @@
 """The benchmarks' peers do the same work, and their figures are what they say; nothing is timed here."""
 from __future__ import annotations
 
+import json
 from itertools import count
 
 import pytest
@@ -166,5 +167,20 @@ def test_memory_and_pipeline_tables(tmp_path) -> None:
     text = (tmp_path / "memory.md").read_text(encoding="utf-8")
     assert "| 512 | 1024 | 1 | 70 | 20 | fails |" in text and "comfyui fails at 512 px: no" in text
     assert (tmp_path / "memory.png").stat().st_size > 5000
-    row = {"pixels": 256, "blocks": 2, "seconds": {"core": FIGURES, "diffusers": FIGURES}, "ratio": 1.0}
-    assert "| 256 | 2 | 2.000 ± 0.100 | 2.000 ± 0.100 | 1.00 |" in pipeline.markdown(report(sizes=[row], steps=4))
+    row = {"pixels": 256, "blocks": 2, "seconds": {"core": FIGURES, "diffusers": FIGURES}, "ratio": {"diffusers": 1.0}, "peak_mib": {}}
+    facts = {"steps": 4, "decode": True, "compile": False}
+    table = pipeline.markdown(report(sizes=[row], **facts))
+    assert "| 256 | 2 | 2.000 ± 0.100 | 2.000 ± 0.100 | 1.00 |" in table and "to pictures" in table
+    row |= {"peak_mib": {"core": 99.6, "diffusers": 120.0}}
+    assert "| 2.000 ± 0.100 | 2.000 ± 0.100 | 1.00 | 100 | 120 |" in pipeline.markdown(report(sizes=[row], **facts))
+
+
+def test_pipeline_draws_pictures_with_compression_and_without_guidance(tmp_path, capsys) -> None:
+    """Ours, ours compressed, and diffusers' at the smallest size; decoded by a VAE of SDXL's sizes."""
+    few = ["--px", "64", "--blocks", "1", "--steps", "1", "--rounds", "1", "--guidance", "1", "--decode", "--out", str(tmp_path)]
+    pipeline.main([*few, "--kv", "28:2"])
+    size = json.loads((tmp_path / "pipeline-cpu-bf16.json").read_text(encoding="utf-8"))["sizes"][0]
+    assert set(size["seconds"]) == {"core", "core 28:2", "diffusers"} and size["ratio"]["diffusers"] > 0
+    with pytest.raises(SystemExit):
+        pipeline.main([*few, "--peers", "comfyui"])
+    assert "expected diffusers" in capsys.readouterr().err
