@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kv_quality import EXACT, RESULTS, Setting, make_sampler, settings, trained_settings
+from benchmarks.kv_quality import EXACT, RESULTS, Setting, make_sampler, pipeline_of, settings, sides, trained_settings
 from demo import WEIGHTS
 from demo.contact_sheet import Entry, make_contact_sheet
 from demo.evaluate import KINDS, Run, draw, make_questions
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks kv_pictures", description=__doc__)
     parser.add_argument("--count", type=int, default=3, help="prompts of each kind")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--size", default="256", help="in pixels: a side, or WIDTHxHEIGHT")
     parser.add_argument("--settings", nargs="+", default=SHOWN, help="names of kv_quality's table")
     parser.add_argument("--recipe", type=Path, help="a training recipe with compressed_blocks")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -47,12 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def pictures(pipeline: Pipeline, setting: Setting, chosen: argparse.Namespace) -> list[Entry]:
     """One setting's pictures of the first questions that kv_quality asks; its name is the first caption."""
-    if setting.transformer is not None:
-        pipeline = Pipeline(
-            setting.transformer.float(), pipeline.text_encoder, pipeline.vae, base_size=pipeline.base_size, max_tokens=pipeline.max_tokens
-        )
-    run = Run(setting.name, chosen.count, chosen.size, chosen.size)
-    sampler = make_sampler(pipeline, setting.compression, chosen.steps, [])
+    run = Run(setting.name, chosen.count, *sides(chosen.size))
+    sampler = make_sampler(pipeline_of(pipeline, setting), setting.compression, chosen.steps, [])
     entries = []
     for objects in KINDS:
         questions = make_questions(run, objects, 0)

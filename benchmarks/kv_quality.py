@@ -1,13 +1,15 @@
 """What KV compression does to the demo's pictures: alignment score and distance from the uncompressed ones.
 
 `python -m benchmarks kv_quality` draws the held-out prompts of demo.evaluate with each setting, from the same noise, and
-writes kv_quality.json, .md and .png; settings already measured are kept. `--recipe configs/train/demo-kv.json` adds the
-model of that recipe, trained and as it begins. `benchmarks kv_pictures` shows some of the pictures.
+writes kv_quality.json, .md and .png; settings already measured are kept, unless their weights have changed since. `--recipe
+configs/train/demo-kv.json` adds the model of that recipe, trained and as it begins. `kv_pictures` shows some of the pictures.
 """
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -110,26 +112,44 @@ def make_sampler(pipeline: Pipeline, compression: tuple[KVCompression, ...], ste
     return sample
 
 
+def pipeline_of(pipeline: Pipeline, setting: Setting) -> Pipeline:
+    """The pipeline, or one like it with the setting's own transformer."""
+    if setting.transformer is None:
+        return pipeline
+    other = setting.transformer.to(pipeline.device, pipeline.dtype)
+    return Pipeline(other, pipeline.text_encoder, pipeline.vae, base_size=pipeline.base_size, max_tokens=pipeline.max_tokens)
+
+
 def measure_setting(pipeline: Pipeline, setting: Setting, chosen: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     """Figures of one setting, and the latents of all its pictures."""
-    if setting.transformer is not None:
-        other = setting.transformer.to(pipeline.device, pipeline.dtype)
-        pipeline = Pipeline(
-            other, pipeline.text_encoder, pipeline.vae, base_size=pipeline.base_size, max_tokens=pipeline.max_tokens
-        )
     latents: list[Tensor] = []
     run = Run(setting.name, chosen.count, *sides(chosen.size), chosen.cfg)
     sampler = make_sampler(pipeline, setting.compression, chosen.steps, latents)
-    figures = measure(sampler, run, chosen.seed, chosen.batch)[0]
+    figures, entries, _ = measure(sampler, run, chosen.seed, chosen.batch)
     row = {
         "name": setting.name,
         "group": setting.group,
         "compression": [asdict(one) for one in setting.compression],
         "share_of_attention": round(share_of_attention(setting, pipeline.transformer.config), 4),
         "alignment": round(float(np.mean([figures[kind]["correct"] for kind in KINDS.values()])), 4),
+        "right": "".join(str(int(entry.correct)) for entry in entries),  # picture by picture
         **{kind: figures[kind] for kind in KINDS.values()},
     }
     return row, torch.cat(latents)
+
+
+def fingerprint(transformer: PixArtTransformer) -> str:
+    """Of its weights and where they are compressed."""
+    digest = hashlib.sha256(repr(transformer.config.compressed_blocks).encode())
+    for name, weight in sorted(transformer.state_dict().items()):
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def paired_difference(right: str, exact: str) -> tuple[float, float]:
+    """Alignment beside the uncompressed model's on the same prompts and noise, and half of its 95 % interval."""
+    each = np.array([int(a) - int(b) for a, b in zip(right, exact, strict=True)])
+    return float(each.mean()), float(1.96 * each.std(ddof=1) / len(each) ** 0.5) if len(each) > 1 else 1.0
 
 
 def choose(known: Sequence[Setting], texts: Sequence[str]) -> list[Setting]:
@@ -142,18 +162,24 @@ def run(pipeline: Pipeline, wanted: Sequence[Setting], chosen: argparse.Namespac
     """Measures the settings that are missing; the file is written after each."""
     file = chosen.out / "kv_quality.json"
     facts = {name: getattr(chosen, name) for name in ("count", "steps", "size", "cfg", "seed", "dtype")}
-    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if report.get("settings") != facts:
-        report = {"settings": facts, "machine": {"torch": torch.__version__, "device": chosen.device}, "results": {}}
+    report = {"settings": facts, "machine": {"torch": torch.__version__, "device": chosen.device}, "results": {}}
+    if file.is_file():
+        report = json.loads(file.read_text(encoding="utf-8"))
+    if report["settings"] != facts:
+        sys.exit(f"{file} was measured with {report['settings']}, not {facts}; choose another folder by --out, or delete the file.")
     exact: Tensor | None = None
     for setting in wanted:
-        if setting.name in report["results"] and setting.name != EXACT:
+        drawing = pipeline_of(pipeline, setting)
+        weights = fingerprint(drawing.transformer)
+        if setting.name != EXACT and report["results"].get(setting.name, {}).get("weights") == weights:
             continue
-        row, latents = measure_setting(pipeline, setting, chosen)
+        row, latents = measure_setting(drawing, setting, chosen)
         exact = latents if exact is None else exact  # the first setting is the uncompressed one
         row["latent_mse"] = round(float((latents - exact).square().mean()), 6)
         row["latent_error"] = round(float((latents - exact).norm() / exact.norm()), 4)
-        report["results"][setting.name] = row
+        report["results"][setting.name] = row | {"weights": weights}
+        difference, half = paired_difference(row["right"], report["results"][EXACT]["right"])
+        report["results"][setting.name] |= {"difference": round(difference, 4), "difference_half_interval": round(half, 4)}
         chosen.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         file.with_suffix(".md").write_text(markdown(report) + "\n", encoding="utf-8")
@@ -163,13 +189,16 @@ def run(pipeline: Pipeline, wanted: Sequence[Setting], chosen: argparse.Namespac
 
 def markdown(report: dict[str, Any]) -> str:
     """One row a setting."""
-    lines = ["| setting | work of self-attention | pictures as asked | latent error |", "|---|---|---|---|"]
+    lines = ["| setting | work of self-attention | pictures as asked | beside uncompressed, points | latent error |", "|---|---|---|---|---|"]
     for row in report["results"].values():
-        lines.append(f"| {row['name']} | {row['share_of_attention']:.0%} | {row['alignment']:.1%} | {row['latent_error']:.3f} |")
+        points = f"{100 * row['difference']:+.1f} ± {100 * row['difference_half_interval']:.1f}"
+        lines.append(
+            f"| {row['name']} | {row['share_of_attention']:.0%} | {row['alignment']:.1%} | {points} | {row['latent_error']:.3f} |"
+        )
     facts = report["settings"]
     lines += ["", f"Demo model, {2 * facts['count']} held-out prompts, {facts['size']} px, {facts['steps']} steps, cfg {facts['cfg']:g}, "
-              f"{facts['dtype']}. Latent error: relative distance from the uncompressed model's latent from the same noise. All but conv "
-              "is an approximation without training."]  # fmt: skip
+              f"{facts['dtype']}. Points: of the same prompts and noise, with the 95 % interval of the pairs. Latent error: relative "
+              "distance from the uncompressed model's latent from the same noise. All but conv is an approximation without training."]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -55,22 +56,52 @@ def test_report_compares_with_the_uncompressed_and_goes_on(tmp_path, monkeypatch
 
     def measured(pipeline, setting, chosen):
         drawn.append(setting.name)
-        row = {"name": setting.name, "group": setting.group, "share_of_attention": 0.5, "alignment": 0.5}
+        row = {
+            "name": setting.name, "group": setting.group, "share_of_attention": 0.5, "alignment": 0.5,
+            "right": "1000" if setting.compression else "1101",
+        }  # fmt: skip
         return row, torch.full((2, 4, 2, 2), 2.0 + bool(setting.compression))
 
+    weights = {"all": "one"}
     monkeypatch.setattr(kv_quality, "measure_setting", measured)
+    monkeypatch.setattr(kv_quality, "fingerprint", lambda transformer: weights["all"])
+    pipeline = SimpleNamespace(transformer=None)
     chosen = Namespace(out=tmp_path, count=1, steps=2, size="256", cfg=4.5, seed=0, dtype="float32", device="cpu")
     wanted = [Setting(EXACT, EXACT), Setting("mean", "mean", (KVCompression(2),))]
-    kv_quality.run(None, wanted, chosen)
+    kv_quality.run(pipeline, wanted, chosen)
     results = json.loads((tmp_path / "kv_quality.json").read_text())["results"]
     assert (results[EXACT]["latent_mse"], results["mean"]["latent_mse"], results["mean"]["latent_error"]) == (0, 1, 0.5)
+    assert results[EXACT]["difference"] == 0 and results["mean"]["difference"] == -0.5
     assert (tmp_path / "kv_quality.png").stat().st_size > 1000
-    assert "| mean | 50% | 50.0% | 0.500 |" in (tmp_path / "kv_quality.md").read_text()
-    kv_quality.run(None, [*wanted, Setting("new", "new", (KVCompression(2),))], chosen)
+    assert "| mean | 50% | 50.0% | -50.0 ± 56.6 | 0.500 |" in (tmp_path / "kv_quality.md").read_text()
+    kv_quality.run(pipeline, [*wanted, Setting("new", "new", (KVCompression(2),))], chosen)
     assert drawn == [EXACT, "mean", EXACT, "new"]
-    chosen.steps = 3  # another measurement
-    kv_quality.run(None, wanted, chosen)
+    weights["all"] = "other"  # than those measured
+    kv_quality.run(pipeline, wanted, chosen)
     assert drawn[4:] == [EXACT, "mean"]
+    chosen.steps = 3  # another measurement leaves this one alone
+    with pytest.raises(SystemExit, match="choose another folder"):
+        kv_quality.run(pipeline, wanted, chosen)
+
+
+def test_fingerprint_knows_weights_and_their_compression() -> None:
+    from pixart.model import PixArtTransformer
+
+    config = replace(DEMO, depth=1, hidden_size=48, num_heads=4)
+    model = PixArtTransformer(config)
+    before = kv_quality.fingerprint(model)
+    assert kv_quality.fingerprint(model) == before
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    changed = kv_quality.fingerprint(model)
+    model.config = replace(config, compressed_blocks=((0, 2),))
+    assert len({before, changed, kv_quality.fingerprint(model)}) == 3
+
+
+def test_paired_difference_has_its_interval() -> None:
+    assert kv_quality.paired_difference("1010", "1010") == (0, 0)
+    mean, half = kv_quality.paired_difference("10" * 50, "11" * 50)
+    assert mean == -0.5 and half == pytest.approx(1.96 * 0.5 / 100**0.5, rel=0.01)
 
 
 def test_pictures_stand_in_a_column_for_each_setting(tmp_path, monkeypatch, capsys) -> None:
