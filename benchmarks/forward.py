@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import plots
-from benchmarks.peers import CFG, CORE, OURS, PADDED, TOKENS, Compressed, Size, Workload, choose_attention, make_peer
+from benchmarks.peers import CFG, CORE, OURS, PADDED, PEERS, TOKENS, XL_BLOCKS, Compressed, Size, Workload, choose_host, make_peer
 from benchmarks.rate import matmul_rate, step_flops
 from benchmarks.report import machine
 from benchmarks.timing import keep_freed_memory, ratio, summarise, take_turns
@@ -21,13 +21,13 @@ from benchmarks.timing import keep_freed_memory, ratio, summarise, take_turns
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What a CPU can do in minutes; the blocks are alike, so that time grows with their number.
-CPU_BLOCKS = {256: 28, 512: 28, 1024: 4, 2048: 2, 2880: 1, 4096: 1}
+CPU_BLOCKS = {2048: 2, 2880: 1, 4096: 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     chosen = parse(arguments)
-    choose_attention(chosen.attention)
+    choose_host(chosen.attention, chosen.device)
     keep_freed_memory()
     name = f"forward-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else "")
     report: dict[str, Any] = {
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rounds": chosen.rounds, "peers": chosen.peers, "kv": [str(one) for one in chosen.kv], "sizes": [],
     }  # fmt: skip
     for pixels in chosen.px:
-        size = Size(pixels, chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28))
+        size = Size(pixels, blocks_for(pixels, chosen))
         report["sizes"].append(measure(size, contender_names(chosen), chosen))
         write(report, chosen.out, name)
         print(markdown(report), flush=True)
@@ -51,10 +51,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def make_parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """Of the options that benchmarks of sizes share."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {command}", description=description)
-    parser.add_argument("--px", type=lambda text: [int(part) for part in text.split(",")], default=[256, 512, 1024], help="sides in pixels")
+    parser.add_argument("--px", type=parse_sides, default=[256, 512, 1024], metavar="SIDE,...", help="in pixels")
     parser.add_argument(
-        "--peers", type=lambda text: [part for part in text.split(",") if part], default=["comfyui", "diffusers"],
-        help="also: compiled, our core under torch.compile",
+        "--peers", type=parse_peers, default=["comfyui", "diffusers"], metavar="NAME,...",
+        help="also: compiled, our core under torch.compile; \"\" for none",
     )  # fmt: skip
     parser.add_argument(
         "--kv", type=parse_kv, default=[], metavar="BLOCKS:RATIO,...",
@@ -62,16 +62,48 @@ def make_parser(command: str, description: str | None) -> argparse.ArgumentParse
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--blocks", type=int, help="of the 28 (default: all; on a CPU fewer above 512 px)")
+    parser.add_argument("--blocks", type=at_least(1), help="of the 28 (default: all; on a CPU fewer above 1024 px)")
     parser.add_argument(
         "--attention", choices=("pytorch", "host"), default="pytorch",
         help="of the host: torch's, which GPUs use anyway, or the host's choice, on a CPU one in slices",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count; 0 where a step takes minutes")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--warm-up", type=at_least(0), default=1, help="rounds before those that count; 0 where a step takes minutes")
     parser.add_argument("--note", default="", help="a sentence on the state of the machine, for the report")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
+
+
+def blocks_for(pixels: int, chosen: argparse.Namespace) -> int:
+    """How many blocks are run at a size."""
+    return chosen.blocks or (CPU_BLOCKS.get(pixels, XL_BLOCKS if pixels <= 1024 else 1) if chosen.device == "cpu" else XL_BLOCKS)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number of no less, as an option's type."""
+
+    def number(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from {least}")
+        return int(text)
+
+    return number
+
+
+def parse_sides(text: str) -> list[int]:
+    """"256,512" as a list."""
+    sides = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if any(side < 16 or side % 16 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected sides in pixels, multiples of 16, like 256,512")
+    return sides
+
+
+def parse_peers(text: str) -> list[str]:
+    """"comfyui,diffusers" as a list."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if unknown := [name for name in names if name not in PEERS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; expected some of {', '.join(PEERS)}")
+    return names
 
 
 def parse_kv(text: str) -> list[Compressed]:
@@ -156,9 +188,8 @@ def markdown(report: dict[str, Any]) -> str:
                   "run, of that part of them); its ratios are to ours without, turn by turn."]  # fmt: skip
     facts = report["machine"]
     lines += ["", f"One step with guidance {report['cfg']}, {report['dtype']}, {report['device']}; prompts of {report['tokens'][0]} and "
-              f"{report['tokens'][1]} tokens (diffusers: {report['diffusers_tokens']} each); median of {report['rounds']} turns ± half the "
-              f"distance of the quartiles. {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, "
-              f"ComfyUI {facts['comfyui']} (attention: {report['attention']}). {report['note']}".rstrip()]  # fmt: skip
+              f"{report['tokens'][1]} tokens (diffusers: {report['diffusers_tokens']} each); {turns(report['rounds'])}. "
+              f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, ComfyUI {facts['comfyui']} (attention: {report['attention']}). {report['note']}".rstrip()]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -168,9 +199,16 @@ def rate_of(report: dict[str, Any], name: str) -> float:
     return last["flops"] / last["seconds"][name]["median"] / report["matmul_rate"]
 
 
+def turns(rounds: int) -> str:
+    """What a cell's numbers are."""
+    return f"median of {rounds} turns ± half the distance of the quartiles" if rounds > 1 else "a single turn"
+
+
 def cell(figures: dict[str, Any] | None) -> str:
-    """Median and spread, or "fails"."""
-    return f"{figures['median']:.3f} ± {figures['spread']:.3f}" if figures else "fails"
+    """Median and, of more than one turn, its spread; or "fails"."""
+    if not figures:
+        return "fails"
+    return f"{figures['median']:.3f}" + (f" ± {figures['spread']:.3f}" if len(figures["all"]) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from benchmarks.graph_report import GIB, write_graph_report
 from benchmarks.text import workplace
 from benchmarks.xxl import XXL, sizes, write_weights
 from pixart.text.names import PRECISIONS
+from tests.support.host import CUDA
 
 RESULTS = Path(__file__).parent / "results"
 VARIANT, CFG = "sigma-1024", 4.5
@@ -102,7 +103,7 @@ def run_child(place: Path, precision: str, chosen: argparse.Namespace) -> dict[s
     """What `measure` returns in a process of its own, or {"error": last line}."""
     options = [f"--{name}={getattr(chosen, name)}" for name in ("dtype", "px", "layers", "device")]
     command = [sys.executable, "-m", "benchmarks", "graph_memory", "--child", precision, f"--work={place}", *options]
-    environment = {**os.environ, "PIXART_TEST_CUDA": "1" if chosen.device == "cuda" else ""}
+    environment = {**os.environ, CUDA: "1" if chosen.device == "cuda" else ""}
     root = Path(__file__).resolve().parents[1]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
@@ -185,7 +186,7 @@ def free() -> None:
 @contextmanager
 def stage(name: str, stages: dict[str, dict[str, float]]) -> Iterator[None]:
     """Notes seconds and peaks of the block; on CUDA also what tensors took of the card, and what torch held of it."""
-    cuda = torch.cuda.is_available() and bool(os.environ.get("PIXART_TEST_CUDA"))
+    cuda = torch.cuda.is_available() and bool(os.environ.get(CUDA))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     with watched() as figures:

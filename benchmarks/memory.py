@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from benchmarks import plots
-from benchmarks.forward import CPU_BLOCKS, DTYPES, contender_names, device_name, parse
+from benchmarks.forward import DTYPES, blocks_for, contender_names, device_name, make_parser
 from benchmarks.full_size import memory as process_memory
 from benchmarks.full_size import reset_peak
-from benchmarks.peers import CFG, Size, Workload, choose_attention, make_peer
+from benchmarks.peers import CFG, Size, Workload, choose_host, make_peer
 from benchmarks.report import machine
 
 MIB = 2**20
@@ -28,14 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[:1] == ["--child"]:
         print(json.dumps(measure(json.loads(arguments[1]))))
         return
-    chosen = parse(arguments)
-    choose_attention(chosen.attention)
+    chosen = make_parser("memory", __doc__).parse_args(arguments)
+    choose_host(chosen.attention, chosen.device)
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG,
         "attention": chosen.attention, "contenders": contender_names(chosen), "sizes": [],
     }  # fmt: skip
     for pixels in chosen.px:
-        blocks = chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28)
+        blocks = blocks_for(pixels, chosen)
         found = {name: run_child(name, pixels, blocks, chosen) for name in report["contenders"]}
         report["sizes"].append({"pixels": pixels, "image_tokens": (pixels // 16) ** 2, "blocks": blocks, "mib": found})
         write(report, chosen.out, f"memory-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else ""))

@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.timing import synchronize
 from pixart.checkpoints import to_diffusers
 from pixart.config import get_variant
+from pixart.kv_compress import MAX_RATIO
 from pixart.model import PixArtTransformer
 from tests.support.checkpoint_factory import diffusers_config, stored_positions
 
@@ -25,6 +26,7 @@ CFG, TIMESTEP = 4.5, 500
 TOKENS = (60, 1)  # of the prompt and the empty negative prompt: unequal, as in use
 PADDED = 300  # tokens that diffusers' Σ pipeline always computes
 OURS, CORE, COMPILED, NATIVE, DIFFUSERS = "ours", "core", "compiled", "comfyui", "diffusers"
+PEERS = (NATIVE, DIFFUSERS, COMPILED)  # that may be asked for
 XL_BLOCKS = 28
 
 
@@ -39,8 +41,8 @@ class Compressed:
     def parse(cls, text: str) -> Compressed:
         """Raises ValueError for anything but BLOCKS:RATIO."""
         blocks, _, ratio = text.partition(":")
-        if not (blocks.isdecimal() and ratio.isdecimal() and 1 <= int(blocks) <= XL_BLOCKS and int(ratio) > 1):
-            raise ValueError(f"{text!r} is no BLOCKS:RATIO; expected 1 to {XL_BLOCKS} blocks and a ratio of 2 or more, like 14:2.")
+        if not (blocks.isdecimal() and ratio.isdecimal() and 1 <= int(blocks) <= XL_BLOCKS and 2 <= int(ratio) <= MAX_RATIO):
+            raise ValueError(f"{text!r} is no BLOCKS:RATIO; expected 1 to {XL_BLOCKS} blocks and a ratio of 2 to {MAX_RATIO}, like 14:2.")
         return cls(int(blocks), int(ratio))
 
     def __str__(self) -> str:
@@ -95,11 +97,19 @@ class Workload:
         return states.to(self.device, self.dtype), mask.to(self.device)
 
 
-def choose_attention(name: str) -> None:
-    """Of the host in this process and those it starts: "pytorch", or "host" for what it would choose itself."""
+def choose_host(attention: str, device: str) -> None:
+    """Attention and device of the host in this process and those it starts; before anything imports it.
+
+    attention: "pytorch", or "host" for what it would choose itself. Raises RuntimeError where the host runs already, elsewhere.
+    """
     from tests.support import host
 
-    os.environ[host.PYTORCH_ATTENTION] = "1" if name == "pytorch" else ""
+    os.environ[host.PYTORCH_ATTENTION] = "1" if attention == "pytorch" else ""
+    os.environ[host.CUDA] = "1" if device == "cuda" else ""
+    host.start_host()
+    chosen = importlib.import_module("comfy.cli_args").args
+    if chosen.cpu != (device == "cpu"):
+        raise RuntimeError(f"The host was started on {'a CPU' if chosen.cpu else 'CUDA'}; expected {device}: start a new process.")
 
 
 def make_peer(name: str, work: Workload) -> Callable[[], float]:
@@ -197,17 +207,22 @@ def diffusers_model(work: Workload) -> Any:
     from diffusers import PixArtTransformer2DModel
 
     sizes = work.config
-    config = diffusers_config(hidden=sizes.hidden_size, depth=sizes.depth, captions=sizes.caption_channels, pixels=512)
+    config = diffusers_config(
+        hidden=sizes.hidden_size, depth=sizes.depth, captions=sizes.caption_channels, pixels=work.size.pixels,
+        position_range=sizes.position_range,
+    )  # fmt: skip
     with torch.device("meta"):
         model = PixArtTransformer2DModel.from_config(config)
     named = to_diffusers({key: value.clone() for key, value in work.weights.items() if "y_embedding" not in key})
     model.load_state_dict(named, assign=True, strict=False)
     if any(p.is_meta for p in model.parameters()):
         raise RuntimeError("diffusers' model kept parameters without weights; the key table no longer fits it")
-    # Its positions are a buffer that isn't in the weights.
+    # Its positions are a buffer that isn't in the weights; as those of a model of this size, they aren't computed anew in each step.
+    side = config["sample_size"]
     model.pos_embed = type(model.pos_embed)(
-        height=64, width=64, patch_size=2, in_channels=4, embed_dim=sizes.hidden_size, interpolation_scale=1
-    ).to(work.dtype)
+        height=side, width=side, patch_size=2, in_channels=4, embed_dim=sizes.hidden_size,
+        interpolation_scale=config["interpolation_scale"],
+    ).to(work.dtype)  # fmt: skip
     patches = {key.removeprefix("pos_embed."): value for key, value in named.items() if key.startswith("pos_embed.proj")}
     model.pos_embed.load_state_dict(patches, strict=False)
     return model.to(work.device).eval().requires_grad_(False)

@@ -6,8 +6,8 @@ Few steps with a picture at the end: `--px 1024 --steps 4 --guidance 1 --decode 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,32 +15,35 @@ from typing import Any
 
 import torch
 
-from benchmarks.forward import CPU_BLOCKS, DTYPES, cell, device_name, make_parser
+from benchmarks.forward import DTYPES, at_least, blocks_for, cell, device_name, make_parser, turns
 from benchmarks.graph_memory import SDXL_VAE
-from benchmarks.peers import CFG, CORE, DIFFUSERS, PADDED, Compressed, Size, Workload, core_model, diffusers_model
+from benchmarks.peers import CFG, CORE, DIFFUSERS, PADDED, Compressed, Size, Workload, choose_host, core_model, diffusers_model
 from benchmarks.report import machine
-from benchmarks.timing import ratio, summarise, synchronize, take_turns
+from benchmarks.timing import keep_freed_memory, ratio, summarise, synchronize, take_turns
 from pixart import Pipeline
 from pixart.bins import base_sizes
 from pixart.kv_compress import KVCompression
 from pixart.text.encoder import TextEmbeddings
 from pixart.vae import Vae
 
+STEPS = 4
 SDXL_FACTOR = 0.13025  # of its latents, as its config has it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; the options of `forward`, and those of the whole run. The peer is diffusers, or none."""
     chosen = parse(arguments)
+    choose_host(chosen.attention, chosen.device)
+    keep_freed_memory()
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype,
         "cfg": chosen.guidance, "steps": chosen.steps, "decode": chosen.decode, "compile": chosen.compile, "rounds": chosen.rounds,
         "sizes": [],
     }  # fmt: skip
     chosen.out.mkdir(parents=True, exist_ok=True)
-    name = f"pipeline-{chosen.device}-{chosen.dtype}"
+    name = "-".join(["pipeline", chosen.device, chosen.dtype, *marks(chosen)])
     for pixels in chosen.px:
-        size = Size(pixels, chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28))
+        size = Size(pixels, blocks_for(pixels, chosen))
         report["sizes"].append(measure(size, chosen))
         (chosen.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (chosen.out / f"{name}.md").write_text(markdown(report) + "\n", encoding="utf-8")
@@ -50,15 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; exits where they can't go together."""
     parser = make_parser("pipeline", __doc__)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=at_least(1), default=STEPS)
     parser.add_argument("--guidance", type=float, default=CFG, help="1 runs without the negative prompt, as LCM does")
     parser.add_argument("--decode", action="store_true", help="to pictures, by a random VAE of SDXL's sizes")
     parser.add_argument("--compile", action="store_true", help="our transformer under torch.compile")
     parser.set_defaults(peers=[DIFFUSERS])
-    chosen = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(arguments)
     if chosen.peers not in ([], [DIFFUSERS]):
         parser.error(f"--peers is {','.join(chosen.peers)}; expected {DIFFUSERS}, or \"\" for none.")
     return chosen
+
+
+def marks(chosen: argparse.Namespace) -> list[str]:
+    """What sets a run apart from the default one, for the name of its files."""
+    found = {
+        f"{chosen.steps}-steps": chosen.steps != STEPS, f"cfg-{chosen.guidance:g}": chosen.guidance != CFG, "decoded": chosen.decode,
+        "compiled": chosen.compile, "kv": bool(chosen.kv),
+    }  # fmt: skip
+    return [mark for mark, holds in found.items() if holds]
 
 
 def measure(size: Size, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -69,7 +81,9 @@ def measure(size: Size, chosen: argparse.Namespace) -> dict[str, Any]:
     makers = {CORE: ours} | {f"{CORE} {kv}": partial(ours, kv) for kv in chosen.kv}
     makers |= {DIFFUSERS: partial(_theirs, work, vae, chosen)} if chosen.peers else {}
     peaks = {name: peak_of(make) for name, make in makers.items()} if chosen.device == "cuda" else {}
-    seconds = take_turns({name: _timed(make()) for name, make in makers.items()}, chosen.rounds)
+    contenders = {name: _timed(make()) for name, make in makers.items()}
+    take_turns(contenders, chosen.warm_up)
+    seconds = take_turns(contenders, chosen.rounds)
     return {
         "pixels": size.pixels, "image_tokens": size.tokens, "blocks": size.blocks,
         "seconds": {name: summarise(times) for name, times in seconds.items()},
@@ -90,9 +104,10 @@ def make_vae(work: Workload) -> Vae:
 
 def peak_of(make: Callable[[], Callable[[], Any]]) -> float:
     """MiB of a card's memory that one run needs, weights included, after a first one that loads code."""
+    gc.collect()  # models hold themselves in cycles; the one before must not count
+    torch.cuda.empty_cache()
     run = make()
     run()
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     run()
     return torch.cuda.max_memory_allocated() / 2**20
@@ -106,7 +121,6 @@ def _timed(call: Callable[[], Any]) -> Callable[[], float]:
         synchronize()
         return time.perf_counter() - start
 
-    run()  # the warm-up
     return run
 
 
@@ -157,9 +171,12 @@ def markdown(report: dict[str, Any]) -> str:
         cells += [f"{size['peak_mib'][name]:.0f}" for name in names] if measured else []
         lines.append(f"| {size['pixels']} | {size['blocks']} | " + " | ".join(cells) + " |")
     facts = report["machine"]
-    lines += ["", f"{report['steps']} steps with guidance {report['cfg']:g} from embeddings to {'pictures' if report['decode'] else 'latents'}, "
-              f"{report['dtype']}, {report['device']}{', compiled' if report['compile'] else ''}; median of {report['rounds']} turns ± half "
-              f"the distance of the quartiles. {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}. {report['note']}".rstrip()]  # fmt: skip
+    lines += [
+        "",
+        f"{report['steps']} steps with guidance {report['cfg']:g} from embeddings to {'pictures' if report['decode'] else 'latents'}, "
+        f"{report['dtype']}, {report['device']}{', compiled' if report['compile'] else ''}; {turns(report['rounds'])}. "
+        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}. {report['note']}".rstrip(),
+    ]
     return "\n".join(lines)
 
 

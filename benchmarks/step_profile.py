@@ -5,28 +5,30 @@ Also the share of what only the prompt decides (projected captions, cross-attent
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.forward import CPU_BLOCKS, DTYPES, device_name, parse
-from benchmarks.peers import CORE, TOKENS, Size, Workload, core_model, make_peer
+from benchmarks.forward import DTYPES, blocks_for, device_name, make_parser
+from benchmarks.peers import CORE, TOKENS, Size, Workload, choose_host, core_model, make_peer
 from benchmarks.report import machine
-from benchmarks.timing import ratio, synchronize, take_turns
+from benchmarks.timing import keep_freed_memory, ratio, synchronize, take_turns
 
 TOP = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; the options are those of `forward`, of which peers and kv don't matter."""
-    chosen = parse(sys.argv[1:] if arguments is None else arguments)
+    chosen = make_parser("step_profile", __doc__).parse_args(arguments)
+    choose_host(chosen.attention, chosen.device)
+    keep_freed_memory()
     report: dict[str, Any] = {"machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "sizes": []}
     for pixels in chosen.px:
-        size = Size(pixels, chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else 28))
+        size = Size(pixels, blocks_for(pixels, chosen))
         work = Workload(size, DTYPES[chosen.dtype], chosen.device)
         step, captions = make_peer(CORE, work), caption_step(work)
         seconds = take_turns({"step": step, "captions": captions}, chosen.rounds + 1)
@@ -44,7 +46,8 @@ def operations(step: Callable[[], float], device: str) -> list[dict[str, Any]]:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities, record_shapes=True) as found:
         step()
-    events = found.key_averages(group_by_input_shape=True)
+    # Rows of kernels would count again what the operations that launched them have.
+    events = [event for event in found.key_averages(group_by_input_shape=True) if event.device_type == DeviceType.CPU]
     times = [event.self_device_time_total if device == "cuda" else event.self_cpu_time_total for event in events]
     rows = sorted(zip(times, events), key=lambda pair: -pair[0])[:TOP]
     return [{"name": e.key, "shapes": str(e.input_shapes), "calls": e.count, "share": taken / sum(times)} for taken, e in rows]

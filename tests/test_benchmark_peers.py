@@ -2,19 +2,21 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import count
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import forward, memory, pipeline, plots, timing
+from benchmarks import forward, memory, peers, pipeline, plots, timing
 from benchmarks.peers import PADDED, TOKENS, Compressed, Size, Workload, core_model, diffusers_model, host_model, make_peer
 from benchmarks.rate import step_flops
 from pixart.attention import dense_attention
 from pixart.model import PixArtTransformer
+from tests.support import host
 
-FIGURES = {"median": 2.0, "spread": 0.1, "all": [2.0]}
+FIGURES = {"median": 2.0, "spread": 0.1, "all": [1.9, 2.1]}
 MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.11", "comfyui": "0.3.75"}
 
 
@@ -82,7 +84,7 @@ def test_blocks_of_28_are_scaled_to_those_that_run() -> None:
 def test_bad_kv_is_refused_with_what_is_right(text: str, capsys) -> None:
     with pytest.raises(SystemExit):
         forward.parse(["--kv", text])
-    assert "expected 1 to 28 blocks and a ratio of 2 or more, like 14:2" in capsys.readouterr().err
+    assert "expected 1 to 28 blocks and a ratio of 2 to 8, like 14:2" in capsys.readouterr().err
 
 
 def test_kv_takes_turns_with_the_uncompressed_and_is_told_apart(tmp_path, monkeypatch) -> None:
@@ -175,12 +177,52 @@ def test_memory_and_pipeline_tables(tmp_path) -> None:
     assert "| 2.000 ± 0.100 | 2.000 ± 0.100 | 1.00 | 100 | 120 |" in pipeline.markdown(report(sizes=[row], **facts))
 
 
-def test_pipeline_draws_pictures_with_compression_and_without_guidance(tmp_path, capsys) -> None:
+def test_pipeline_draws_pictures_with_compression_and_without_guidance(tmp_path, capsys, monkeypatch) -> None:
     """Ours, ours compressed, and diffusers' at the smallest size; decoded by a VAE of SDXL's sizes."""
+    monkeypatch.setattr(pipeline, "choose_host", lambda *_: None)  # the peers here are the core and diffusers
     few = ["--px", "64", "--blocks", "1", "--steps", "1", "--rounds", "1", "--guidance", "1", "--decode", "--out", str(tmp_path)]
     pipeline.main([*few, "--kv", "28:2"])
-    size = json.loads((tmp_path / "pipeline-cpu-bf16.json").read_text(encoding="utf-8"))["sizes"][0]
+    size = json.loads((tmp_path / "pipeline-cpu-bf16-1-steps-cfg-1-decoded-kv.json").read_text(encoding="utf-8"))["sizes"][0]
     assert set(size["seconds"]) == {"core", "core 28:2", "diffusers"} and size["ratio"]["diffusers"] > 0
     with pytest.raises(SystemExit):
         pipeline.main([*few, "--peers", "comfyui"])
     assert "expected diffusers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--peers", "difusers"], "expected some of comfyui, diffusers, compiled"),
+        (["--px", "0"], "multiples of 16"),
+        (["--px", "abc"], "multiples of 16"),
+        (["--rounds", "0"], "a whole number from 1"),
+        (["--blocks", "0"], "a whole number from 1"),
+        (["--kv", "28:16"], "a ratio of 2 to 8"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_before_anything_runs(options, message, capsys) -> None:
+    with pytest.raises(SystemExit):
+        forward.parse(options)
+    assert message in capsys.readouterr().err
+
+
+def test_the_host_runs_where_the_benchmark_does(monkeypatch) -> None:
+    here, elsewhere = ("cuda", "cpu") if os.environ.get(host.CUDA) else ("cpu", "cuda")
+    for name in (host.CUDA, host.PYTORCH_ATTENTION):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # which puts back what is changed here
+    host.start_host()
+    peers.choose_host("host", here)
+    with pytest.raises(RuntimeError, match=f"expected {elsewhere}: start a new process"):
+        peers.choose_host("host", elsewhere)
+
+
+def test_results_of_other_runs_have_other_names() -> None:
+    def name(*options: str) -> list[str]:
+        return pipeline.marks(pipeline.parse(options))
+
+    assert name() == [] and name("--guidance", "1", "--decode", "--compile") == ["cfg-1", "decoded", "compiled"]
+    assert name("--steps", "20", "--kv", "28:4", "--peers", "") == ["20-steps", "kv"]
+
+
+def test_a_single_turn_has_no_spread() -> None:
+    assert forward.cell(FIGURES) == "2.000 ± 0.100" and forward.cell({**FIGURES, "all": [2.0]}) == "2.000"

@@ -14,6 +14,7 @@ from demo.launch.checkout import find_comfyui
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
 PACK_NAME = "pixart_pack"
+CUDA = "PIXART_TEST_CUDA"  # set: on the GPU
 PYTORCH_ATTENTION = "PIXART_TEST_PYTORCH_ATTENTION"  # set: torch's attention on a CPU too, where the host slices its own
 
 
@@ -37,7 +38,7 @@ def start_host() -> Path:
     # The host's `nodes`, `utils` and `app` must win over the pack's folders.
     sys.path.insert(0, str(path))
     args = importlib.import_module("comfy.cli_args").args
-    args.cpu = not os.environ.get("PIXART_TEST_CUDA")
+    args.cpu = not os.environ.get(CUDA)
     args.use_pytorch_cross_attention = bool(os.environ.get(PYTORCH_ATTENTION))
     importlib.import_module("comfy.model_management")
     return path
