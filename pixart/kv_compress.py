@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +41,17 @@ class KVCompression:
     def __post_init__(self) -> None:
         for name in ("ratio", "first_block", "last_block", "min_tokens"):
             value = getattr(self, name)
-            _expect(name, value, isinstance(value, int) and not isinstance(value, bool), "a whole number")
+            _expect(name, value, isinstance(value, Integral) and not isinstance(value, bool), "a whole number")
+            object.__setattr__(self, name, int(value))  # numpy's too
         for name in ("start_percent", "end_percent", "key_scale"):
-            _expect(name, getattr(self, name), isinstance(getattr(self, name), (int, float)), "a number")
+            value = getattr(self, name)
+            _expect(name, value, isinstance(value, Real) and not isinstance(value, bool), "a number")
+            object.__setattr__(self, name, float(value))
         _expect("ratio", self.ratio, 2 <= self.ratio <= MAX_RATIO, f"2 to {MAX_RATIO}, usually 2 or 4")
         _expect("method", self.method, self.method in METHODS, f"one of {', '.join(METHODS)}")
         _expect("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more")
         _expect("key_scale", self.key_scale, 0 < self.key_scale < 100, "above 0, usually 1")
-        _expect("start_percent", self.start_percent, 0 <= self.start_percent <= 1, "0 to 1")
+        _expect("start_percent", self.start_percent, 0 <= self.start_percent < 1, "0 to below 1")
         _expect("end_percent", self.end_percent, 0 <= self.end_percent <= 1, "0 to 1")
         wanted = f"more than start_percent {self.start_percent:g}, up to 1"
         _expect("end_percent", self.end_percent, self.start_percent < self.end_percent, wanted)
@@ -77,6 +81,9 @@ class KVCompression:
 
 def check_together(wanted: Sequence[KVCompression], config: TransformerConfig) -> None:
     """Raises InputError where a block would be compressed twice at the same time, or is not in the model."""
+    strangers = [one for one in wanted if not isinstance(one, KVCompression)]
+    if strangers:
+        raise InputError(f"kv_compression holds {strangers[0]!r}; expected KVCompression, like KVCompression(ratio=2).")
     trained = dict(config.compressed_blocks)
     for number, one in enumerate(wanted):
         blocks = one.blocks(config.depth)

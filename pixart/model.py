@@ -90,7 +90,7 @@ class PixArtTransformer(nn.Module):
         self._check(latent, timestep, context, context_mask, size, block_wrappers, block_residuals)
         height, width = latent.shape[-2:]
         grid = self._grid(latent)
-        self._check_grid(grid, positions)
+        self.check_grid(grid, positions)
         compression = plan_blocks(kv_compression, self.config, grid[0] * grid[1])
         inputs, embedded_time = self.embed(latent, timestep, context, context_mask, size, attention_options, positions)
         hidden = self._run_blocks(inputs, block_wrappers or {}, block_residuals or {}, compression)
@@ -196,8 +196,8 @@ class PixArtTransformer(nn.Module):
             if outside:
                 raise InputError(f"{name} names block(s) {outside}; this model has blocks 0..{config.depth - 1}.")
 
-    def _check_grid(self, grid: tuple[int, int], positions: Positions | None) -> None:
-        """Positions must be those of this size; trained compression floors the grid, which must leave something."""
+    def check_grid(self, grid: tuple[int, int], positions: Positions | None = None) -> None:
+        """Raises InputError unless positions are of this size and trained compression, which floors the grid, leaves something of it."""
         given = grid if positions is None else tuple(map(len, positions))
         if given != grid:
             raise InputError(f"positions are of {given[0]} x {given[1]} tokens; expected {grid[0]} x {grid[1]}, those of this latent.")

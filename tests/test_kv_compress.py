@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -161,11 +162,13 @@ def test_half_precision(ours):
         ({"first_block": 1.0}, "first_block is 1.0; expected a whole number"),
         ({"last_block": None}, "last_block is None; expected a whole number"),
         ({"end_percent": "1"}, "end_percent is '1'; expected a number"),
-        ({"start_percent": float("nan")}, "start_percent is nan; expected 0 to 1"),
+        ({"start_percent": float("nan")}, "start_percent is nan; expected 0 to below 1"),
         ({"method": "median"}, "method is 'median'; expected one of mean, stride"),
         ({"start_percent": 0.6, "end_percent": 0.4}, "end_percent is 0.4; expected more than start_percent 0.6"),
+        ({"start_percent": 1.0}, "start_percent is 1.0; expected 0 to below 1"),
+        ({"end_percent": True}, "end_percent is True; expected a number"),
         ({"start_percent": 0.5, "end_percent": 0.5}, "more than start_percent"),
-        ({"start_percent": -0.1}, "start_percent is -0.1; expected 0 to 1"),
+        ({"start_percent": -0.1}, "start_percent is -0.1; expected 0 to below 1"),
         ({"end_percent": 1.5}, "end_percent is 1.5; expected 0 to 1"),
         ({"min_tokens": -1}, "min_tokens is -1"),
         ({"key_scale": 0}, "key_scale is 0"),
@@ -174,6 +177,17 @@ def test_half_precision(ours):
 def test_impossible_values(values, message):
     with pytest.raises(InputError, match=message):
         KVCompression(**values)
+
+
+def test_numbers_of_numpy_are_numbers():
+    found = KVCompression(np.int64(4), end_percent=np.float32(0.5))
+    assert (found.ratio, found.end_percent) == (4, 0.5) and type(found.ratio) is int
+
+
+@pytest.mark.parametrize("stranger", ["mean", {"ratio": 2}, [2]])
+def test_strangers_instead_of_a_compression(ours, stranger):
+    with pytest.raises(InputError, match="expected KVCompression"):
+        check_together(stranger, ours.config)
 
 
 @pytest.mark.parametrize(

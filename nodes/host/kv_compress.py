@@ -16,41 +16,46 @@ OPTIONS = 5  # place of transformer_options among the arguments of apply_model
 
 
 class CompressWhileActive:
-    """Wrapper of `apply_model`: names the compression to the network in the steps in which it holds.
+    """Wrapper of `apply_model`: names the compressions to the network in the steps in which they hold.
 
-    The step is looked at here, outside of what torch.compile traces, and only if it matters: reading
-    sigma waits for the GPU.
+    The step is looked at here, outside of what torch.compile traces, once for all of them and only if it matters:
+    reading sigma waits for the GPU.
     """
 
-    def __init__(self, compression: KVCompression) -> None:
-        self.compression = compression
+    def __init__(self, compressions: tuple[KVCompression, ...]) -> None:
+        self.compressions = compressions
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """args: x, sigma, c_concat, c_crossattn, control, transformer_options."""
-        if not self._holds(executor.class_obj.model_sampling, args[1]):
+        active = self._active(executor.class_obj.model_sampling, args[1])
+        if not active:
             return executor(*args, **kwargs)
         named = "transformer_options" in kwargs
         options = kwargs["transformer_options"] if named else args[OPTIONS]
-        options = {**options, KV_COMPRESSION: (*options.get(KV_COMPRESSION, ()), self.compression)}
+        options = {**options, KV_COMPRESSION: (*options.get(KV_COMPRESSION, ()), *active)}
         if named:
             return executor(*args, **{**kwargs, "transformer_options": options})
         return executor(*args[:OPTIONS], options, *args[OPTIONS + 1 :], **kwargs)
 
-    def _holds(self, sampling: Any, sigma: Any) -> bool:
-        return self.compression.always or self.compression.active_at(float(sampling.timestep(sigma[:1])))
+    def _active(self, sampling: Any, sigma: Any) -> tuple[KVCompression, ...]:
+        if all(one.always for one in self.compressions):
+            return self.compressions
+        timestep = float(sampling.timestep(sigma[:1]))
+        return tuple(one for one in self.compressions if one.active_at(timestep))
 
 
 def compress_model(model: Any, compression: KVCompression) -> Any:
     """A clone of a ModelPatcher with the compression added; raises InputError for models and blocks that can't have it."""
     if not isinstance(model.model, PixArtModel):
         raise InputError(f"{NODE}: {_stranger(model.model)}")
-    present = [wrapper.compression for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, NODE)]
+    present = [one for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, NODE) for one in wrapper.compressions]
     try:
         check_together([*present, compression], model.get_model_object("diffusion_model").config)
     except InputError as error:
         raise InputError(f"{NODE}: {error}") from error
     patched = model.clone()
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, NODE, CompressWhileActive(compression))
+    patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, NODE)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, NODE, CompressWhileActive((*present, compression)))
     return patched
 
 

@@ -52,6 +52,7 @@ class PixArtModel(comfy.model_base.PixArt):
         out["c_crossattn"] = CaptionStates(states)
         out["context_mask"] = caption_mask(states, kwargs.get("attention_mask"))
         height, width = _picture_size(kwargs["noise"])
+        self._check_grid(kwargs["noise"])
         out["positions"] = PicturePositions(self.diffusion_model.positions_of(kwargs["noise"]))
         self._check_size(width, height)
         self._warn_once(vae_warning(self.detection.vae))
@@ -79,6 +80,14 @@ class PixArtModel(comfy.model_base.PixArt):
                 + " with PixArtT5Loader, or CLIPLoader with type pixart; CLIP-L and CLIP-G don't fit."
             )
         return states
+
+    def _check_grid(self, noise: Tensor) -> None:
+        """Raises InputError for a picture of which the compression that the model was trained with leaves nothing."""
+        patch = self.diffusion_model.patch_size
+        try:
+            self.diffusion_model.check_grid(tuple(-(-side // patch) for side in noise.shape[-2:]))
+        except InputError as error:
+            raise InputError(f"PixArtModelLoader's model: {error}") from error
 
     def _check_size(self, width: int, height: int) -> None:
         """One warning per model for sizes far from those it was trained at."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import load_transformer
 from ..checkpoints.keys import NULL_CAPTION_KEY
+from ..config import TransformerConfig
 from ..embeddings import position_table
 from ..errors import ConfigError
 from ..model import PixArtTransformer
@@ -45,6 +46,7 @@ def copy_weights(model: PixArtTransformer, path: str, variant: str) -> list[int]
     So may KV compression; the blocks that the model compresses and the file doesn't are returned.
     """
     loaded = load_transformer(path, variant=variant, dtype=torch.float32)
+    _check_compression(model.config, loaded.config, path)
     start, own = loaded.state_dict(), model.state_dict()
     new = sorted(dict(model.config.compressed_blocks).keys() - dict(loaded.config.compressed_blocks).keys())
     optional = {key for key in own if key.startswith(tuple(f"blocks.{i}.attn.{part}." for i in new for part in ("sr", "norm")))}
@@ -57,6 +59,16 @@ def copy_weights(model: PixArtTransformer, path: str, variant: str) -> list[int]
         )
     model.load_state_dict(start, strict=False)
     return new
+
+
+def _check_compression(wanted: TransformerConfig, found: TransformerConfig, path: str) -> None:
+    """Raises ConfigError where the file's blocks were trained with compression that the run doesn't have: few modes have weights."""
+    blocks, mode = set(found.compressed_blocks), found.compression_mode
+    if blocks and not (blocks <= set(wanted.compressed_blocks) and mode == wanted.compression_mode):
+        raise ConfigError(
+            f"{path} was trained with KV compression, {mode}, of the blocks and ratios {sorted(blocks)}; this run has "
+            f"{wanted.compression_mode} of {sorted(wanted.compressed_blocks)}. Give the recipe the same compressed_blocks, or more."
+        )
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from tests.support import checkpoint_factory, host
 from tests.support.host_models import CAPTIONS, captions, difference, forward, load_model, noise, sample
 from tests.support.kv_reference import compressed_model, predict, write_compressed
 
+kv_module = host.pack_module("nodes.host.kv_compress")
 errors = host.pack_module("pixart.errors")
 core = host.pack_module("pixart.kv_compress")
 load = host.pack_module("pixart.checkpoints.load")
@@ -70,6 +71,11 @@ class TestTrained:
         assert keys_seen(model) == [[1, 16, 4]]
         assert torch.isfinite(run(model)).all()
 
+    def test_a_picture_that_compression_would_empty(self, tmp_path: Path) -> None:
+        path, _ = write_compressed("safetensors", tmp_path, {1: 5}, "conv", **SIZES)
+        with pytest.raises(errors.InputError, match="PixArtModelLoader's model: block 1 compresses .* by 5.* 4 x 4 .*at least 80 px"):
+            run(load_model(path))
+
     def test_blocks_are_not_compressed_twice(self, tmp_path: Path) -> None:
         model = load_model(write_compressed("safetensors", tmp_path, BLOCKS, "conv", **SIZES)[0])
         with pytest.raises(errors.InputError, match=r"PixArtKVCompress: block\(s\) 0, 2 of 0-2 .* Expected blocks among 1"):
@@ -104,6 +110,17 @@ class TestPatch:
         """The normal schedule's four steps are at timesteps 999, 666, 333 and 0."""
         found = keys_seen(patch(sigma, start_percent=0.2, end_percent=0.9), steps=4)
         assert found == [[16] * 3, [4] * 3, [4] * 3, [16] * 3]
+
+    def test_the_step_is_looked_at_once_for_all_patches_and_only_if_it_matters(self, sigma, monkeypatch) -> None:
+        """Each look waits for the GPU."""
+        looks, timestep = [], type(sigma.model.model_sampling).timestep
+        monkeypatch.setattr(core.KVCompression, "active_at", lambda one, at: looks.append(at) or True)
+        monkeypatch.setattr(kv_module, "float", lambda value: reads.append(1) or float(value), raising=False)
+        reads: list[int] = []
+        run(patch(sigma))
+        assert (looks, reads) == ([], [])
+        run(patch(patch(sigma, last_block=0, end_percent=0.5), first_block=1, end_percent=0.9))
+        assert timestep is not None and len(reads) == 3 and len(looks) == 6
 
     def test_two_nodes(self, sigma) -> None:
         first = patch(sigma, last_block=0)

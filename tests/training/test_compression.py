@@ -100,8 +100,16 @@ def test_a_run_begins_from_weights_without_compression(recipe_path, tmp_path, mo
     again = recipe_path(**{**asked, "initialize": str(out), "run_dir": str(tmp_path / "again")})  # goes on, begins nothing anew
     continued = loop.Trainer(load_recipe(again)).transformer.state_dict()
     torch.testing.assert_close(continued, load_transformer(out, dtype=torch.float32).state_dict())
-    with pytest.raises(ConfigError, match=r"can't begin.*blocks\.1\.attn\.(norm|sr)"):
+    with pytest.raises(ConfigError, match=r"was trained with KV compression, conv, .*\[\(1, 2\)\]; this run has conv of \[\]"):
         loop.Trainer(load_recipe(recipe_path(initialize=str(out), run_dir=str(tmp_path / "plain"))))
+
+
+def test_compression_without_weights_is_no_start_of_a_run_without_it(tmp_path, monkeypatch):
+    """No key tells the two apart."""
+    config = replace(CONFIG, compressed_blocks=((1, 2),), compression_mode="uniform")
+    monkeypatch.setattr(initialize, "load_transformer", lambda *_, **__: PixArtTransformer(config))
+    with pytest.raises(ConfigError, match=r"uniform, of the blocks and ratios \[\(1, 2\)\]; this run has conv of \[\]"):
+        initialize.copy_weights(PixArtTransformer(CONFIG), "first.safetensors", "demo")
 
 
 @pytest.mark.parametrize("value", ["all", [[1]], [[1, "2"]], [1, 2], [[9, 2]], [[1, 1]]])
