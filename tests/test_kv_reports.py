@@ -80,9 +80,14 @@ def test_missing_reports_are_named_with_their_command(tmp_path) -> None:
         kv_tradeoff.main(["--speed", str(tmp_path / "no.json"), "--out", str(tmp_path)])
 
 
-def test_profile_names_the_largest_operations(tmp_path) -> None:
-    step_profile.main(["--px", "64", "--blocks", "1", "--dtype", "fp32", "--rounds", "1", "--out", str(tmp_path)])
+def test_profile_names_the_largest_operations(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(step_profile, "choose_host", lambda *_: None)  # the core and diffusers need none
+    few = ["--px", "64", "--blocks", "1", "--dtype", "fp32", "--rounds", "1", "--peers", "diffusers"]
+    step_profile.main([*few, "--out", str(tmp_path)])
     size = json.loads((tmp_path / "step_profile-cpu-fp32.json").read_text(encoding="utf-8"))["sizes"][0]
     shares = [one["share"] for one in size["operations"]]
     assert shares == sorted(shares, reverse=True) and 0.5 < sum(shares) <= 1
     assert any("4608" in one["shapes"] for one in size["operations"])  # the MLP, the widest layers
+    assert set(size["kinds"]) == {"core", "diffusers"}
+    for each in size["kinds"].values():
+        assert each["matrix products"] > each["GELU"] > 0 and each["attention"] > 0 and each["norms"] > 0

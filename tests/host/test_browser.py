@@ -14,6 +14,7 @@ from tests.host.test_workflows import STEMS, read, specifications
 
 pytestmark = pytest.mark.browser
 CONVERT = "async () => (await window.app.graphToPrompt()).output"
+BYPASS = "type => window.app.graph._nodes.filter(n => n.type === type).forEach(n => { n.mode = 4; })"
 COUNT = "() => window.app.graph._nodes.find(n => n.title === 'Prompt').widgets.find(w => w.name === 'tokens').value"
 UNKNOWN = "() => window.app.graph._nodes.map(n => n.type).filter(type => !(type in window.LiteGraph.registered_node_types))"
 
@@ -64,6 +65,18 @@ def object_info(server: Host) -> dict[str, Any]:
 def test_the_frontend_turns_each_workflow_into_its_api_graph(page: Any, object_info: dict[str, Any], stem: str) -> None:
     page.evaluate(screenshots.LOAD, read(f"{stem}.json"))
     assert stripped(page.evaluate(CONVERT)) == stripped(with_defaults(read(f"api/{stem}.json"), object_info))
+
+
+def test_bypassing_kv_compression_leaves_the_graph_without_it(page: Any, object_info: dict[str, Any]) -> None:
+    """As Ctrl+B does: what it was given goes to those it gave to."""
+    page.evaluate(screenshots.LOAD, read("sigma-2k-kv.json"))
+    page.evaluate(BYPASS, "PixArtKVCompress")
+    expected = with_defaults(read("api/sigma-2k-kv.json"), object_info)
+    patch = next(number for number, node in expected.items() if node["class_type"] == "PixArtKVCompress")
+    model = expected.pop(patch)["inputs"]["model"]
+    for node in expected.values():
+        node["inputs"] = {name: model if value == [patch, 0] else value for name, value in node["inputs"].items()}
+    assert stripped(page.evaluate(CONVERT)) == stripped(expected)
 
 
 def test_every_node_is_known_to_the_frontend(page: Any) -> None:

@@ -90,6 +90,18 @@ def test_control_changes_the_picture_and_is_gone_without_it(sigma, control) -> N
     assert torch.equal(sample(sigma, *applied(control, strength=0.0)), plain)
 
 
+def test_with_kv_compression_of_the_model(sigma, control, monkeypatch) -> None:
+    """The ControlNet branches off an uncompressed first block, and its residuals enter the compressed model."""
+    seen = steps_of(sigma, monkeypatch)
+    conditioning = applied(control)
+    kv = host.pack_module("pixart.kv_compress").KVCompression(2)
+    compressed = host.pack_module("nodes.host.kv_compress").compress_model(sigma, kv)
+    pictures = [sample(model, *conditioning, steps=1) for model in (sigma, compressed)]
+    assert difference(*pictures) > 1e-3 and difference(pictures[1], sample(compressed, captions(5), captions(3, seed=1), steps=1)) > 1e-3
+    plain, patched = (given["input"] for *_, given in seen[:2])
+    assert all(torch.equal(*pair) for pair in zip(plain, patched, strict=True))
+
+
 def test_start_and_end_choose_the_steps(sigma, control, monkeypatch) -> None:
     seen = steps_of(sigma, monkeypatch)
     sample(sigma, *applied(control, start=0.3, end=0.6), steps=6)
