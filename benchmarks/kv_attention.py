@@ -102,10 +102,12 @@ def markdown(report: dict[str, Any]) -> str:
         cells = [f"{row['attention']:.3f} / {row['prediction']:.4f}" for row in rows if (row["method"], row["ratio"]) == (method, ratio)]
         lines.append(f"| {method} | {ratio} | " + " | ".join(cells) + " |")
     facts = report["machine"]
-    lines += ["", "Relative error of attention (mean of the range's blocks, each on the uncompressed model's tokens) / of the predicted noise "
-              f"when only this range is compressed. Random weights of the full width, {report['blocks']} blocks, {report['pixels']} px, "
-              f"{report['image_tokens']} tokens, {report['dtype']}: their attention is nearly even, so trained weights may lose less or more; "
-              f"kv_quality has pictures. torch {facts['torch']}."]  # fmt: skip
+    lines += [
+        "", "Relative error of attention (mean of the range's blocks, each on the uncompressed model's tokens) / of the predicted noise "
+        f"when only this range is compressed. Random weights of the full width, {report['blocks']} blocks, {report['pixels']} px, "
+        f"{report['image_tokens']} tokens, {report['dtype']}: their attention is nearly even, so trained weights may lose less or more; "
+        f"kv_quality has pictures. torch {facts['torch']}.",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -15,25 +15,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from demo import WEIGHTS  # noqa: E402
-from demo.evaluate import KINDS, Run, Sampler, measure  # noqa: E402
-from pixart import Pipeline, load_transformer  # noqa: E402
-from pixart.kv_compress import KVCompression  # noqa: E402
-from pixart.model import PixArtTransformer  # noqa: E402
+from benchmarks import plots
+from demo import WEIGHTS
+from demo.evaluate import KINDS, Run, Sampler, measure
+from pixart import Pipeline, load_transformer
+from pixart.kv_compress import KVCompression
+from pixart.model import PixArtTransformer
 
 RESULTS = Path(__file__).parent / "results"
 EXACT = "uncompressed"
 PARTS = {"all": (0, -1), "first half": (0, 3), "last half": (4, -1), "without ends": (1, 6)}  # of the demo's 8 blocks
 TOKEN = 16  # pixels of a side
 PERCENTS = ((0.0, 0.5), (0.2, 1.0), (0.5, 1.0))
+EARLY = ((2, 0.3), (2, 0.7), (2, 0.85), (4, 0.3), (4, 0.5))  # ratio, and until which part of sampling
 KEYS = {"length kept": {"keep_length": True}, "keys x 1.15": {"key_scale": 1.15}, "keys x 1.3": {"key_scale": 1.3}}
 EDGES = {"edges as whole cells": {"size_bias": False}}  # differs only where the ratio doesn't divide the grid of tokens
 
@@ -63,8 +61,14 @@ def settings(size: str = "256") -> Iterator[Setting]:
         for keys, values in keys_of_size.items():
             first, last = PARTS[part]
             yield Setting(f"mean 2, {part}, {keys}", "mean 2, other keys", (KVCompression(2, "mean", first, last, **values),))
-    both = (KVCompression(2, "mean", 0, 3), KVCompression(4, "mean", 4, -1))
-    yield Setting("mean 2 first half, mean 4 last half", "mean 2 and 4", both)
+    for ratio, end in EARLY:
+        one = KVCompression(ratio, "mean", end_percent=end)
+        yield Setting(f"mean {ratio}, 0% to {end:.0%} of sampling", "mean, part of sampling", (one,))
+    first, last = PARTS["first half"], PARTS["last half"]
+    both = (KVCompression(2, "mean", *first), KVCompression(4, "mean", *last))
+    yield Setting("mean 2 first half, mean 4 last half", "mean, mixed", both)
+    longer = (KVCompression(2, "mean", *first), KVCompression(2, "mean", *last, end_percent=0.5))
+    yield Setting("mean 2, first half always, last half to 50%", "mean, mixed", longer)
 
 
 def trained_settings(recipe_path: Path) -> Iterator[Setting]:
@@ -184,39 +188,25 @@ def run(pipeline: Pipeline, wanted: Sequence[Setting], chosen: argparse.Namespac
         file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         file.with_suffix(".md").write_text(markdown(report) + "\n", encoding="utf-8")
         print(f"{setting.name:<44} alignment {row['alignment']:.1%}  latent error {row['latent_error']:.3f}", flush=True)
-    plot(report, chosen.out / "kv_quality.png")
+    plots.quality(report, report["results"][EXACT]["alignment"], chosen.out / "kv_quality.png")
 
 
 def markdown(report: dict[str, Any]) -> str:
     """One row a setting."""
-    lines = ["| setting | work of self-attention | pictures as asked | beside uncompressed, points | latent error |", "|---|---|---|---|---|"]
+    heads = ("setting", "work of self-attention", "pictures as asked", "beside uncompressed, points", "latent error")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in report["results"].values():
         points = f"{100 * row['difference']:+.1f} ± {100 * row['difference_half_interval']:.1f}"
         lines.append(
             f"| {row['name']} | {row['share_of_attention']:.0%} | {row['alignment']:.1%} | {points} | {row['latent_error']:.3f} |"
         )
     facts = report["settings"]
-    lines += ["", f"Demo model, {2 * facts['count']} held-out prompts, {facts['size']} px, {facts['steps']} steps, cfg {facts['cfg']:g}, "
-              f"{facts['dtype']}. Points: of the same prompts and noise, with the 95 % interval of the pairs. Latent error: relative "
-              "distance from the uncompressed model's latent from the same noise. All but conv is an approximation without training."]  # fmt: skip
+    lines += [
+        "", f"Demo model, {2 * facts['count']} held-out prompts, {facts['size']} px, {facts['steps']} steps, cfg {facts['cfg']:g}, "
+        f"{facts['dtype']}. Points: of the same prompts and noise, with the 95 % interval of the pairs. Latent error: relative distance "
+        "from the uncompressed model's latent from the same noise. All but conv is an approximation without training.",
+    ]  # fmt: skip
     return "\n".join(lines)
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Alignment and distance against the work that is left of self-attention."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
-    rows = list(report["results"].values())
-    for group in dict.fromkeys(row["group"] for row in rows):
-        found = [row for row in rows if row["group"] == group]
-        work = [100 * row["share_of_attention"] for row in found]
-        axes[0].plot(work, [100 * row["alignment"] for row in found], "o", label=group)
-        axes[1].plot(work, [row["latent_error"] for row in found], "o", label=group)
-    axes[0].axhline(100 * report["results"][EXACT]["alignment"], color="0.6", lw=0.8)
-    axes[0].set(xlabel="work of self-attention, %", ylabel="pictures as asked, %", title="alignment")
-    axes[1].set(xlabel="work of self-attention, %", ylabel="relative error of the latent", title="distance from the uncompressed picture")
-    axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

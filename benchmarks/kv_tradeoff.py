@@ -1,7 +1,8 @@
 """Speed against quality of KV compression in one plot: `python -m benchmarks kv_tradeoff`.
 
 Joins what `forward --kv 14:2,28:2,14:4,28:4` and `kv_quality` have written: time of a full-size step beside the uncompressed one,
-and the demo's pictures with the same share of blocks compressed by the same ratio. Writes kv_tradeoff.json, .md and .png.
+and the demo's pictures with the same share of blocks compressed by the same ratio in the same part of sampling. Writes
+kv_tradeoff.json, .md and .png.
 """
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.kv_quality import EXACT
 from benchmarks.peers import XL_BLOCKS, Compressed
 from pixart.config import get_variant
 from pixart.kv_compress import KVCompression
 
 RESULTS = Path(__file__).parent / "results"
-EXACT = "uncompressed"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,25 +45,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def join(speed: dict[str, Any], quality: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every setting of kv_quality whose cost was timed, at every size; the uncompressed one has time 1."""
+    """Every setting of kv_quality whose cost follows from what was timed, at every size; the uncompressed one has time 1."""
     points = []
     for size in speed["sizes"]:
         for row in quality["results"].values():
-            cost = cost_of(row)
-            time = 1.0 if row["name"] == EXACT else size["kv_ratio"].get(cost)
+            time = time_of(row, size["kv_ratio"])
             if time is not None:
                 shown = {name: row[name] for name in ("name", "group", "alignment", "latent_error")}
-                points.append({"pixels": size["pixels"], "kv": cost, "time": time, **shown})
+                points.append({"pixels": size["pixels"], "time": time, **shown})
     return points
 
 
-def cost_of(row: dict[str, Any]) -> str | None:
-    """A setting's compression as forward names it: which blocks doesn't matter for time, only how many. None for mixtures."""
+def time_of(row: dict[str, Any], timed: dict[str, float]) -> float | None:
+    """Time of a setting's sampling beside the uncompressed one's; None where a part of it wasn't timed.
+
+    Each block saves the same wherever it stands, and a patch for a part of sampling saves only there.
+    """
+    if row["name"] != EXACT and not row["compression"]:
+        return None  # a model of its own
+    time = 1.0
+    for patch in (KVCompression(**each) for each in row["compression"]):
+        ratio = timed.get(cost_of(patch))
+        if ratio is None:
+            return None
+        time -= (1 - ratio) * (patch.end_percent - patch.start_percent)
+    return round(time, 4)
+
+
+def cost_of(patch: KVCompression) -> str:
+    """A patch of the demo's blocks as forward names it: which blocks doesn't matter for time, only how many."""
     depth = get_variant("demo").transformer.depth
-    patches = [KVCompression(**each) for each in row["compression"]]
-    if len(patches) != 1 or not patches[0].always:
-        return None
-    return str(Compressed(round(len(patches[0].blocks(depth)) * XL_BLOCKS / depth), patches[0].ratio))
+    return str(Compressed(round(len(patch.blocks(depth)) * XL_BLOCKS / depth), patch.ratio))
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -76,8 +89,11 @@ def markdown(report: dict[str, Any]) -> str:
         times = [f"{found[pixels]['time']:.2f}" if pixels in found else "" for pixels in sizes]
         one = next(iter(found.values()))
         lines.append(f"| {name} | " + " | ".join(times) + f" | {one['alignment']:.1%} | {one['latent_error']:.3f} |")
-    lines += ["", "Time of a full-size step with guidance beside the uncompressed one; alignment score and relative distance of the latent from "
-              f"the uncompressed one, of the demo model at {report['quality']['size']} px. An approximation: no weights were trained for it."]  # fmt: skip
+    lines += [
+        "", "Time of full-size steps with guidance beside the uncompressed ones (a patch for a part of sampling: the mean over all steps); "
+        "alignment score and relative distance of the latent from the uncompressed one, of the demo model at "
+        f"{report['quality']['size']} px. An approximation: no weights were trained for it.",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 

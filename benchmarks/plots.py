@@ -81,6 +81,27 @@ def attention_errors(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def quality(report: dict[str, Any], exact: float, path: Path) -> None:
+    """Alignment and distance against the work that is left of self-attention; `exact` is the uncompressed model's alignment."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), dpi=110, constrained_layout=True)
+    rows = list(report["results"].values())
+    for number, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
+        found = [row for row in rows if row["group"] == group]
+        work = [100 * row["share_of_attention"] for row in found]
+        marker = "osD^v*PX"[number % 8]
+        axes[0].plot(work, [100 * row["alignment"] for row in found], marker, label=group)
+        axes[1].plot(work, [row["latent_error"] for row in found], marker, label=group)
+    axes[0].axhline(100 * exact, color="0.6", lw=0.8)
+    axes[0].set(ylabel="pictures as asked, %", title="alignment")
+    axes[1].set(ylabel="relative error of the latent", title="distance from the uncompressed picture")
+    for each in axes:
+        each.set(xlabel="work of self-attention, %")
+        each.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def tradeoff(report: dict[str, Any], path: Path) -> None:
     """Alignment, and distance from the uncompressed picture, over the time of a step; one marker a size."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), dpi=110, constrained_layout=True)
@@ -97,7 +118,7 @@ def tradeoff(report: dict[str, Any], path: Path) -> None:
     axes[0].set(ylabel="pictures as asked, %", title="alignment of the demo's pictures")
     axes[1].set(ylabel="relative error of the latent", title="distance from the uncompressed picture")
     for each in axes:
-        each.set(xlabel="time of a full-size step / uncompressed")
+        each.set(xlabel="time of full-size sampling / uncompressed")
         each.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path)

@@ -57,7 +57,8 @@ def test_speed_and_quality_meet_where_blocks_and_ratio_agree(tmp_path) -> None:
         quality_row("uncompressed"), quality_row("last half", KVCompression(2, first_block=4)),
         quality_row("first half", KVCompression(2, last_block=3)), quality_row("all by 4", KVCompression(4)),
         quality_row("part of sampling", KVCompression(2, first_block=4, end_percent=0.5)),
-        quality_row("both", KVCompression(2, last_block=3), KVCompression(2, first_block=4)),
+        quality_row("both", KVCompression(2, last_block=3), KVCompression(2, first_block=4, end_percent=0.5)),
+        quality_row("three blocks", KVCompression(2, last_block=2)), quality_row("a model of its own"),
     ]  # fmt: skip
     quality = {"settings": {"size": 256}, "results": {row["name"]: row for row in rows}}
     speed = {"machine": MACHINE, "device": "cpu", "dtype": "bf16", "sizes": [
@@ -68,7 +69,8 @@ def test_speed_and_quality_meet_where_blocks_and_ratio_agree(tmp_path) -> None:
     kv_tradeoff.main(["--speed", str(tmp_path / "s.json"), "--quality", str(tmp_path / "q.json"), "--out", str(tmp_path)])
     points = json.loads((tmp_path / "kv_tradeoff.json").read_text(encoding="utf-8"))["points"]
     assert [(point["pixels"], point["name"], point["time"]) for point in points] == [
-        (2048, "uncompressed", 1.0), (2048, "last half", 0.7), (2048, "first half", 0.7),
+        (2048, "uncompressed", 1.0), (2048, "last half", 0.7), (2048, "first half", 0.7), (2048, "part of sampling", 0.85),
+        (2048, "both", 0.55),
         (4096, "uncompressed", 1.0), (4096, "all by 4", 0.2),
     ]  # fmt: skip
     table = (tmp_path / "kv_tradeoff.md").read_text(encoding="utf-8")
