@@ -32,6 +32,7 @@ PARTS = {"all": (0, -1), "first half": (0, 3), "last half": (4, -1), "without en
 TOKEN = 16  # pixels of a side
 PERCENTS = ((0.0, 0.5), (0.2, 1.0), (0.5, 1.0))
 EARLY = ((2, 0.3), (2, 0.7), (2, 0.85), (4, 0.3), (4, 0.5))  # ratio, and until which part of sampling
+ALL = {"start_percent": 0.0, "end_percent": 1.0}  # of sampling
 KEYS = {"length kept": {"keep_length": True}, "keys x 1.15": {"key_scale": 1.15}, "keys x 1.3": {"key_scale": 1.3}}
 EDGES = {"edges as whole cells": {"size_bias": False}}  # differs only where the ratio doesn't divide the grid of tokens
 
@@ -53,22 +54,24 @@ def settings(size: str = "256") -> Iterator[Setting]:
     for method in ("mean", "stride"):
         for ratio in (2, 4):
             for part, (first, last) in PARTS.items():
-                yield Setting(f"{method} {ratio}, {part}", f"{method} {ratio}", (KVCompression(ratio, method, first, last),))
+                yield Setting(f"{method} {ratio}, {part}", f"{method} {ratio}", (KVCompression(ratio, method, first, last, **ALL),))
         for start, end in PERCENTS:
             one = KVCompression(2, method, start_percent=start, end_percent=end)
             yield Setting(f"{method} 2, {start:.0%} to {end:.0%} of sampling", f"{method}, part of sampling", (one,))
     for part in ("all", "last half"):
         for keys, values in keys_of_size.items():
             first, last = PARTS[part]
-            yield Setting(f"mean 2, {part}, {keys}", "mean 2, other keys", (KVCompression(2, "mean", first, last, **values),))
+            yield Setting(f"mean 2, {part}, {keys}", "mean 2, other keys", (KVCompression(2, "mean", first, last, **ALL, **values),))
     for ratio, end in EARLY:
         one = KVCompression(ratio, "mean", end_percent=end)
         yield Setting(f"mean {ratio}, 0% to {end:.0%} of sampling", "mean, part of sampling", (one,))
     first, last = PARTS["first half"], PARTS["last half"]
-    both = (KVCompression(2, "mean", *first), KVCompression(4, "mean", *last))
+    both = (KVCompression(2, "mean", *first, **ALL), KVCompression(4, "mean", *last, **ALL))
     yield Setting("mean 2 first half, mean 4 last half", "mean, mixed", both)
-    longer = (KVCompression(2, "mean", *first), KVCompression(2, "mean", *last, end_percent=0.5))
+    longer = (KVCompression(2, "mean", *first, **ALL), KVCompression(2, "mean", *last, end_percent=0.5))
     yield Setting("mean 2, first half always, last half to 50%", "mean, mixed", longer)
+    falling = (KVCompression(4, "mean", end_percent=0.5), KVCompression(2, "mean", start_percent=0.5, end_percent=1.0))
+    yield Setting("mean 4 to 50%, then mean 2", "mean, mixed", falling)
 
 
 def trained_settings(recipe_path: Path) -> Iterator[Setting]:

@@ -163,7 +163,9 @@ def host_model(work: Workload, name: str) -> Any:
     if not compressed:
         return work.models[loader].clone()
     wanted = Compressed.parse(compressed)
-    patch = host.pack_module("pixart.kv_compress").KVCompression(wanted.ratio, first_block=wanted.first_block(work.size.blocks))
+    patch = host.pack_module("pixart.kv_compress").KVCompression(
+        wanted.ratio, first_block=wanted.first_block(work.size.blocks), end_percent=1.0
+    )  # fmt: skip
     return host.pack_module("nodes.host.kv_compress").compress_model(work.models[loader], patch)
 
 

@@ -135,7 +135,7 @@ def _ours(work: Workload, vae: Vae | None, chosen: argparse.Namespace, kv: Compr
         TextEmbeddings(states.to(work.device, work.dtype), torch.ones(states.shape[:2], dtype=torch.bool, device=work.device))
         for states in work.captions
     )
-    compression = KVCompression(kv.ratio, first_block=kv.first_block(work.size.blocks)) if kv else ()
+    compression = KVCompression(kv.ratio, first_block=kv.first_block(work.size.blocks), end_percent=1.0) if kv else ()
     return lambda: pipeline(
         prompt_embeds=positive, negative_prompt_embeds=negative, steps=chosen.steps, guidance=chosen.guidance,
         width=work.size.pixels, height=work.size.pixels, use_bins=False, seed=0, output="pt" if vae else "latent", progress=False,

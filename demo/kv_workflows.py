@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from pixart.kv_compress import KVCompression
+
 from .workflow_builder import KV_NOTE, PROMPT, TILES, Workflow, sigma, text_to_image
 
 SIGMA_2K = sigma("PixArt-Sigma-XL-2-2K-MS.pth")
 
 
-def high_resolution(base: int, compress: Sequence[tuple[int, int, int]]) -> Workflow:
+def high_resolution(base: int, compress: Sequence[KVCompression]) -> Workflow:
     """The 2K weights at 2K or beyond, with KV compression."""
     return text_to_image(SIGMA_2K, "sigma-2k", base, 300, PROMPT, f"pixart-sigma-{base}-kv", tiled=True, compress=compress)
 
 
-def hires_fix(scale: int, denoise: float, compress: Sequence[tuple[int, int, int]]) -> Workflow:
+def hires_fix(scale: int, denoise: float, compress: Sequence[KVCompression]) -> Workflow:
     """A 1024 px picture, enlarged and drawn again with the 2K weights from a part of the noise."""
     size, prefix = 1024 * scale, f"pixart-hires-{1024 * scale}"
     flow = Workflow(sigma("PixArt-Sigma-XL-2-1024-MS.pth"), "")
@@ -25,8 +27,8 @@ def hires_fix(scale: int, denoise: float, compress: Sequence[tuple[int, int, int
     positive = flow.text("Prompt", t5, PROMPT, 300, 0)
     negative = flow.text("Negative prompt", t5, "", 300, 1)
     latent = flow.add("PixArtResolution", "Size", 1, 2, base="1024", width=1024, height=1024, batch_size=1)
-    for row, (ratio, first, last) in enumerate(compress, start=3):
-        large = flow.compress(large, row, ratio, first, last)
+    for row, how in enumerate(compress, start=3):
+        large = flow.compress(large, row, how)
     drawn = flow.decode(flow.sample("Sampler", model, positive, negative, [latent, 0]), vae, f"{prefix}-first")
     enlarged = flow.add(
         "ImageScaleBy", "Enlarge", 3, 1, image=[drawn, 0], upscale_method="lanczos", scale_by=float(scale)
@@ -37,11 +39,16 @@ def hires_fix(scale: int, denoise: float, compress: Sequence[tuple[int, int, int
     return flow
 
 
-# Blocks 14 to 27 are those that the Σ paper trains with compression.
+def falling(until: float) -> list[KVCompression]:
+    """By 4 while composition is found, then by 2: for sizes where even half of a step without would take too long."""
+    return [KVCompression(4, end_percent=until), KVCompression(2, start_percent=until, end_percent=1.0)]
+
+
+# A second pass with denoise 0.5 lies in the later half of the noise schedule, with 0.4 after 0.6.
 KV_WORKFLOWS: Mapping[str, Callable[[], Workflow]] = {
-    "sigma-2k-kv": lambda: high_resolution(2048, [(2, 14, 27)]),
-    "sigma-2880-kv": lambda: high_resolution(2880, [(2, 0, 27)]),
-    "sigma-4096-kv": lambda: high_resolution(4096, [(2, 0, 13), (4, 14, 27)]),
-    "hires-2k": lambda: hires_fix(2, 0.5, [(2, 14, 27)]),
-    "hires-4096": lambda: hires_fix(4, 0.4, [(2, 0, 13), (4, 14, 27)]),
+    "sigma-2k-kv": lambda: high_resolution(2048, [KVCompression()]),
+    "sigma-2880-kv": lambda: high_resolution(2880, [KVCompression(4)]),
+    "sigma-4096-kv": lambda: high_resolution(4096, falling(0.5)),
+    "hires-2k": lambda: hires_fix(2, 0.5, [KVCompression(end_percent=0.75)]),
+    "hires-4096": lambda: hires_fix(4, 0.4, falling(0.8)),
 }

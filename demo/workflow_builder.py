@@ -106,12 +106,13 @@ class Workflow:
         self.note += f"\n\n{weights.transformer} -> models/diffusion_models\n{weights.transformer_url}"
         return model
 
-    def compress(self, model: str, row: int, ratio: int, first_block: int = 0, last_block: int = -1) -> str:
-        """A KV compression patch for all of sampling."""
-        title = f"KV compression, blocks {first_block} to {'the last' if last_block == -1 else last_block}"
+    def compress(self, model: str, row: int, how: KVCompression) -> str:
+        """A KV compression patch."""
+        title = f"KV compression, R = {how.ratio}, {how.start_percent:.0%} to {how.end_percent:.0%}"
         return self.add(
-            "PixArtKVCompress", title, 1, row, model=[model, 0], ratio=ratio, method=KVCompression.method,
-            first_block=first_block, last_block=last_block, start_percent=0.0, end_percent=1.0, min_tokens=0,
+            "PixArtKVCompress", title, 1, row, model=[model, 0], ratio=how.ratio, method=how.method,
+            first_block=how.first_block, last_block=how.last_block, start_percent=how.start_percent, end_percent=how.end_percent,
+            min_tokens=how.min_tokens,
         )  # fmt: skip
 
     def loaders(self, variant: str) -> tuple[str, str, str]:
@@ -149,15 +150,15 @@ class Workflow:
 
 def text_to_image(
     weights: Weights, variant: str, base: int, tokens: int, prompt: str, prefix: str, note: str = "", tiled: bool = False,
-    compress: Sequence[tuple[int, int, int]] = (),
+    compress: Sequence[KVCompression] = (),
 ) -> Workflow:  # fmt: skip
-    """Prompt to picture. compress: (ratio, first block, last block) of each KV compression."""
+    """Prompt to picture."""
     flow = Workflow(weights, (note or weights.note()) + (KV_NOTE if compress else ""))
     model, t5, vae = flow.loaders(variant)
     positive = flow.text("Prompt", t5, prompt, tokens, 0)
     negative = flow.text("Negative prompt", t5, "", tokens, 1)
     size = flow.add("PixArtResolution", "Size", 1, 2, base=str(base), width=base, height=base, batch_size=1)
-    for row, (ratio, first, last) in enumerate(compress, start=3):
-        model = flow.compress(model, row, ratio, first, last)
+    for row, how in enumerate(compress, start=3):
+        model = flow.compress(model, row, how)
     flow.decode(flow.sample("Sampler", model, positive, negative, [size, 0]), vae, prefix, tiled=tiled)
     return flow

@@ -25,14 +25,18 @@ NUMBERS = tuple(range(MAX_RATIO + 1))  # by its place here, a ratio that changes
 
 @dataclass(frozen=True)
 class KVCompression:
-    """What to compress, and when; several with different blocks go together. Raises InputError for impossible values."""
+    """What to compress, and when; several with different blocks go together. Raises InputError for impossible values.
+
+    The defaults are what keeps most of the demo's pictures at the same cost (benchmarks/results/kv_quality.md): means, and the
+    first half of sampling, where composition is found; details need every key. end_percent=1 is fastest.
+    """
 
     ratio: int = 2  # of a cell's side, in tokens
     method: str = "mean"  # "mean" of a cell's tokens, or "stride": its first
     first_block: int = 0
     last_block: int = -1  # inclusive; -1 is the model's last
     start_percent: float = 0.0  # of sampling, 0 is its begin; as the host's nodes count it
-    end_percent: float = 1.0
+    end_percent: float = 0.5
     min_tokens: int = 0  # smaller pictures are left alone; a token is 16 x 16 pixels
     key_scale: float = 1.0  # of merged keys; above 1 sharpens the attention that means have flattened
     keep_length: bool = False  # stretches each mean key, per head, to the mean length of the keys it stands for

@@ -206,11 +206,11 @@ def test_blocks_outside_the_model(ours, compression, message):
 
 
 def test_a_block_is_compressed_once_at_a_time():
-    early, late = KVCompression(2, end_percent=0.5), KVCompression(4, start_percent=0.5)
+    early, late = KVCompression(2, end_percent=0.5), KVCompression(4, start_percent=0.5, end_percent=1.0)
     check_together([early, late], CONFIG)
     check_together([KVCompression(last_block=1), KVCompression(4, first_block=2)], CONFIG)
     with pytest.raises(InputError, match=r"block\(s\) 1-2 are compressed already \(by 4, from 0.5 to 1 of sampling\)"):
-        check_together([early, late, KVCompression(2, first_block=1, start_percent=0.6)], CONFIG)
+        check_together([early, late, KVCompression(2, first_block=1, start_percent=0.6, end_percent=0.9)], CONFIG)
     with pytest.raises(InputError, match="block 0 is compressed already"):
         plan_blocks([early, late], CONFIG, 16)
 
@@ -225,10 +225,10 @@ def test_blocks_that_were_trained_so_are_refused():
 
 
 def test_parts_of_sampling_neither_overlap_nor_leave_gaps():
-    parts = [KVCompression(end_percent=0.3), KVCompression(start_percent=0.3, end_percent=0.8), KVCompression(start_percent=0.8)]
+    parts = [KVCompression(end_percent=0.3), KVCompression(start_percent=0.3, end_percent=0.8), KVCompression(start_percent=0.8, end_percent=1.0)]
     for timestep in range(1000):
         assert sum(part.active_at(timestep) for part in parts) == 1
-        assert KVCompression().active_at(timestep)
+        assert KVCompression(end_percent=1.0).active_at(timestep)
     assert parts[0].active_at(999) and parts[0].active_at(700) and not parts[0].active_at(699)
     assert parts[2].active_at(0) and not parts[2].active_at(200)
 
@@ -256,7 +256,7 @@ def test_sampler_compresses_in_its_part_of_sampling():
     methods = {"config": CONFIG, "__call__": staticmethod(transformer), "positions_of": lambda self, latent: None}
     recording = type("Recorder", (), methods)()
     text = TextEmbeddings(torch.zeros(1, 2, 32), torch.ones(1, 2))
-    wanted = [KVCompression(2, end_percent=0.5), KVCompression(4, start_percent=0.8)]
+    wanted = [KVCompression(2, end_percent=0.5), KVCompression(4, start_percent=0.8, end_percent=1.0)]
     denoise(recording, torch.zeros(1, 4, 4, 4), text, Scheduler(), steps=4, kv_compression=wanted)
     assert seen == [(999, [2]), (700, [2]), (400, []), (100, [4])]
     with pytest.raises(InputError, match="compressed already"):

@@ -38,9 +38,9 @@ def test_share_of_attention() -> None:
     def share(*compression: KVCompression) -> float:
         return share_of_attention(Setting("x", "x", compression), DEMO)
 
-    assert share(KVCompression(2)) == 0.25
-    assert share(KVCompression(2, first_block=4), KVCompression(4, last_block=3)) == pytest.approx((0.25 + 1 / 16) / 2)
-    assert share(KVCompression(2, start_percent=0.5)) == pytest.approx(0.625)
+    assert share(KVCompression(2, end_percent=1.0)) == 0.25
+    assert share(KVCompression(2, first_block=4, end_percent=1.0), KVCompression(4, last_block=3, end_percent=1.0)) == pytest.approx((0.25 + 1 / 16) / 2)
+    assert share(KVCompression(2)) == pytest.approx(0.625)
     trained = SimpleNamespace(compressed_blocks=((6, 2), (7, 2)), depth=8)
     assert share_of_attention(Setting("x", "x"), trained) == pytest.approx(1 - 2 * 0.75 / 8)
 

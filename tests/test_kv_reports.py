@@ -54,11 +54,12 @@ def quality_row(name: str, *compression: KVCompression) -> dict:
 def test_speed_and_quality_meet_where_blocks_and_ratio_agree(tmp_path) -> None:
     """The demo has 8 blocks, speed is told of 28."""
     rows = [
-        quality_row("uncompressed"), quality_row("last half", KVCompression(2, first_block=4)),
-        quality_row("first half", KVCompression(2, last_block=3)), quality_row("all by 4", KVCompression(4)),
+        quality_row("uncompressed"), quality_row("last half", KVCompression(2, first_block=4, end_percent=1.0)),
+        quality_row("first half", KVCompression(2, last_block=3, end_percent=1.0)),
+        quality_row("all by 4", KVCompression(4, end_percent=1.0)),
         quality_row("part of sampling", KVCompression(2, first_block=4, end_percent=0.5)),
-        quality_row("both", KVCompression(2, last_block=3), KVCompression(2, first_block=4, end_percent=0.5)),
-        quality_row("three blocks", KVCompression(2, last_block=2)), quality_row("a model of its own"),
+        quality_row("both", KVCompression(2, last_block=3, end_percent=1.0), KVCompression(2, first_block=4, end_percent=0.5)),
+        quality_row("three blocks", KVCompression(2, last_block=2, end_percent=1.0)), quality_row("a model of its own"),
     ]  # fmt: skip
     quality = {"settings": {"size": 256}, "results": {row["name"]: row for row in rows}}
     speed = {"machine": MACHINE, "device": "cpu", "dtype": "bf16", "sizes": [

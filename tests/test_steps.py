@@ -18,15 +18,15 @@ from tests.support.devices import OnlyOn
 CONFIG = TransformerConfig(hidden_size=72, depth=2, num_heads=1, mlp_hidden=288, caption_channels=32, null_caption=False)
 TRAINED = replace(CONFIG, compressed_blocks=((1, 2),))
 MICRO = replace(CONFIG, micro_condition=True)
-MERGED = KVCompression(2, last_block=0)
+MERGED = KVCompression(2, last_block=0, end_percent=1.0)
 CASES = {
     "plain": (CONFIG, (), 1),
     "size": (MICRO, (), 1),
     "trained compression": (TRAINED, (), 1),
     "patched in all steps": (CONFIG, (MERGED,), 1),
     "patched in a part": (CONFIG, (replace(MERGED, end_percent=0.5),), 2),
-    "patched in two parts": (CONFIG, (replace(MERGED, end_percent=0.6), KVCompression(3, "stride", 1, start_percent=0.3, min_tokens=9)), 3),
-    "another ratio later": (CONFIG, (replace(MERGED, end_percent=0.5), KVCompression(3, start_percent=0.5, key_scale=1.2)), 2),
+    "patched in two parts": (CONFIG, (replace(MERGED, end_percent=0.6), KVCompression(3, "stride", 1, start_percent=0.3, end_percent=1.0, min_tokens=9)), 3),
+    "another ratio later": (CONFIG, (replace(MERGED, end_percent=0.5), KVCompression(3, start_percent=0.5, end_percent=1.0, key_scale=1.2)), 2),
 }
 
 

@@ -1,6 +1,7 @@
 """Training-free KV compression as a patch of the host's MODEL."""
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.model_base
@@ -8,11 +9,14 @@ from comfy.patcher_extension import WrappersMP
 
 from ...pixart.errors import InputError
 from ...pixart.kv_compress import KVCompression, check_together
+from ...pixart.timesteps import LAST_TIMESTEP
 from .supported import PixArtModel
 from .transformer import KV_COMPRESSION
 
+log = logging.getLogger(__name__)
 NODE = "PixArtKVCompress"
 OPTIONS = 5  # place of transformer_options among the arguments of apply_model
+SIGMAS = 3  # place of sigmas among those of outer_sample
 
 
 class CompressWhileActive:
@@ -44,6 +48,30 @@ class CompressWhileActive:
         return tuple(one for one in self.compressions if one.active_at(timestep))
 
 
+class WarnOfIdleness:
+    """Wrapper of `outer_sample`: says when no step of a run lies in a compression's part of the noise schedule."""
+
+    def __init__(self, compressions: tuple[KVCompression, ...]) -> None:
+        self.compressions = compressions
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """args: noise, latent_image, sampler, sigmas, and more."""
+        parts = [one for one in self.compressions if not one.always]
+        if not parts:
+            return executor(*args, **kwargs)
+        sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
+        timesteps = [float(sampling.timestep(sigma)) for sigma in args[SIGMAS][:-1]]
+        for one in parts:
+            if timesteps and not any(map(one.active_at, timesteps)):
+                first, last = (1 - timestep / LAST_TIMESTEP for timestep in (timesteps[0], timesteps[-1]))
+                log.warning(
+                    "%s: nothing is compressed from start_percent %g to end_percent %g: this run's steps lie from %.2f to %.2f of the "
+                    "noise schedule. A second pass begins late: set end_percent to 1 for it.",
+                    NODE, one.start_percent, one.end_percent, first, last,
+                )  # fmt: skip
+        return executor(*args, **kwargs)
+
+
 def compress_model(model: Any, compression: KVCompression) -> Any:
     """A clone of a ModelPatcher with the compression added; raises InputError for models and blocks that can't have it."""
     if not isinstance(model.model, PixArtModel):
@@ -54,8 +82,10 @@ def compress_model(model: Any, compression: KVCompression) -> Any:
     except InputError as error:
         raise InputError(f"{NODE}: {error}") from error
     patched = model.clone()
-    patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, NODE)
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, NODE, CompressWhileActive((*present, compression)))
+    together = (*present, compression)
+    for kind, wrapper in ((WrappersMP.APPLY_MODEL, CompressWhileActive(together)), (WrappersMP.OUTER_SAMPLE, WarnOfIdleness(together))):
+        patched.remove_wrappers_with_key(kind, NODE)
+        patched.add_wrapper_with_key(kind, NODE, wrapper)
     return patched
 
 

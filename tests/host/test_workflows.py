@@ -204,6 +204,7 @@ def test_compressed_workflows_draw_with_the_2k_weights(stem: str) -> None:
         number = values.pop("model")[0]
         found.append(KVCompression(**values))
     check_together(found, variant.transformer)
+    assert all(one.end_percent > 1 - sampler["denoise"] for one in found)  # each has steps to hold in
     assert len(found) == len(patches)
     assert graph[number]["inputs"]["variant"] == "sigma-2k" and graph[number]["inputs"]["model_name"] in variant.files
     if stem.startswith("sigma"):

@@ -1,6 +1,7 @@
 """KV compression through the host's MODEL: files trained with it, and the PixArtKVCompress patch."""
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,7 +121,17 @@ class TestPatch:
         run(patch(sigma))
         assert (looks, reads) == ([], [])
         run(patch(patch(sigma, last_block=0, end_percent=0.5), first_block=1, end_percent=0.9))
-        assert timestep is not None and len(reads) == 3 and len(looks) == 6
+        assert len(reads) == 3 + 3 and len(looks) == 2 + 2 * 3  # once for all steps before the first, then step by step
+
+    def test_a_second_pass_outside_of_its_part_is_told(self, sigma, caplog) -> None:
+        early = patch(sigma, end_percent=0.5)
+        with caplog.at_level(logging.WARNING):
+            sample(early, captions(5), captions(2, seed=1), steps=3)
+            sample(patch(sigma), captions(5), captions(2, seed=1), steps=3, denoise=0.3)
+            assert not [text for text in caplog.messages if "PixArtKVCompress" in text]
+            sample(early, captions(5), captions(2, seed=1), steps=3, denoise=0.3)
+        (text,) = [text for text in caplog.messages if "PixArtKVCompress" in text]
+        assert "from start_percent 0 to end_percent 0.5: this run's steps lie from 0.7" in text and "set end_percent to 1" in text
 
     def test_two_nodes(self, sigma) -> None:
         first = patch(sigma, last_block=0)
