@@ -2,24 +2,23 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plots
 from benchmarks.forward import DTYPES, blocks_for, contender_names, device_name, make_parser
-from benchmarks.full_size import memory as process_memory
-from benchmarks.full_size import reset_peak
-from benchmarks.peers import CFG, Size, Workload, choose_host, make_peer
+from benchmarks.peers import CFG, NATIVE, TOKENS, Size, Workload, choose_host, make_peer
 from benchmarks.report import machine
 
 MIB = 2**20
+ONE_BY_ONE = ", one by one"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     choose_host(chosen.attention, chosen.device)
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG,
-        "attention": chosen.attention, "contenders": contender_names(chosen), "sizes": [],
+        "attention": chosen.attention, "contenders": contenders(chosen), "sizes": [],
     }  # fmt: skip
     for pixels in chosen.px:
         blocks = blocks_for(pixels, chosen)
@@ -40,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report["sizes"].append({"pixels": pixels, "image_tokens": (pixels // 16) ** 2, "blocks": blocks, "mib": found})
         write(report, chosen.out, f"memory-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else ""))
         print(markdown(report), flush=True)
+
+
+def contenders(chosen: argparse.Namespace) -> list[str]:
+    """Those of `forward`; the host's own PixArt also as it draws with prompts of unequal lengths, which it can't put into one batch."""
+    names = contender_names(chosen)
+    return [*names, NATIVE + ONE_BY_ONE] if NATIVE in names else names
 
 
 def run_child(name: str, pixels: int, blocks: int, chosen: argparse.Namespace) -> float | str:
@@ -53,20 +58,30 @@ def run_child(name: str, pixels: int, blocks: int, chosen: argparse.Namespace) -
 
 
 def measure(case: dict[str, Any]) -> float:
-    """Peak MiB of the second step above what the process holds before it: the first also loads code and caches."""
-    work = Workload(Size(case["pixels"], case["blocks"]), DTYPES[case["dtype"]], case["device"])
-    step = make_peer(case["name"], work)
+    """Peak MiB that the second step allocates above what is there before it: the first also loads code and caches."""
+    peer, one_by_one, _ = case["name"].partition(ONE_BY_ONE)
+    tokens = TOKENS if one_by_one else (max(TOKENS),) * 2
+    work = Workload(Size(case["pixels"], case["blocks"]), DTYPES[case["dtype"]], case["device"], tokens)
+    step = make_peer(peer, work)
     step()
     if case["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the first step freed would hide the second's need
-    before = process_memory()["rss"]
-    reset_peak()
-    step()
-    return (process_memory()["peak"] - before) / MIB
+    return peak_allocated(step) / MIB
+
+
+def peak_allocated(call: Callable[[], Any]) -> int:
+    """Most bytes that a call holds at once in a CPU's memory, by torch's own account: the system's counts what it keeps for later."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 def write(report: dict[str, Any], folder: Path, name: str) -> None:
@@ -86,8 +101,12 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {size['pixels']} | {size['image_tokens']} | {size['blocks']} | " + " | ".join(cells) + " |")
         lines += [f"\n{name} fails at {size['pixels']} px: {value}" for name, value in size["mib"].items() if isinstance(value, str)]
     facts = report["machine"]
-    lines += ["", f"Peak of one step with guidance above the loaded weights, {report['dtype']}, {report['device']}. {facts['cpu']}, "
-              f"torch {facts['torch']}, ComfyUI {facts['comfyui']} (attention: {report['attention']}). {report['note']}".rstrip()]  # fmt: skip
+    lines += [
+        "", f"Peak of what one step with guidance allocates above the loaded weights, {report['dtype']}, {report['device']}; prompts of "
+        f"{max(TOKENS)} tokens each, so that all compute both predictions at once. With prompts of unequal lengths ({TOKENS[0]} and "
+        f"{TOKENS[1]}) ComfyUI's own PixArt computes them one by one, the others as before. {facts['cpu']}, torch {facts['torch']}, "
+        f"ComfyUI {facts['comfyui']} (attention: {report['attention']}). {report['note']}".rstrip(),
+    ]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -70,14 +70,14 @@ class Size:
 class Workload:
     """Weights and inputs that all peers share."""
 
-    def __init__(self, size: Size, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, size: Size, dtype: torch.dtype, device: str, tokens: tuple[int, int] = TOKENS) -> None:
         self.size, self.dtype, self.device = size, dtype, device
         self.config = replace(get_variant("sigma-512").transformer, depth=size.blocks)
         generator = torch.Generator().manual_seed(size.pixels)
         side = size.pixels // 8
         self.latent = torch.randn(1, 4, side, side, generator=generator)
         self.models: dict[str, Any] = {}  # of the host, by loader
-        self.captions = [torch.randn(1, length, self.config.caption_channels, generator=generator) for length in TOKENS]
+        self.captions = [torch.randn(1, length, self.config.caption_channels, generator=generator) for length in tokens]
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -142,6 +142,7 @@ def _host_step(work: Workload, name: str) -> Callable[[], float]:
 
     sigma = model.get_model_object("model_sampling").sigmas[TIMESTEP]
 
+    @torch.inference_mode()  # as the host runs its nodes
     def step() -> float:
         zeros = torch.zeros_like(work.latent)
         steps = torch.stack([sigma, torch.zeros_like(sigma)])

@@ -92,8 +92,10 @@ class PixArtTransformer(nn.Module):
         grid = self._grid(latent)
         self.check_grid(grid, positions)
         compression = plan_blocks(kv_compression, self.config, grid[0] * grid[1])
-        inputs, embedded_time = self.embed(latent, timestep, context, context_mask, size, attention_options, positions)
-        hidden = self._run_blocks(inputs, block_wrappers or {}, block_residuals or {}, compression)
+        hidden, embedded_time = self._run_blocks(
+            self.embed(latent, timestep, context, context_mask, size, attention_options, positions), block_wrappers or {},
+            block_residuals or {}, compression,
+        )  # fmt: skip
         return self.unembed(hidden, embedded_time, grid)[..., :height, :width]
 
     def embed(
@@ -149,11 +151,17 @@ class PixArtTransformer(nn.Module):
 
     def _run_blocks(
         self,
-        inputs: BlockInputs,
+        embedded: tuple[BlockInputs, Tensor],
         wrappers: Mapping[int, BlockWrapper],
         residuals: Mapping[int, Tensor],
         compression: Mapping[int, KVCompression],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The last block's output, and the embedded time as it was given.
+
+        The embedding comes without a name at the caller, which would keep the first tokens alive through all blocks.
+        """
+        inputs, embedded_time = embedded
+        del embedded
         hidden = inputs.hidden
         for index, block in enumerate(self.blocks):
             inputs = replace(inputs, hidden=hidden, compression=compression.get(index))
@@ -161,7 +169,7 @@ class PixArtTransformer(nn.Module):
             hidden = block(inputs) if wrapper is None else wrapper(inputs, block)
             if index in residuals:
                 hidden = hidden + residuals[index]
-        return hidden
+        return hidden, embedded_time
 
     def _unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         patch = self.config.patch_size

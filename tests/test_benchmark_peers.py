@@ -162,6 +162,16 @@ def test_tables_have_every_column_and_say_who_failed(tmp_path) -> None:
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".md", ".png"}
 
 
+def test_peak_is_what_is_held_at_once() -> None:
+    def call() -> None:
+        first = torch.ones(2**18)  # 1 MiB
+        second = first + 1
+        del first
+        torch.cat([second, second])
+
+    assert memory.peak_allocated(call) / 2**20 == pytest.approx(3, abs=0.1)
+
+
 def test_memory_and_pipeline_tables(tmp_path) -> None:
     sizes = [{"pixels": 512, "image_tokens": 1024, "blocks": 1, "mib": {"ours": 70.4, "core": 20.0, "comfyui": "no"}}]
     made = report(sizes=sizes, contenders=["ours", "core", "comfyui"])

@@ -65,7 +65,7 @@ def test_skipped_blocks_equal_a_model_without_them(sigma, tmp_path, monkeypatch:
     cond = run(sigma, steps=1, cfg=1.0)
     kept = [network.blocks[0], network.blocks[2]]
     with monkeypatch.context() as patch:
-        patch.setattr(network, "_run_blocks", lambda inputs, *hooks: _through(kept, inputs))
+        patch.setattr(network, "_run_blocks", lambda embedded, *hooks: (_through(kept, embedded[0]), embedded[1]))
         weakened = run(sigma, steps=1, cfg=1.0)
     assert difference(weakened, cond) > 1e-3
     found = run(guided(sigma, SKIPPED, "1", 2.0), steps=1, cfg=1.0)
