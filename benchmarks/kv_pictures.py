@@ -19,7 +19,7 @@ from demo.evaluate import KINDS, Run, draw, make_questions
 from demo.reader import check
 from pixart import Pipeline
 
-SHOWN = (EXACT, "mean 2, all", "stride 2, all", "mean 2, last half", "mean 4, last half", "mean 4, all")
+SHOWN = (EXACT, "mean 2, 0% to 50% of sampling", "mean 2, first half", "mean 2, last half", "mean 2, all", "stride 2, all", "mean 4, all")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
