@@ -120,7 +120,7 @@ def tradeoff(report: dict[str, Any], path: Path) -> None:
     for each in axes:
         each.set(xlabel="time of full-size sampling / uncompressed")
         each.grid(alpha=0.3)
-    axes[1].legend(fontsize=8, loc="upper right")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="upper right")
     figure.savefig(path)
     plt.close(figure)
 
