@@ -24,8 +24,8 @@ class PixArtKVCompress(io.ComfyNode):
             display_name="PixArt KV Compress",
             category="PixArt",
             description="Makes large pictures (2K, 4K) cheaper: picture tokens attend to merged keys and values. An "
-            "approximation that works with every PixArt model without training; the picture changes somewhat. Below 1024 px "
-            "it saves little.",
+            "approximation that works with every PixArt model without training; the picture changes somewhat. The larger the "
+            "picture, the more it saves. For a second pass set end_percent to 1.",
             search_aliases=["kv compression", "token merging", "tome", "speed", "2k", "4k"],
             inputs=[
                 io.Model.Input("model", tooltip="A PixArt model, from PixArtModelLoader."),
