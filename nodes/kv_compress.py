@@ -45,7 +45,10 @@ class PixArtKVCompress(io.ComfyNode):
                     "last_block", default=DEFAULTS.last_block, min=-1, max=255,
                     tooltip="Last block to compress; -1 is the model's last.",
                 ),
-                _percent("start_percent", DEFAULTS.start_percent, "Part of the noise schedule from which it holds; 0 is the begin. A second pass with denoise 0.4 lies wholly after 0.6."),
+                _percent(
+                    "start_percent", DEFAULTS.start_percent,
+                    "Part of the noise schedule from which it holds; 0 is the begin. A second pass with denoise 0.4 lies wholly after 0.6.",
+                ),
                 _percent("end_percent", DEFAULTS.end_percent, "Part of the noise schedule up to which it holds; 1 is the end."),
                 io.Int.Input(
                     "min_tokens", default=DEFAULTS.min_tokens, min=0, max=2**24,
