@@ -21,7 +21,7 @@ from benchmarks.timing import keep_freed_memory, ratio, summarise, take_turns
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What a CPU can do in minutes; the blocks are alike, so that time grows with their number.
-CPU_BLOCKS = {2048: 2, 2880: 1, 4096: 1}
+CPU_BLOCKS = {256: XL_BLOCKS, 512: XL_BLOCKS, 1024: XL_BLOCKS, 2048: 2}  # others 1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +76,7 @@ def make_parser(command: str, description: str | None) -> argparse.ArgumentParse
 
 def blocks_for(pixels: int, chosen: argparse.Namespace) -> int:
     """How many blocks are run at a size."""
-    return chosen.blocks or (CPU_BLOCKS.get(pixels, XL_BLOCKS if pixels <= 1024 else 1) if chosen.device == "cpu" else XL_BLOCKS)
+    return chosen.blocks or (CPU_BLOCKS.get(pixels, 1) if chosen.device == "cpu" else XL_BLOCKS)
 
 
 def at_least(least: int) -> Callable[[str], int]:

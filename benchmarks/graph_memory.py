@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.forward import DTYPES
 from benchmarks.full_size import memory, watched, write_file
 from benchmarks.graph_report import GIB, write_graph_report
 from benchmarks.text import workplace
@@ -34,7 +35,6 @@ RESULTS = Path(__file__).parent / "results"
 VARIANT, CFG = "sigma-1024", 4.5
 TOKENS = 300
 TIMEOUT = 3600  # seconds per precision
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SDXL_VAE = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 1024,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,

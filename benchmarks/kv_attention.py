@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import plots
+from benchmarks.forward import DTYPES
 from benchmarks.peers import TIMESTEP, XL_BLOCKS, Size, Workload, core_model
 from benchmarks.report import machine
 from pixart.kv_compress import METHODS, KVCompression
 from pixart.model import PixArtTransformer
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANGES = (0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1), (0.5, 1), (0, 1)  # of the depth
 
 

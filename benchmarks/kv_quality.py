@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks import plots
 from demo import WEIGHTS
 from demo.evaluate import KINDS, Run, Sampler, measure
+from demo.kv_workflows import falling
 from pixart import Pipeline, load_transformer
 from pixart.kv_compress import KVCompression
 from pixart.model import PixArtTransformer
@@ -70,8 +71,7 @@ def settings(size: str = "256") -> Iterator[Setting]:
     yield Setting("mean 2 first half, mean 4 last half", "mean, mixed", both)
     longer = (KVCompression(2, "mean", *first, **ALL), KVCompression(2, "mean", *last, end_percent=0.5))
     yield Setting("mean 2, first half always, last half to 50%", "mean, mixed", longer)
-    falling = (KVCompression(4, "mean", end_percent=0.5), KVCompression(2, "mean", start_percent=0.5, end_percent=1.0))
-    yield Setting("mean 4 to 50%, then mean 2", "mean, mixed", falling)
+    yield Setting("mean 4 to 50%, then mean 2", "mean, mixed", tuple(falling(0.5)))
 
 
 def trained_settings(recipe_path: Path) -> Iterator[Setting]:

@@ -60,7 +60,7 @@ class WarnOfIdleness:
         if not parts:
             return executor(*args, **kwargs)
         sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
-        timesteps = [float(sampling.timestep(sigma)) for sigma in args[SIGMAS][:-1]]
+        timesteps = [float(timestep) for timestep in sampling.timestep(args[SIGMAS][:-1]).tolist()]  # a GPU is waited for once
         for one in parts:
             if timesteps and not any(map(one.active_at, timesteps)):
                 first, last = (1 - timestep / LAST_TIMESTEP for timestep in (timesteps[0], timesteps[-1]))
