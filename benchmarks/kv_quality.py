@@ -2,7 +2,8 @@
 
 `python -m benchmarks kv_quality` draws the held-out prompts of demo.evaluate with each setting, from the same noise, and
 writes kv_quality.json, .md and .png; settings already measured are kept, unless their weights have changed since. `--recipe
-configs/train/demo-kv.json` adds the model of that recipe, trained and as it begins. `kv_pictures` shows some of the pictures.
+configs/train/demo-kv.json` adds the model of that recipe, trained and as it begins; configs/train/demo-kv-control.json adds the
+uncompressed demo after as many further steps. `kv_pictures` shows some of the pictures.
 """
 from __future__ import annotations
 
@@ -75,15 +76,18 @@ def settings(size: str = "256") -> Iterator[Setting]:
 
 
 def trained_settings(recipe_path: Path) -> Iterator[Setting]:
-    """The compressed model that a recipe makes: as it begins, and its result if there is one."""
+    """The model that a recipe makes: where it is compressed as it begins, and its result if there is one."""
     from pixart.training.loop import Trainer
     from pixart.training.recipe import load_recipe
 
     recipe = replace(load_recipe(recipe_path), compile_blocks=False, precision="no")
-    begun = Trainer(recipe).transformer.cpu().eval().requires_grad_(False)
-    yield Setting("conv, not yet trained", "conv", transformer=begun)
+    name, group = f"{EXACT}, trained further", EXACT
+    if recipe.compressed_blocks:
+        name, group = "conv, trained", "conv"
+        begun = Trainer(recipe).transformer.cpu().eval().requires_grad_(False)
+        yield Setting("conv, not yet trained", group, transformer=begun)
     if Path(recipe.output).is_file():
-        yield Setting("conv, trained", "conv", transformer=load_transformer(recipe.output, variant=recipe.variant))
+        yield Setting(name, group, transformer=load_transformer(recipe.output, variant=recipe.variant))
 
 
 def sides(size: str) -> tuple[int, int]:
@@ -225,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="*", metavar="TEXT", help="settings of these names, or, where none is called so, "
                         "whose name holds the text (default: all)")
-    parser.add_argument("--recipe", type=Path, help="a training recipe with compressed_blocks")
+    parser.add_argument("--recipe", type=Path, help="a training recipe, of demo-kv or its control")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args(arguments)
     pipeline = Pipeline.from_files(

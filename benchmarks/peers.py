@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.timing import synchronize
+from pixart.attention import padding_of
 from pixart.checkpoints import to_diffusers
 from pixart.config import get_variant
 from pixart.kv_compress import MAX_RATIO
@@ -202,7 +203,8 @@ def _core_step(work: Workload, name: str) -> Callable[[], float]:
     context, mask = work.padded_captions(max(TOKENS))
     positions = model.positions_of(work.latent.to(work.device))
     run = torch.compile(model, fullgraph=True) if name == COMPILED else model
-    return _timed(work, lambda latent, timestep: run(latent, timestep, context, mask, positions=positions))
+    fixed = {"positions": positions, "context_padding": padding_of(mask)}
+    return _timed(work, lambda latent, timestep: run(latent, timestep, context, mask, **fixed))
 
 
 def diffusers_model(work: Workload) -> Any:

@@ -39,11 +39,11 @@ class Hinted(ControlledTransformer):
     hint: Tensor
     strength: float = 1.0
 
-    def forward(self, latent, timestep, context, mask=None, size=None, kv_compression=(), positions=None) -> Tensor:
+    def forward(self, latent, timestep, context, mask=None, size=None, kv_compression=(), **same_in_every_step) -> Tensor:
         if kv_compression:
             raise InputError("The ControlNet is evaluated without KV compression; leave kv_compression out.")
         hint = self.hint.to(latent).repeat(latent.shape[0] // self.hint.shape[0], 1, 1, 1)
-        return super().forward(latent, timestep, context, mask, size, hint=hint, strength=self.strength, positions=positions)
+        return super().forward(latent, timestep, context, mask, size, hint=hint, strength=self.strength, **same_in_every_step)
 
 
 def hints(questions: Sequence[Question], width: int, height: int) -> Tensor:

@@ -1,6 +1,8 @@
 """The attention seam, self- and cross-attention of a PixArt block, and KV compression that was trained."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -109,6 +111,22 @@ def select_tokens(tokens: Tensor, grid: tuple[int, int], ratio: int, mode: str) 
     return tokens.unflatten(1, grid)[:, ::ratio, ::ratio][:, :rows, :columns].flatten(1, 2)
 
 
+class Padding(Enum):
+    """What a caption's row of the mask hides. Known outside of the tensors, it spares work without asking the device."""
+
+    NONE = "none"
+    SOME = "some"
+    ALL_BUT_FIRST = "all but the first token"  # an empty prompt
+
+
+def padding_of(mask: Tensor) -> tuple[Padding, ...]:
+    """Of each caption; mask: (B, M), nonzero is a real token. Waits for the device: for once a run, not for every step."""
+    real = mask.bool()
+    counts, first = real.sum(dim=1).tolist(), real[:, 0].tolist()
+    others = {real.shape[1]: Padding.NONE}
+    return tuple(Padding.ALL_BUT_FIRST if one and count == 1 else others.get(count, Padding.SOME) for count, one in zip(counts, first))
+
+
 class CrossAttention(nn.Module):
     """Picture tokens attend to caption tokens; keys and values share `kv_linear`."""
 
@@ -120,8 +138,28 @@ class CrossAttention(nn.Module):
         self.kv_linear = operations.Linear(hidden_size, 2 * hidden_size, bias=True, **factory)
         self.proj = operations.Linear(hidden_size, hidden_size, bias=True, **factory)
 
-    def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None, options: Any = None) -> Tensor:
-        """hidden: (B, N, D); context: (B, M, D); mask: bool (B, M) or None -> (B, N, D)."""
+    def forward(
+        self, hidden: Tensor, context: Tensor, mask: Tensor | None, options: Any = None, padding: Sequence[Padding] | None = None
+    ) -> Tensor:
+        """hidden: (B, N, D); context: (B, M, D); mask: bool (B, M) or None -> (B, N, D).
+
+        padding: of `padding_of` the mask, where it is known. A caption of one token needs no queries: softmax over one
+        key is 1, so every picture token gets that key's value.
+        """
         k, v = self.kv_linear(context).chunk(2, dim=-1)
-        out = self.attention(self.q_linear(hidden), k, v, heads=self.num_heads, mask=mask, options=options)
-        return self.proj(out)
+        if padding is None or Padding.ALL_BUT_FIRST not in padding:
+            return self._attend(hidden, k, v, mask, options)
+        single = [one is Padding.ALL_BUT_FIRST for one in padding]
+        starts = [i for i in range(len(single)) if i == 0 or single[i] != single[i - 1]]
+        parts = []
+        for start, stop in zip(starts, [*starts[1:], len(single)]):
+            rows = slice(start, stop)
+            if single[start]:
+                parts.append(self.proj(v[rows, :1]).expand(-1, hidden.shape[1], -1))
+            else:
+                masked = mask is not None and Padding.SOME in padding[start:stop]
+                parts.append(self._attend(hidden[rows], k[rows], v[rows], mask[rows] if masked else None, options))
+        return torch.cat(parts)
+
+    def _attend(self, hidden: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Any) -> Tensor:
+        return self.proj(self.attention(self.q_linear(hidden), k, v, heads=self.num_heads, mask=mask, options=options))

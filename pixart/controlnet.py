@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionFunction, torch_attention
+from .attention import AttentionFunction, Padding, torch_attention
 from .config import HEAD_DIM, TransformerConfig
 from .embeddings import Positions
 from .errors import InputError
@@ -134,6 +134,7 @@ class ControlledTransformer(nn.Module):
         hint: Tensor,
         strength: float = 1.0,
         positions: Positions | None = None,
+        context_padding: tuple[Padding, ...] | None = None,
     ) -> Tensor:
         """As `PixArtTransformer.forward`; hint: (B, in_channels, H, W), the edge map's latent."""
         base = self.base
@@ -141,7 +142,9 @@ class ControlledTransformer(nn.Module):
             raise InputError(f"hint has shape {tuple(hint.shape)}; expected that of the latent, {tuple(latent.shape)}.")
         height, width = latent.shape[-2:]
         with torch.no_grad():
-            inputs, embedded_time = base.embed(latent, timestep, context, context_mask, size, positions=positions)
+            inputs, embedded_time = base.embed(
+                latent, timestep, context, context_mask, size, positions=positions, context_padding=context_padding
+            )
             hidden = base.blocks[0](inputs)
             hint_tokens = base.embed_latent(hint, positions)
         residuals = self.controlnet(replace(inputs, hidden=hidden), hint_tokens)

@@ -11,8 +11,10 @@ import torch
 
 from benchmarks import kv_pictures, kv_quality
 from benchmarks.kv_quality import EXACT, Setting, settings, share_of_attention
+from demo import WEIGHTS
 from pixart.config import get_variant
 from pixart.kv_compress import KVCompression, check_together
+from tests.support.demo import ROOT
 
 DEMO = get_variant("demo").transformer
 
@@ -43,6 +45,15 @@ def test_share_of_attention() -> None:
     assert share(KVCompression(2)) == pytest.approx(0.625)
     trained = SimpleNamespace(compressed_blocks=((6, 2), (7, 2)), depth=8)
     assert share_of_attention(Setting("x", "x"), trained) == pytest.approx(1 - 2 * 0.75 / 8)
+
+
+def test_a_recipe_without_compression_adds_its_result_alone(tmp_path) -> None:
+    recipe = json.loads((ROOT / "configs/train/demo-kv-control.json").read_text())
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"output": str(tmp_path / "none.safetensors")}))
+    assert not list(kv_quality.trained_settings(tmp_path / "recipe.json"))
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"output": str(WEIGHTS["diffusion_models"])}))
+    (found,) = kv_quality.trained_settings(tmp_path / "recipe.json")
+    assert found.name == "uncompressed, trained further" and not found.compression and share_of_attention(found, DEMO) == 1
 
 
 def test_sides_of_a_picture() -> None:

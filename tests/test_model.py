@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from pixart.attention import torch_attention
+from pixart.attention import padding_of, torch_attention
 from pixart.config import TransformerConfig
 from pixart.errors import ConfigError, InputError
 from pixart.model import PixArtTransformer
@@ -54,6 +54,19 @@ def test_masked_padding_changes_nothing(model):
     together = model(latent, timestep, padded, mask)
     alone = [model(latent[i : i + 1], timestep[i : i + 1], context[i : i + 1, :n]) for i, n in ((0, 7), (1, 4))]
     torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_known_padding_changes_nothing_but_the_work():
+    model = tiny()
+    latent, timestep, context = inputs(batch=3)
+    mask = torch.tensor([[1] * 7, [1] + [0] * 6, [1] * 4 + [0] * 3])
+    expected, seen = model(latent, timestep, context, mask), []
+    for block in model.blocks:
+        block.cross_attn.q_linear.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
+    torch.testing.assert_close(model(latent, timestep, context, mask, context_padding=padding_of(mask)), expected)
+    assert seen == [(1, 24, 144), (1, 24, 144)] * 3  # the first row and the last; nothing of the second
+    with pytest.raises(InputError, match="context_padding is of 2 captions; expected 3"):
+        model(latent, timestep, context, mask, context_padding=padding_of(mask[:2]))
 
 
 def test_batch_entries_do_not_meet(model):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pixart import embeddings
+from pixart.attention import Padding
 from pixart.config import TransformerConfig
 from pixart.errors import InputError
 from pixart.kv_compress import KVCompression
@@ -43,10 +44,10 @@ def text(*lengths: int) -> TextEmbeddings:
     return TextEmbeddings(states, torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None])
 
 
-def draw(model, compression, steps, seed=0):
+def draw(model, compression, steps, seed=0, lengths=(1, 5)):
     noise = torch.randn(1, 4, 10, 14, generator=torch.Generator().manual_seed(seed))
     size = torch.tensor([[80, 112]]) if model.config.micro_condition else None
-    return denoise(model, noise, text(1, 5), make_scheduler(), steps=steps, guidance=4.5, size=size, kv_compression=compression)
+    return denoise(model, noise, text(*lengths), make_scheduler(), steps=steps, guidance=4.5, size=size, kv_compression=compression)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,6 +71,17 @@ def test_one_graph_for_all_steps(case):
     assert len(graphs) == expected
 
 
+def test_the_second_length_of_prompts_makes_a_graph_for_all_others():
+    model, graphs = random_model(CONFIG), []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    for length in (5, 9, 7, 20, 6):
+        with torch.no_grad():
+            found = draw(compiled, (), steps=2, lengths=(1, length))
+            torch.testing.assert_close(found, draw(model, (), steps=2, lengths=(1, length)), atol=1e-4, rtol=1e-4)
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_waits_for_the_device(case):
     config, compression, _ = CASES[case]
@@ -79,7 +91,8 @@ def test_no_step_waits_for_the_device(case):
     )
     with torch.no_grad(), OnlyOn("meta"):
         for now in [[], *([one] for one in compression)]:
-            assert model(latent, timestep, context, mask, kv_compression=now).shape == (2, 8, 9, 14)
+            for padding in (None, (Padding.ALL_BUT_FIRST, Padding.NONE)):
+                assert model(latent, timestep, context, mask, kv_compression=now, context_padding=padding).shape == (2, 8, 9, 14)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import node_helpers
 import torch
 from torch import Tensor
 
+from ...pixart.attention import Padding, padding_of
+
 
 class CaptionStates(comfy.conds.CONDRegular):
     """T5 states (B, M, C); prompts of other lengths join the batch, padded with zeros."""
@@ -46,6 +48,14 @@ class CaptionMask(comfy.conds.CONDRegular):
         return torch.cat(_padded([mask.cond for mask in masks]))
 
 
+class CaptionPadding(CaptionMask):
+    """The mask once more, on the CPU: what it hides is known without asking a GPU. The host repeats and slices both alike."""
+
+    def concat(self, others: list[CaptionPadding]) -> tuple[Padding, ...]:
+        """Of every row of the batch."""
+        return padding_of(torch.cat(_padded([self.cond, *(other.cond for other in others)])))
+
+
 class PicturePositions(comfy.conds.CONDConstant):
     """The transformer's positions for this size. A tuple, as the host would cast a tensor to bf16, too coarse for them."""
 
@@ -54,17 +64,21 @@ class PicturePositions(comfy.conds.CONDConstant):
         return True
 
 
-def caption_mask(states: Tensor, attention_mask: Tensor | None) -> CaptionMask:
-    """The mask an encoder returned, fitted to the states (B, M, C); tokens it doesn't cover are real.
+def caption_conds(states: Tensor, attention_mask: Tensor | None) -> dict[str, comfy.conds.CONDRegular]:
+    """The states (B, M, C), the mask an encoder returned, fitted to them, and what it hides.
 
-    ConditioningConcat lengthens the states but not the mask.
+    Tokens that the mask doesn't cover are real: ConditioningConcat lengthens the states but not the mask.
     """
     mask = torch.ones(states.shape[:2], dtype=torch.bool)
     if attention_mask is not None:
         given = attention_mask.reshape(-1, attention_mask.shape[-1]).cpu() != 0
         length = min(given.shape[-1], mask.shape[-1])
         mask[:, :length] = given[:, :length]
-    return CaptionMask(mask.to(states.device), all_real=bool(mask.all()))
+    return {
+        "c_crossattn": CaptionStates(states),
+        "context_mask": CaptionMask(mask.to(states.device), all_real=bool(mask.all())),
+        "context_padding": CaptionPadding(mask),
+    }
 
 
 def with_size(conditioning: list, width: int, height: int) -> list:

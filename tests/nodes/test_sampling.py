@@ -7,6 +7,7 @@ import latent_preview
 import nodes as host_nodes
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_easycache, nodes_model_advanced
 
 from tests.support import host, host_models
@@ -84,8 +85,94 @@ class TestWhetherAMaskIsNeeded:
     )
     def test_is_decided_from_the_encoders_mask(self, given, expected: list) -> None:
         conds = host.pack_module("nodes.host.conds")
-        found = conds.caption_mask(torch.zeros(1, 3, 8), None if given is None else torch.tensor(given))
+        found = conds.caption_conds(torch.zeros(1, 3, 8), None if given is None else torch.tensor(given))["context_mask"]
         assert found.cond.tolist() == [[bool(real) for real in expected]] and found.all_real == all(expected)
+
+
+class TestEmptyPrompt:
+    """A caption of one token, which an empty negative prompt is, is spared its cross-attention, and nobody sees it."""
+
+    @pytest.fixture
+    def rows(self, sigma, monkeypatch):
+        """How many the first block's cross-attention looks at, and whether under a mask, call by call."""
+        seen = []
+        layer = sigma.model.diffusion_model.blocks[0].cross_attn
+        original = layer._attend
+
+        def attend(hidden, k, v, mask, options):
+            seen.append((len(hidden), mask is not None))
+            return original(hidden, k, v, mask, options)
+
+        monkeypatch.setattr(layer, "_attend", attend)
+        return seen
+
+    def test_the_picture_stays_and_the_mask_goes(self, sigma, rows, monkeypatch) -> None:
+        spared = sample(sigma, captions(5), captions(1, seed=1))
+        assert rows == [(1, False)] * 3
+        monkeypatch.setattr(host.pack_module("nodes.host.transformer"), "padding_in_use", lambda *_: None)
+        assert difference(spared, sample(sigma, captions(5), captions(1, seed=1))) < 1e-5
+        assert rows[3:] == [(2, True)] * 3
+
+    def test_batches_of_prompts_and_pictures(self, sigma, rows) -> None:
+        together = sample(sigma, captions(6, batch=2), captions(1, seed=1), torch.zeros(4, 4, 8, 8), steps=1)
+        assert rows == [(4, False)] and len(together) == 4
+        sample(sigma, [*captions(5), *captions(9, seed=2)], captions(1, seed=1), steps=1)
+        assert sorted(rows[1:]) in ([(1, False), (1, True)], [(2, True)])  # by where the host puts the negative prompt
+
+    def test_without_guidance(self, sigma, rows) -> None:
+        sample(sigma, captions(1), captions(2, seed=1), steps=1, cfg=1.0)
+        assert not rows
+
+    def test_who_replaces_the_text_gets_all_rows(self, sigma, rows) -> None:
+        patched = sigma.clone()
+        patched.set_model_patch_replace(
+            lambda args, extra: extra["original_block"]({**args, "txt": args["txt"] * 1.0, "attn_mask": None}), "dit", "double_block", 0
+        )
+        sample(patched, captions(5), captions(1, seed=1), steps=1)
+        assert rows == [(2, False)]
+
+    def test_who_replaces_attention_sees_all_rows(self, sigma, rows) -> None:
+        patched = sigma.clone()
+        options = patched.model_options["transformer_options"]
+        options["optimized_attention_override"] = lambda function, *args, **kwargs: function(*args, **kwargs)
+        sample(patched, captions(5), captions(1, seed=1), steps=1)
+        assert rows == [(2, True)]
+
+    def test_who_cuts_the_batch_gets_all_rows(self, sigma, rows) -> None:
+        """A wrapper of the model that runs row by row, and knows tensors alone."""
+
+        def row_by_row(apply, given):
+            parts = []
+            for i in range(len(given["input"])):
+                c = {key: value[i : i + 1] if isinstance(value, torch.Tensor) else value for key, value in given["c"].items()}
+                parts.append(apply(given["input"][i : i + 1], given["timestep"][i : i + 1], **c))
+            return torch.cat(parts)
+
+        patched = sigma.clone()
+        patched.set_model_unet_function_wrapper(row_by_row)
+        expected = sample(sigma, captions(5), captions(1, seed=1), steps=1)
+        assert difference(sample(patched, captions(5), captions(1, seed=1), steps=1), expected) < 1e-5
+        assert rows == [(1, False), (1, True), (1, True)]
+
+    def test_who_wraps_the_network_may_lengthen_the_text(self, sigma, rows) -> None:
+        """Where all prompts were empty there was no mask, and none says so of the longer text."""
+
+        def longer(executor, x, timesteps, context, *rest):
+            return executor(x, timesteps, context.repeat(1, 4, 1), *rest)
+
+        patched = sigma.clone()
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", longer)
+        sample(patched, captions(1), captions(1, seed=1), steps=1)
+        assert rows == [(2, False)]
+
+    def test_padding_follows_the_mask_when_the_host_slices(self) -> None:
+        conds, kinds = host.pack_module("nodes.host.conds"), host.pack_module("pixart.attention").Padding
+        given = conds.caption_conds(torch.zeros(3, 4, 8), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 1, 0]]))["context_padding"]
+        assert given.concat([]) == (kinds.NONE, kinds.ALL_BUT_FIRST, kinds.SOME)
+        window = given._copy_with(given.cond[1:]).process_cond(batch_size=3)
+        assert window.concat([given])[:4] == (kinds.ALL_BUT_FIRST, kinds.SOME, kinds.ALL_BUT_FIRST, kinds.NONE)
+        longer = conds.caption_conds(torch.zeros(1, 6, 8), None)["context_padding"]
+        assert given.concat([longer]) == (kinds.SOME, kinds.ALL_BUT_FIRST, kinds.SOME, kinds.NONE)
 
 
 def test_batch_of_latents_and_prompts(counted) -> None:

@@ -125,3 +125,10 @@ def test_the_demos_recipe_compresses_its_last_half_and_keeps_the_demos_weights()
     assert config.compressed_blocks == ((4, 2), (5, 2), (6, 2), (7, 2)) and config.depth == 8
     values = json.loads(path.read_text())
     assert values["output"] != values["initialize"] and (ROOT / values["initialize"]).is_file()
+
+
+def test_the_control_of_that_recipe_differs_in_the_compression_alone():
+    compressed, control = (load_recipe(ROOT / f"configs/train/{name}.json") for name in ("demo-kv", "demo-kv-control"))
+    same = {name: getattr(compressed, name) for name in ("compressed_blocks", "output", "run_dir")}
+    assert replace(control, **same) == compressed
+    assert not control.compressed_blocks and control.run_dir != compressed.run_dir
