@@ -99,7 +99,8 @@ def markdown(report: dict[str, Any]) -> str:
     for size in report["sizes"]:
         cells = [f"{value:.0f}" if not isinstance(value, str) else "fails" for value in size["mib"].values()]
         lines.append(f"| {size['pixels']} | {size['image_tokens']} | {size['blocks']} | " + " | ".join(cells) + " |")
-        lines += [f"\n{name} fails at {size['pixels']} px: {value}" for name, value in size["mib"].items() if isinstance(value, str)]
+    for size in report["sizes"]:
+        lines += [f"\n{name} fails at {size['pixels']} px: {value}." for name, value in size["mib"].items() if isinstance(value, str)]
     facts = report["machine"]
     lines += [
         "", f"Peak of what one step with guidance allocates above the loaded weights, {report['dtype']}, {report['device']}; prompts of "

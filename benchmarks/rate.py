@@ -11,13 +11,17 @@ from benchmarks.timing import synchronize
 
 
 def step_flops(work: Workload) -> float:
-    """Floating-point operations of one step with guidance, without compression: products of the blocks, two a multiplication."""
+    """Floating-point operations that one step with guidance needs, without compression: products of the blocks.
+
+    Peers do more: the empty prompt's one token makes its cross-attention the same for all tokens of the picture.
+    """
     sizes, pictures, captions = work.config, work.size.tokens, max(TOKENS)
     width, mlp = sizes.hidden_size, sizes.mlp_hidden
-    per_token = 4 * width**2 + 2 * width**2 + 2 * width * mlp  # qkv and proj; q and proj of cross-attention; MLP
-    attention = 2 * width * pictures * (pictures + captions)  # scores and values, of self- and cross-attention
-    block = per_token * pictures + 2 * width**2 * captions + attention
-    return 2.0 * 2 * block * sizes.depth  # two multiply-add operations, of two predictions
+    each = pictures * (4 * width**2 + 2 * width * mlp)  # qkv and proj, MLP
+    each += 2 * width * pictures**2 + 2 * width**2 * captions  # scores and values of self-attention; keys and values of captions
+    prompt = pictures * (2 * width**2 + 2 * width * captions)  # q and proj, scores and values of cross-attention
+    empty = width**2  # proj
+    return 2.0 * (2 * each + prompt + empty) * sizes.depth  # a multiplication and a sum, of two predictions
 
 
 @torch.inference_mode()

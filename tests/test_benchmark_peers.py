@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import forward, memory, peers, pipeline, plots, timing
 from benchmarks.peers import PADDED, TOKENS, Compressed, Size, Workload, core_model, diffusers_model, host_model, make_peer
 from benchmarks.rate import step_flops
-from pixart.attention import dense_attention
+from pixart.attention import dense_attention, padding_of
 from pixart.model import PixArtTransformer
 from tests.support import host
 
@@ -111,9 +111,10 @@ def test_operations_are_those_that_torch_counts() -> None:
     """The blocks' share of torch's own count of one forward of two captions of 60 tokens."""
     work = Workload(Size(256, 2), torch.float32, "cpu")
     model = PixArtTransformer(work.config, device="meta", attention=dense_attention)
-    context = torch.empty(2, 60, work.config.caption_channels, device="meta")
+    context, mask = work.padded_captions(max(peers.TOKENS))
+    given = [torch.empty_like(each, device="meta") for each in (torch.empty(2, 4, 32, 32), torch.empty(2), context, mask)]
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(2, 4, 32, 32, device="meta"), torch.empty(2, device="meta"), context)
+        model(*given, context_padding=padding_of(mask))
     counted = sum(sum(one.values()) for name, one in counter.get_flop_counts().items() if name.split(".")[-2:-1] == ["blocks"])
     assert counted == step_flops(work)
 
@@ -173,11 +174,11 @@ def test_peak_is_what_is_held_at_once() -> None:
 
 
 def test_memory_and_pipeline_tables(tmp_path) -> None:
-    sizes = [{"pixels": 512, "image_tokens": 1024, "blocks": 1, "mib": {"ours": 70.4, "core": 20.0, "comfyui": "no"}}]
+    sizes = [{"pixels": 512, "image_tokens": 1024, "blocks": 1, "mib": {"ours": 70.4, "core": 20.0, "comfyui": "no"}}] * 2
     made = report(sizes=sizes, contenders=["ours", "core", "comfyui"])
     memory.write(made, tmp_path, "memory")
     text = (tmp_path / "memory.md").read_text(encoding="utf-8")
-    assert "| 512 | 1024 | 1 | 70 | 20 | fails |" in text and "comfyui fails at 512 px: no" in text
+    assert "| 512 | 1024 | 1 | 70 | 20 | fails |\n" * 2 in text and "comfyui fails at 512 px: no" in text
     assert (tmp_path / "memory.png").stat().st_size > 5000
     row = {"pixels": 256, "blocks": 2, "seconds": {"core": FIGURES, "diffusers": FIGURES}, "ratio": {"diffusers": 1.0}, "peak_mib": {}}
     facts = {"steps": 4, "decode": True, "compile": False}
