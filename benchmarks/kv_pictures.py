@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", default="256", help="in pixels: a side, or WIDTHxHEIGHT")
     parser.add_argument("--settings", nargs="+", default=SHOWN, help="names of kv_quality's table")
-    parser.add_argument("--recipe", type=Path, help="a training recipe with compressed_blocks")
+    parser.add_argument("--recipe", type=Path, help="a training recipe, of demo-kv or its control")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args(arguments)
     known = {one.name: one for one in settings()}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.timing import synchronize
-from pixart.attention import padding_of
+from pixart.attention import caption_lengths, one_token_of
 from pixart.checkpoints import to_diffusers
 from pixart.config import get_variant
 from pixart.kv_compress import MAX_RATIO
@@ -203,7 +203,7 @@ def _core_step(work: Workload, name: str) -> Callable[[], float]:
     context, mask = work.padded_captions(max(TOKENS))
     positions = model.positions_of(work.latent.to(work.device))
     run = torch.compile(model, fullgraph=True) if name == COMPILED else model
-    fixed = {"positions": positions, "context_padding": padding_of(mask)}
+    fixed = {"positions": positions, "one_token": one_token_of(caption_lengths(mask), max(TOKENS))}
     return _timed(work, lambda latent, timestep: run(latent, timestep, context, mask, **fixed))
 
 

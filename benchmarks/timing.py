@@ -33,7 +33,7 @@ def synchronize() -> None:
 
 
 def take_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contender in every round; each returns its own. The order is turned round each time."""
+    """Seconds of every contender in every round; each returns its own. The order is reversed each time."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for number in range(rounds):

@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -111,20 +110,34 @@ def select_tokens(tokens: Tensor, grid: tuple[int, int], ratio: int, mode: str) 
     return tokens.unflatten(1, grid)[:, ::ratio, ::ratio][:, :rows, :columns].flatten(1, 2)
 
 
-class Padding(Enum):
-    """What a caption's row of the mask hides. Known outside of the tensors, it spares work without asking the device."""
+class OneToken(NamedTuple):
+    """Which captions of a batch are their first token alone, as an empty prompt is, and whether any other has padding.
 
-    NONE = "none"
-    SOME = "some"
-    ALL_BUT_FIRST = "all but the first token"  # an empty prompt
+    Numbers beside the mask spare work without asking the device; a range, so that torch.compile makes no graph per pattern.
+    """
+
+    start: int
+    stop: int
+    others_padded: bool
 
 
-def padding_of(mask: Tensor) -> tuple[Padding, ...]:
-    """Of each caption; mask: (B, M), nonzero is a real token. Waits for the device: for once a run, not for every step."""
+def one_token_of(lengths: Sequence[int], longest: int) -> OneToken | None:
+    """Of captions with so many real tokens, which come first; None unless some have one token and stand in one row."""
+    rows = [row for row, length in enumerate(lengths) if length == 1]
+    if not rows or rows[-1] - rows[0] >= len(rows):
+        return None
+    return OneToken(rows[0], rows[-1] + 1, any(length not in (1, longest) for length in lengths))
+
+
+def caption_lengths(mask: Tensor) -> tuple[int, ...]:
+    """Real tokens of each caption, 0 where they don't come first; mask: (B, M), nonzero is a real token.
+
+    Waits for the device: for once a run, not for every step.
+    """
     real = mask.bool()
-    counts, first = real.sum(dim=1).tolist(), real[:, 0].tolist()
-    others = {real.shape[1]: Padding.NONE}
-    return tuple(Padding.ALL_BUT_FIRST if one and count == 1 else others.get(count, Padding.SOME) for count, one in zip(counts, first))
+    lengths = real.sum(dim=1)
+    first = torch.arange(real.shape[1], device=real.device) < lengths[:, None]
+    return tuple((lengths * (first == real).all(dim=1)).tolist())
 
 
 class CrossAttention(nn.Module):
@@ -139,27 +152,24 @@ class CrossAttention(nn.Module):
         self.proj = operations.Linear(hidden_size, hidden_size, bias=True, **factory)
 
     def forward(
-        self, hidden: Tensor, context: Tensor, mask: Tensor | None, options: Any = None, padding: Sequence[Padding] | None = None
+        self, hidden: Tensor, context: Tensor, mask: Tensor | None, options: Any = None, one_token: OneToken | None = None
     ) -> Tensor:
         """hidden: (B, N, D); context: (B, M, D); mask: bool (B, M) or None -> (B, N, D).
 
-        padding: of `padding_of` the mask, where it is known. A caption of one token needs no queries: softmax over one
-        key is 1, so every picture token gets that key's value.
+        one_token: captions, known to be masked so, that need no queries: softmax over one key is 1, so every
+        picture token gets that key's value.
         """
         k, v = self.kv_linear(context).chunk(2, dim=-1)
-        if padding is None or Padding.ALL_BUT_FIRST not in padding:
-            return self._attend(hidden, k, v, mask, options)
-        single = [one is Padding.ALL_BUT_FIRST for one in padding]
-        starts = [i for i in range(len(single)) if i == 0 or single[i] != single[i - 1]]
-        parts = []
-        for start, stop in zip(starts, [*starts[1:], len(single)]):
-            rows = slice(start, stop)
-            if single[start]:
-                parts.append(self.proj(v[rows, :1]).expand(-1, hidden.shape[1], -1))
-            else:
-                masked = mask is not None and Padding.SOME in padding[start:stop]
-                parts.append(self._attend(hidden[rows], k[rows], v[rows], mask[rows] if masked else None, options))
-        return torch.cat(parts)
+        if one_token is None:
+            return self._attend(slice(None), hidden, k, v, mask, options)
+        start, stop, others_padded = one_token
+        mask = mask if others_padded else None
+        before = [self._attend(slice(0, start), hidden, k, v, mask, options)] if start > 0 else []
+        after = [self._attend(slice(stop, None), hidden, k, v, mask, options)] if stop < len(hidden) else []
+        alike = self.proj(v[start:stop, :1].contiguous()).expand(-1, hidden.shape[1], -1)
+        return torch.cat([*before, alike, *after])
 
-    def _attend(self, hidden: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Any) -> Tensor:
-        return self.proj(self.attention(self.q_linear(hidden), k, v, heads=self.num_heads, mask=mask, options=options))
+    def _attend(self, rows: slice, hidden: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Any) -> Tensor:
+        mask = None if mask is None else mask[rows]
+        out = self.attention(self.q_linear(hidden[rows]), k[rows], v[rows], heads=self.num_heads, mask=mask, options=options)
+        return self.proj(out)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionFunction, Padding, torch_attention
+from .attention import AttentionFunction, OneToken, torch_attention
 from .config import HEAD_DIM, TransformerConfig
 from .embeddings import Positions
 from .errors import InputError
@@ -134,7 +134,7 @@ class ControlledTransformer(nn.Module):
         hint: Tensor,
         strength: float = 1.0,
         positions: Positions | None = None,
-        context_padding: tuple[Padding, ...] | None = None,
+        one_token: OneToken | None = None,
     ) -> Tensor:
         """As `PixArtTransformer.forward`; hint: (B, in_channels, H, W), the edge map's latent."""
         base = self.base
@@ -143,7 +143,7 @@ class ControlledTransformer(nn.Module):
         height, width = latent.shape[-2:]
         with torch.no_grad():
             inputs, embedded_time = base.embed(
-                latent, timestep, context, context_mask, size, positions=positions, context_padding=context_padding
+                latent, timestep, context, context_mask, size, positions=positions, one_token=one_token
             )
             hidden = base.blocks[0](inputs)
             hint_tokens = base.embed_latent(hint, positions)

@@ -26,7 +26,7 @@ class PerturbedGuidance:
     blocks: str = "14"  # "14", or "3, 10-12"
     scale: float = 4.0
     kind: str = PERTURBED_ATTENTION
-    start_percent: float = 0.0  # of sampling, 0 is its begin
+    start_percent: float = 0.0  # of sampling, 0 is its beginning
     end_percent: float = 1.0
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class PerturbedGuidance:
             )
 
     def active_at(self, timestep: float) -> bool:
-        """Whether it changes anything at a timestep, 999 is the begin."""
+        """Whether it changes anything at a timestep, 999 is the beginning."""
         return self.scale > 0 and (1 - self.end_percent) * LAST_TIMESTEP <= timestep <= (1 - self.start_percent) * LAST_TIMESTEP
 
     def wrappers(self, depth: int) -> dict[int, Callable[[BlockInputs, Callable[[BlockInputs], Tensor]], Tensor]]:

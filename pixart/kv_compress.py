@@ -35,7 +35,7 @@ class KVCompression:
     method: str = "mean"  # "mean" of a cell's tokens, or "stride": its first
     first_block: int = 0
     last_block: int = -1  # inclusive; -1 is the model's last
-    start_percent: float = 0.0  # of sampling, 0 is its begin; as the host's nodes count it
+    start_percent: float = 0.0  # of sampling, 0 is its beginning; as the host's nodes count it
     end_percent: float = 0.5
     min_tokens: int = 0  # smaller pictures are left alone; a token is 16 x 16 pixels
     key_scale: float = 1.0  # of merged keys; above 1 sharpens the attention that means have flattened
@@ -78,7 +78,7 @@ class KVCompression:
         return self.start_percent == 0 and self.end_percent == 1
 
     def active_at(self, timestep: float) -> bool:
-        """Whether it holds at a timestep (999 is the begin): from start_percent on, before end_percent."""
+        """Whether it holds at a timestep (999 is the beginning): from start_percent on, before end_percent."""
         begun = timestep <= (1 - self.start_percent) * LAST_TIMESTEP or self.start_percent == 0
         return begun and (timestep > (1 - self.end_percent) * LAST_TIMESTEP or self.end_percent == 1)
 

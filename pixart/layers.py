@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionFunction, CrossAttention, Padding, SelfAttention
+from .attention import AttentionFunction, CrossAttention, OneToken, SelfAttention
 from .kv_compress import KVCompression
 
 
@@ -24,7 +24,7 @@ class BlockInputs:
     attention_options: Any = None
     identity_attention: bool = False  # self-attention without mixing of tokens, for perturbed-attention guidance
     compression: KVCompression | None = None  # training-free, of this block
-    context_padding: tuple[Padding, ...] | None = None  # of context_mask, if known; whoever changes context or mask sets None
+    one_token: OneToken | None = None  # what is known of context_mask; whoever changes context or mask sets None
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class PixArtBlock(nn.Module):
             modulate(self.norm1(hidden), shift_attn, scale_attn).to(dtype), inputs.grid, options, inputs.compression,
             inputs.identity_attention,
         ))  # fmt: skip
-        hidden = hidden + self.cross_attn(hidden.to(dtype), context, inputs.context_mask, options, inputs.context_padding)
+        hidden = hidden + self.cross_attn(hidden.to(dtype), context, inputs.context_mask, options, inputs.one_token)
         return torch.addcmul(hidden, gate_mlp, self.mlp(modulate(self.norm2(hidden), shift_mlp, scale_mlp).to(dtype)))
 
 

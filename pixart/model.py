@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import AttentionFunction, Padding, torch_attention
+from .attention import AttentionFunction, OneToken, torch_attention
 from .config import TransformerConfig
 from .embeddings import CaptionEmbedder, PatchEmbedder, Positions, SinusoidEmbedder, add_positions, axis_positions
 from .errors import InputError
@@ -73,7 +73,7 @@ class PixArtTransformer(nn.Module):
         attention_options: Any = None,
         kv_compression: Sequence[KVCompression] = (),
         positions: Positions | None = None,
-        context_padding: tuple[Padding, ...] | None = None,
+        one_token: OneToken | None = None,
     ) -> Tensor:
         """Predicts from a noisy latent.
 
@@ -86,17 +86,17 @@ class PixArtTransformer(nn.Module):
         kv_compression: training-free approximations that hold at this step (their percents are the caller's
         to look at), each block in at most one.
         positions: of `positions_of` a latent of this size, which is the same in every step (default: made here).
-        context_padding: of `attention.padding_of` the mask, which is the same in every step; spares captions of one token,
-        as of an empty prompt, their cross-attention (default: not spared).
+        one_token: captions that the mask shortens to their first token, of `attention.one_token_of`; they are spared
+        cross-attention (default: none is).
         Returns (B, out_channels, H, W). Raises InputError where a shape doesn't fit.
         """
-        self._check(latent, timestep, context, context_mask, size, block_wrappers, block_residuals, context_padding)
+        self._check(latent, timestep, context, context_mask, size, block_wrappers, block_residuals, one_token)
         height, width = latent.shape[-2:]
         grid = self._grid(latent)
         self.check_grid(grid, positions)
         compression = plan_blocks(kv_compression, self.config, grid[0] * grid[1])
         hidden, embedded_time = self._run_blocks(
-            self.embed(latent, timestep, context, context_mask, size, attention_options, positions, context_padding),
+            self.embed(latent, timestep, context, context_mask, size, attention_options, positions, one_token),
             block_wrappers or {}, block_residuals or {}, compression,
         )  # fmt: skip
         return self.unembed(hidden, embedded_time, grid)[..., :height, :width]
@@ -110,7 +110,7 @@ class PixArtTransformer(nn.Module):
         size: Tensor | None = None,
         attention_options: Any = None,
         positions: Positions | None = None,
-        context_padding: tuple[Padding, ...] | None = None,
+        one_token: OneToken | None = None,
     ) -> tuple[BlockInputs, Tensor]:
         """What the first block sees, and the embedded time (B, D), which the final layer needs too."""
         dtype = latent.dtype
@@ -122,7 +122,7 @@ class PixArtTransformer(nn.Module):
             modulation=self.t_block(embedded_time).float().unflatten(-1, (6, -1)),
             grid=self._grid(latent),
             attention_options=attention_options,
-            context_padding=context_padding,
+            one_token=one_token,
         )
         return inputs, embedded_time
 
@@ -182,7 +182,7 @@ class PixArtTransformer(nn.Module):
             tokens, "b (r c) (p q k) -> b k (r p) (c q)", r=grid[0], c=grid[1], p=patch, q=patch
         )
 
-    def _check(self, latent, timestep, context, context_mask, size, wrappers, residuals, padding) -> None:
+    def _check(self, latent, timestep, context, context_mask, size, wrappers, residuals, one_token) -> None:
         """Everything a caller can get wrong about shapes, before any work is done."""
         config, batch = self.config, latent.shape[0]
         if latent.ndim != 4 or latent.shape[1] != config.in_channels or 0 in latent.shape:
@@ -200,8 +200,8 @@ class PixArtTransformer(nn.Module):
             raise InputError(
                 f"context_mask has shape {tuple(context_mask.shape)}; expected {tuple(context.shape[:2])}."
             )
-        if padding is not None and len(padding) != batch:
-            raise InputError(f"context_padding is of {len(padding)} captions; expected {batch}.")
+        if one_token is not None and not 0 <= one_token.start < one_token.stop <= batch:
+            raise InputError(f"one_token names captions {one_token.start} to {one_token.stop - 1}; expected some of 0 to {batch - 1}.")
         if size is not None and not config.micro_condition:
             raise InputError("size was given, but this model has no size conditioning (only α-1024 has); leave it out.")
         if size is not None and size.shape != (batch, 2):

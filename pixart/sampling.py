@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import padding_of
+from .attention import caption_lengths, one_token_of
 from .errors import InputError, UnsupportedError
 from .guidance import PerturbedGuidance
 from .kv_compress import KVCompression, check_together
@@ -87,7 +87,7 @@ def denoise(
     dtype = context.states.dtype
     # What no step changes: a mask that hides nothing would cost faster attention kernels.
     mask = None if context.mask.all() else context.mask
-    padding = padding_of(context.mask)
+    one_token = one_token_of(caption_lengths(context.mask), context.mask.shape[1])
     positions = transformer.positions_of(noise)
     size = None if size is None else size.expand(rows, 2)
     for index, timestep in enumerate(tqdm(scheduler.timesteps, disable=not progress)):
@@ -95,16 +95,14 @@ def denoise(
         inputs = inputs if guidance is None else torch.cat([inputs, inputs])
         active = [one for one in kv_compression if one.active_at(moments[index])]
         given = (inputs.to(dtype), timestep.expand(rows), context.states, mask, size)
-        predicted = _noise_of(transformer(*given, kv_compression=active, positions=positions, context_padding=padding), latents)
+        predicted = _noise_of(transformer(*given, kv_compression=active, positions=positions, one_token=one_token), latents)
         positive = predicted[-len(latents) :]
         if guidance is not None:
             negative = predicted[: len(latents)]
             predicted = negative + guidance * (positive - negative)
         if perturbed is not None and perturbed.active_at(moments[index]):
             prompts = [None if part is None else part[-len(latents) :] for part in given]
-            weakened = transformer(
-                *prompts, kv_compression=active, block_wrappers=weakening, positions=positions, context_padding=padding[-len(latents) :]
-            )
+            weakened = transformer(*prompts, kv_compression=active, block_wrappers=weakening, positions=positions)
             predicted = predicted + perturbed.scale * (positive - _noise_of(weakened, latents))
         latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
         if callback is not None and callback(index, int(timestep), latents) is False:

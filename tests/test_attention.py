@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from pixart.attention import CrossAttention, Padding, SelfAttention, dense_attention, padding_of, torch_attention
+from pixart.attention import CrossAttention, SelfAttention, caption_lengths, dense_attention, one_token_of, torch_attention
 
 
 def slow_attention(q, k, v, heads, mask=None):
@@ -59,14 +59,23 @@ def test_compressed_keys_and_values_follow_the_paper():
     torch.testing.assert_close(layer(hidden, (rows, columns)), expected)
 
 
-def test_what_a_mask_hides():
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1]])
-    expected = (Padding.NONE, Padding.ALL_BUT_FIRST, Padding.SOME, Padding.SOME, Padding.SOME)
-    assert padding_of(mask) == padding_of(mask.bool()) == padding_of(7.0 * mask) == expected
-    assert padding_of(torch.tensor([[1], [0]])) == (Padding.ALL_BUT_FIRST, Padding.SOME)
+def test_lengths_of_captions_whose_tokens_come_first():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 0, 1]])
+    assert caption_lengths(mask) == caption_lengths(mask.bool()) == caption_lengths(7.0 * mask) == (3, 1, 0, 0, 0)
 
 
-@pytest.mark.parametrize("lengths", [(1, 6), (6, 1), (1, 1), (1, 4, 1, 1, 6, 3), (6, 4, 1)])
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((1, 6), (0, 1, False)), ((6, 1), (1, 2, False)), ((4, 1), (1, 2, True)), ((1, 1), (0, 2, False)), ((6, 1, 1, 3), (1, 3, True)),
+        ((0, 1), (1, 2, True)), ((1, 6, 1), None), ((6, 4), None), ((), None),
+    ],
+)  # fmt: skip
+def test_captions_of_one_token_are_spared_where_they_stand_together(lengths, expected):
+    assert one_token_of(lengths, 6) == expected
+
+
+@pytest.mark.parametrize("lengths", [(1, 6), (6, 1), (1, 1), (1, 1, 4, 6), (5, 6, 1, 1, 1), (2, 1, 6)])
 def test_captions_of_one_token_need_no_queries(lengths):
     """As with a mask alone, where the attention function sees only the other rows, and a mask only where they have padding."""
     torch.manual_seed(0)
@@ -81,12 +90,6 @@ def test_captions_of_one_token_need_no_queries(lengths):
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
     expected = layer(hidden, context, mask)
     assert seen.pop() == (len(lengths), True)
-    torch.testing.assert_close(layer(hidden, context, mask, padding=padding_of(mask)), expected)
-    assert seen == {(1, 6): [(1, False)], (6, 1): [(1, False)], (1, 1): [], (6, 4, 1): [(2, True)]}.get(lengths, [(1, True), (2, True)])
-
-
-def test_an_unmasked_caption_of_one_token():
-    torch.manual_seed(0)
-    layer = CrossAttention(12, 3, torch_attention, nn)
-    hidden, context = torch.randn(2, 5, 12), torch.randn(2, 1, 12)
-    torch.testing.assert_close(layer(hidden, context, None, padding=(Padding.ALL_BUT_FIRST,) * 2), layer(hidden, context, None))
+    torch.testing.assert_close(layer(hidden, context, mask, one_token=one_token_of(lengths, 6)), expected)
+    calls = {(1, 6): [(1, False)], (6, 1): [(1, False)], (1, 1): [], (1, 1, 4, 6): [(2, True)], (5, 6, 1, 1, 1): [(2, True)]}
+    assert seen == calls.get(lengths, [(1, True), (1, True)])

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import forward, memory, peers, pipeline, plots, timing
 from benchmarks.peers import PADDED, TOKENS, Compressed, Size, Workload, core_model, diffusers_model, host_model, make_peer
 from benchmarks.rate import step_flops
-from pixart.attention import dense_attention, padding_of
+from pixart.attention import dense_attention, one_token_of
 from pixart.model import PixArtTransformer
 from tests.support import host
 
@@ -114,7 +114,7 @@ def test_operations_are_those_that_torch_counts() -> None:
     context, mask = work.padded_captions(max(peers.TOKENS))
     given = [torch.empty_like(each, device="meta") for each in (torch.empty(2, 4, 32, 32), torch.empty(2), context, mask)]
     with FlopCounterMode(display=False) as counter:
-        model(*given, context_padding=padding_of(mask))
+        model(*given, one_token=one_token_of(peers.TOKENS, max(peers.TOKENS)))
     counted = sum(sum(one.values()) for name, one in counter.get_flop_counts().items() if name.split(".")[-2:-1] == ["blocks"])
     assert counted == step_flops(work)
 

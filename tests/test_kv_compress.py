@@ -237,7 +237,7 @@ def test_sampler_compresses_in_its_part_of_sampling():
     """Which steps, through the sampler and a transformer that only takes notes."""
     seen = []
 
-    def transformer(latent, timestep, *_, kv_compression, positions):
+    def transformer(latent, timestep, *_, kv_compression, **__):
         seen.append((int(timestep[0]), [one.ratio for one in kv_compression]))
         return torch.zeros(len(latent), 8, *latent.shape[2:])
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import kv_pictures, kv_quality
 from benchmarks.kv_quality import EXACT, Setting, settings, share_of_attention
@@ -54,6 +55,11 @@ def test_a_recipe_without_compression_adds_its_result_alone(tmp_path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"output": str(WEIGHTS["diffusion_models"])}))
     (found,) = kv_quality.trained_settings(tmp_path / "recipe.json")
     assert found.name == "uncompressed, trained further" and not found.compression and share_of_attention(found, DEMO) == 1
+    half = tmp_path / "half.safetensors"
+    save_file(load_file(WEIGHTS["diffusion_models"]), half, metadata={"step": "2500"})
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"output": str(half)}))
+    (found,) = kv_quality.trained_settings(tmp_path / "recipe.json")
+    assert found.name == "uncompressed, trained further, 2500 of 4700 steps"
 
 
 def test_sides_of_a_picture() -> None:

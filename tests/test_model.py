@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from pixart.attention import padding_of, torch_attention
+from pixart.attention import OneToken, one_token_of, torch_attention
 from pixart.config import TransformerConfig
 from pixart.errors import ConfigError, InputError
 from pixart.model import PixArtTransformer
@@ -56,17 +56,17 @@ def test_masked_padding_changes_nothing(model):
     torch.testing.assert_close(together, torch.cat(alone))
 
 
-def test_known_padding_changes_nothing_but_the_work():
+def test_a_known_empty_prompt_changes_nothing_but_the_work():
     model = tiny()
     latent, timestep, context = inputs(batch=3)
     mask = torch.tensor([[1] * 7, [1] + [0] * 6, [1] * 4 + [0] * 3])
     expected, seen = model(latent, timestep, context, mask), []
     for block in model.blocks:
         block.cross_attn.q_linear.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
-    torch.testing.assert_close(model(latent, timestep, context, mask, context_padding=padding_of(mask)), expected)
+    torch.testing.assert_close(model(latent, timestep, context, mask, one_token=one_token_of((7, 1, 4), 7)), expected)
     assert seen == [(1, 24, 144), (1, 24, 144)] * 3  # the first row and the last; nothing of the second
-    with pytest.raises(InputError, match="context_padding is of 2 captions; expected 3"):
-        model(latent, timestep, context, mask, context_padding=padding_of(mask[:2]))
+    with pytest.raises(InputError, match="one_token names captions 2 to 3; expected some of 0 to 2"):
+        model(latent, timestep, context, mask, one_token=OneToken(2, 4, False))
 
 
 def test_batch_entries_do_not_meet(model):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pixart import embeddings
-from pixart.attention import Padding
+from pixart.attention import OneToken
 from pixart.config import TransformerConfig
 from pixart.errors import InputError
 from pixart.kv_compress import KVCompression
@@ -45,7 +45,7 @@ def text(*lengths: int) -> TextEmbeddings:
 
 
 def draw(model, compression, steps, seed=0, lengths=(1, 5)):
-    noise = torch.randn(1, 4, 10, 14, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(len(lengths) // 2, 4, 10, 14, generator=torch.Generator().manual_seed(seed))
     size = torch.tensor([[80, 112]]) if model.config.micro_condition else None
     return denoise(model, noise, text(*lengths), make_scheduler(), steps=steps, guidance=4.5, size=size, kv_compression=compression)
 
@@ -82,6 +82,17 @@ def test_the_second_length_of_prompts_makes_a_graph_for_all_others():
     assert len(graphs) == 2
 
 
+def test_batches_and_their_longest_prompts_make_few_graphs():
+    """By whether prompts differ in length, not by which is the longest; the size of the batch becomes a symbol."""
+    model, graphs = random_model(CONFIG), []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True)
+    with torch.no_grad():
+        for lengths in ((9, 5, 5), (5, 9, 5), (5, 5, 9), (7, 8, 9), (3, 3, 3), (6, 6, 6), (3, 4), (5, 4), (2, 3, 4, 5), (5, 4, 2, 6)):
+            draw(compiled, (), steps=2, lengths=(*[1] * len(lengths), *lengths))
+    assert len(graphs) <= 5
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_waits_for_the_device(case):
     config, compression, _ = CASES[case]
@@ -91,8 +102,8 @@ def test_no_step_waits_for_the_device(case):
     )
     with torch.no_grad(), OnlyOn("meta"):
         for now in [[], *([one] for one in compression)]:
-            for padding in (None, (Padding.ALL_BUT_FIRST, Padding.NONE)):
-                assert model(latent, timestep, context, mask, kv_compression=now, context_padding=padding).shape == (2, 8, 9, 14)
+            for one_token in (None, OneToken(0, 1, False)):
+                assert model(latent, timestep, context, mask, kv_compression=now, one_token=one_token).shape == (2, 8, 9, 14)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import node_helpers
 import torch
 from torch import Tensor
 
-from ...pixart.attention import Padding, padding_of
+from ...pixart.attention import caption_lengths, one_token_of
+
+ONE_TOKEN = "pixart_one_token"  # attribute of a mask: a OneToken or None
 
 
 class CaptionStates(comfy.conds.CONDRegular):
@@ -23,37 +25,42 @@ class CaptionStates(comfy.conds.CONDRegular):
 
 
 class CaptionMask(comfy.conds.CONDRegular):
-    """Which tokens are real, bool (B, M). Without padding the batch has no mask, which every attention likes best.
+    """Which tokens are real, int (B, M). Without padding the batch has no mask, which every attention likes best.
 
-    all_real: no token is padding. Known from the start, since asking a GPU at every step would stall it.
+    all_real: no token is padding. lengths: of `caption_lengths`, one a row, or None. Both are known from the start,
+    since asking a GPU at every step would stall it.
     """
 
-    def __init__(self, cond: Tensor, all_real: bool = False) -> None:
+    def __init__(self, cond: Tensor, all_real: bool = False, lengths: tuple[int, ...] | None = None) -> None:
         super().__init__(cond)
-        self.all_real = all_real
+        self.all_real, self.lengths = all_real, lengths
 
     def _copy_with(self, cond: Tensor) -> CaptionMask:
-        """The host repeats and slices masks: what was all real stays so."""
+        """The host slices masks: what was all real stays so, but which rows are left isn't known."""
         return self.__class__(cond, self.all_real)
+
+    def process_cond(self, batch_size: int, **given: object) -> CaptionMask:
+        """The host repeats or cuts the rows to the batch."""
+        repeated = super().process_cond(batch_size, **given)
+        repeated.lengths = None if self.lengths is None else (self.lengths * batch_size)[:batch_size]
+        return repeated
 
     def can_concat(self, other: CaptionMask) -> bool:
         """The states decide."""
         return True
 
     def concat(self, others: list[CaptionMask]) -> Tensor | None:
-        """(sum of B, longest M), or None if every token is real."""
+        """(sum of B, longest M), or None if every token is real.
+
+        What is known of its rows is an attribute of the tensor: whoever changes or reorders them makes another tensor.
+        """
         masks = [self, *others]
         if all(mask.all_real and mask.cond.shape[1] == self.cond.shape[1] for mask in masks):
             return None
-        return torch.cat(_padded([mask.cond for mask in masks]))
-
-
-class CaptionPadding(CaptionMask):
-    """The mask once more, on the CPU: what it hides is known without asking a GPU. The host repeats and slices both alike."""
-
-    def concat(self, others: list[CaptionPadding]) -> tuple[Padding, ...]:
-        """Of every row of the batch."""
-        return padding_of(torch.cat(_padded([self.cond, *(other.cond for other in others)])))
+        joined = torch.cat(_padded([mask.cond for mask in masks]))
+        lengths = [length for mask in masks for length in mask.lengths or [0] * len(mask.cond)]
+        setattr(joined, ONE_TOKEN, one_token_of(lengths, joined.shape[1]))
+        return joined
 
 
 class PicturePositions(comfy.conds.CONDConstant):
@@ -64,21 +71,18 @@ class PicturePositions(comfy.conds.CONDConstant):
         return True
 
 
-def caption_conds(states: Tensor, attention_mask: Tensor | None) -> dict[str, comfy.conds.CONDRegular]:
-    """The states (B, M, C), the mask an encoder returned, fitted to them, and what it hides.
+def caption_mask(states: Tensor, attention_mask: Tensor | None) -> CaptionMask:
+    """The mask an encoder returned, fitted to the states (B, M, C); tokens it doesn't cover are real.
 
-    Tokens that the mask doesn't cover are real: ConditioningConcat lengthens the states but not the mask.
+    ConditioningConcat lengthens the states but not the mask.
     """
     mask = torch.ones(states.shape[:2], dtype=torch.bool)
     if attention_mask is not None:
         given = attention_mask.reshape(-1, attention_mask.shape[-1]).cpu() != 0
         length = min(given.shape[-1], mask.shape[-1])
         mask[:, :length] = given[:, :length]
-    return {
-        "c_crossattn": CaptionStates(states),
-        "context_mask": CaptionMask(mask.to(states.device), all_real=bool(mask.all())),
-        "context_padding": CaptionPadding(mask),
-    }
+    # int, which the host hands on as it is
+    return CaptionMask(mask.to(states.device, torch.int), all_real=bool(mask.all()), lengths=caption_lengths(mask))
 
 
 def with_size(conditioning: list, width: int, height: int) -> list:

@@ -122,12 +122,12 @@ class PixArtControl(comfy.controlnet.ControlNet):
         mask, size = (None if cond.get(name) is None else cond[name].to(x_noisy.device) for name in ("context_mask", "size"))
         inputs = base.first_block(
             placed(sampling.calculate_input(t, x_noisy)), sampling.timestep(t).float(), placed(cond["c_crossattn"]),
-            mask, size, positions, cond.get("context_padding"), transformer_options,
+            mask, size, positions, transformer_options,
         )  # fmt: skip
         own_text = cond.get("crossattn_controlnet")  # from CLIPTextEncodeControlnet
         if own_text is not None:
             text = base.y_embedder(placed(self._checked_text(own_text)))
-            inputs = replace(inputs, context=text, context_mask=None, context_padding=None)
+            inputs = replace(inputs, context=text, context_mask=None, one_token=None)
         hint = placed(self._hint(x_noisy, batched_number))
         return self.control_model(inputs, base.embed_latent(hint, base.fitting(positions, hint)))
 

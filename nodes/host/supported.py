@@ -17,7 +17,7 @@ from ...pixart.checkpoints.detect import Detection
 from ...pixart.config import TransformerConfig, get_variant, variant_names
 from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.model import PIXELS_PER_LATENT
-from .conds import PicturePositions, caption_conds
+from .conds import CaptionStates, PicturePositions, caption_mask
 from .transformer import HostTransformer
 from .vae_hint import refiner_warning, vae_warning
 
@@ -49,7 +49,8 @@ class PixArtModel(comfy.model_base.PixArt):
         out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
         device = kwargs.get("device")
         states = self._captions(kwargs.get("cross_attn")).to(device=device)
-        out |= caption_conds(states, kwargs.get("attention_mask"))
+        out["c_crossattn"] = CaptionStates(states)
+        out["context_mask"] = caption_mask(states, kwargs.get("attention_mask"))
         height, width = _picture_size(kwargs["noise"])
         self._check_grid(kwargs["noise"])
         out["positions"] = PicturePositions(self.diffusion_model.positions_of(kwargs["noise"]))

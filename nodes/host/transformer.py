@@ -10,13 +10,14 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ...pixart.attention import Padding
+from ...pixart.attention import OneToken
 from ...pixart.config import TransformerConfig
 from ...pixart.embeddings import Positions
 from ...pixart.errors import InputError
 from ...pixart.layers import BlockInputs
 from ...pixart.model import PixArtTransformer, pixel_size
 from .attention import host_attention
+from .conds import ONE_TOKEN
 
 Block = Callable[[BlockInputs], Tensor]
 # transformer_options: numbers of blocks whose self-attention does not mix tokens; on top of any replacement of the block
@@ -42,7 +43,6 @@ class HostTransformer(PixArtTransformer):
         context_mask: Tensor | None = None,
         size: Tensor | None = None,
         positions: Positions | None = None,
-        context_padding: tuple[Padding, ...] | None = None,
         crossattn_controlnet: Tensor | None = None,
         control: dict[str, list[Tensor | None]] | None = None,
         transformer_options: dict[str, Any] | None = None,
@@ -55,7 +55,7 @@ class HostTransformer(PixArtTransformer):
         options = {} if transformer_options is None else transformer_options
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
         executor = WrapperExecutor.new_class_executor(self._denoise, self, wrappers)
-        return executor.execute(x, timesteps, context, context_mask, size, positions, context_padding, control, options)
+        return executor.execute(x, timesteps, context, context_mask, size, positions, control, options)
 
     def _denoise(
         self,
@@ -65,7 +65,6 @@ class HostTransformer(PixArtTransformer):
         context_mask: Tensor | None,
         size: Tensor | None,
         positions: Positions | None,
-        context_padding: tuple[Padding, ...] | None,
         control: dict[str, list[Tensor | None]] | None,
         transformer_options: dict[str, Any],
     ) -> Tensor:
@@ -84,7 +83,7 @@ class HostTransformer(PixArtTransformer):
             attention_options=options,
             kv_compression=options.get(KV_COMPRESSION, ()),
             positions=self.fitting(positions, x),
-            context_padding=padding_in_use(context_padding, context, context_mask, options),
+            one_token=one_token_in(context_mask, options),
         )
         return out[:, : self.config.in_channels, :height, :width]
 
@@ -96,14 +95,13 @@ class HostTransformer(PixArtTransformer):
         context_mask: Tensor | None,
         size: Tensor | None,
         positions: Positions | None,
-        context_padding: tuple[Padding, ...] | None,
         transformer_options: dict[str, Any],
     ) -> BlockInputs:
         """What block 1 would see without control: where a ControlNet branches off. Arguments as in `forward`."""
         padded, size = self._padded(x, timesteps, size)
         options = self._block_options(transformer_options)
-        known = padding_in_use(context_padding, context, context_mask, options)
-        inputs, _ = self.embed(padded, timesteps, context, context_mask, size, options, self.fitting(positions, x), known)
+        one_token = one_token_in(context_mask, options)
+        inputs, _ = self.embed(padded, timesteps, context, context_mask, size, options, self.fitting(positions, x), one_token)
         hidden = _block_wrappers(1, options)[0](inputs, self.blocks[0])
         return replace(inputs, hidden=hidden)
 
@@ -122,14 +120,9 @@ class HostTransformer(PixArtTransformer):
         return {**transformer_options, "total_blocks": self.config.depth, "block_type": "double"}
 
 
-def padding_in_use(
-    padding: tuple[Padding, ...] | None, context: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> tuple[Padding, ...] | None:
-    """None where someone who doesn't know of it cut the batch or changed the text, or a patch of attention wants to see every row."""
-    if padding is None or len(padding) != len(context) or ATTENTION_OVERRIDE in options:
-        return None
-    replaced = mask is None and context.shape[1] > 1 and Padding.ALL_BUT_FIRST in padding
-    return None if replaced else padding
+def one_token_in(mask: Tensor | None, options: dict[str, Any]) -> OneToken | None:
+    """What is known of a mask that nobody changed; None where a patch of attention wants to see every caption."""
+    return None if mask is None or ATTENTION_OVERRIDE in options else getattr(mask, ONE_TOKEN, None)
 
 
 def _block_wrappers(depth: int, options: dict[str, Any]) -> dict[int, Callable[[BlockInputs, Block], Tensor]]:
@@ -160,14 +153,13 @@ def _call_replacement(replacement: Callable[[dict, dict], dict], inputs: BlockIn
 
     def original(args: dict[str, Any]) -> dict[str, Any]:
         mask = args.get("attn_mask", inputs.context_mask)
-        as_given = args["txt"] is inputs.context and mask is inputs.context_mask
         changed = replace(
             inputs,
             hidden=args["img"],
             context=args["txt"],
             modulation=args["vec"],
             context_mask=mask,
-            context_padding=inputs.context_padding if as_given else None,
+            one_token=inputs.one_token if mask is inputs.context_mask else None,
             attention_options=args.get("transformer_options", inputs.attention_options),
         )
         return {"img": block(changed), "txt": args["txt"]}

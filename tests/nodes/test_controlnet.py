@@ -61,9 +61,9 @@ def steps_of(model, monkeypatch):
     network = model.model.diffusion_model
     original = network._denoise
 
-    def look(x, timesteps, context, context_mask, size, positions, padding, control, options):
+    def look(x, timesteps, context, context_mask, size, positions, control, options):
         seen.append((x.clone(), timesteps.clone(), context, context_mask, control))
-        return original(x, timesteps, context, context_mask, size, positions, padding, control, options)
+        return original(x, timesteps, context, context_mask, size, positions, control, options)
 
     monkeypatch.setattr(network, "_denoise", look)
     return seen

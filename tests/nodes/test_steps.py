@@ -61,6 +61,19 @@ def test_steps_and_runs_share_their_graphs(sigma, case: str) -> None:
     assert len(graphs) == expected
 
 
+def test_an_empty_prompt_is_spared_in_the_graph_too(sigma) -> None:
+    """And the second length of prompts makes the graph of all others."""
+    graphs = []
+    fast = compiled(sigma, graphs)
+    for length in (5, 9, 7, 20):
+        given = captions(length), captions(1, seed=1)
+        assert difference(sample(fast, *given, steps=2), sample(sigma, *given, steps=2)) < 1e-5
+    assert len(graphs) == 2
+    for graph in graphs:
+        products = [node for node in graph.graph.nodes if "cross_attn_modules_q_linear" in str(node.args) and node.op == "call_function"]
+        assert len(products) == 3 and all(node.meta["example_value"].shape[0] == 1 for node in products)
+
+
 def test_a_compressed_file_is_one_graph(tmp_path) -> None:
     path, _ = write_compressed("safetensors", tmp_path, {0: 3, 2: 2}, "conv", depth=3, captions=32, null_rows=None)
     model, graphs = load_model(path), []
