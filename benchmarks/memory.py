@@ -14,11 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plots
 from benchmarks.forward import DTYPES, blocks_for, contender_names, device_name, make_parser
-from benchmarks.peers import CFG, NATIVE, TOKENS, Size, Workload, choose_host, make_peer
+from benchmarks.peers import CFG, NATIVE, OURS, TOKENS, Size, Workload, choose_host, make_peer
 from benchmarks.report import machine
 
 MIB = 2**20
-ONE_BY_ONE = ", one by one"
+EMPTY = ", empty negative"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def contenders(chosen: argparse.Namespace) -> list[str]:
-    """Those of `forward`; the host's own PixArt also as it draws with prompts of unequal lengths, which it can't put into one batch."""
+    """Those of `forward`; the two MODELs also with an empty negative prompt, which the host's own PixArt can't put into one batch."""
     names = contender_names(chosen)
-    return [*names, NATIVE + ONE_BY_ONE] if NATIVE in names else names
+    return [*names, *(name + EMPTY for name in (OURS, NATIVE) if name in names)]
 
 
 def run_child(name: str, pixels: int, blocks: int, chosen: argparse.Namespace) -> float | str:
@@ -59,8 +59,8 @@ def run_child(name: str, pixels: int, blocks: int, chosen: argparse.Namespace) -
 
 def measure(case: dict[str, Any]) -> float:
     """Peak MiB that the second step allocates above what is there before it: the first also loads code and caches."""
-    peer, one_by_one, _ = case["name"].partition(ONE_BY_ONE)
-    tokens = TOKENS if one_by_one else (max(TOKENS),) * 2
+    peer, empty, _ = case["name"].partition(EMPTY)
+    tokens = TOKENS if empty else (max(TOKENS),) * 2
     work = Workload(Size(case["pixels"], case["blocks"]), DTYPES[case["dtype"]], case["device"], tokens)
     step = make_peer(peer, work)
     step()
@@ -104,8 +104,8 @@ def markdown(report: dict[str, Any]) -> str:
     facts = report["machine"]
     lines += [
         "", f"Peak of what one step with guidance allocates above the loaded weights, {report['dtype']}, {report['device']}; prompts of "
-        f"{max(TOKENS)} tokens each, so that all compute both predictions at once. With prompts of unequal lengths ({TOKENS[0]} and "
-        f"{TOKENS[1]}) ComfyUI's own PixArt computes them one by one, the others as before. {facts['cpu']}, torch {facts['torch']}, "
+        f"{max(TOKENS)} tokens each, so that all compute both predictions at once; with an empty negative prompt (one token) ComfyUI's "
+        f"own PixArt computes them one by one, the others both at once. {facts['cpu']}, torch {facts['torch']}, "
         f"ComfyUI {facts['comfyui']} (attention: {report['attention']}). {report['note']}".rstrip(),
     ]  # fmt: skip
     return "\n".join(lines)
