@@ -86,8 +86,9 @@ def denoise(
     rows = context.states.shape[0]
     dtype = context.states.dtype
     # What no step changes: a mask that hides nothing would cost faster attention kernels.
-    mask = None if context.mask.all() else context.mask
-    one_token = one_token_of(caption_lengths(context.mask), context.mask.shape[1])
+    lengths, longest = caption_lengths(context.mask), context.mask.shape[1]
+    mask = None if all(length == longest for length in lengths) else context.mask
+    one_token = one_token_of(lengths, longest)
     positions = transformer.positions_of(noise)
     size = None if size is None else size.expand(rows, 2)
     for index, timestep in enumerate(tqdm(scheduler.timesteps, disable=not progress)):

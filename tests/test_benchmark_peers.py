@@ -108,7 +108,7 @@ def test_kv_takes_turns_with_the_uncompressed_and_is_told_apart(tmp_path, monkey
 
 
 def test_operations_are_those_that_torch_counts() -> None:
-    """The blocks' share of torch's own count of one forward of two captions of 60 tokens."""
+    """The blocks' share of torch's own count of one forward of a prompt and an empty negative one."""
     work = Workload(Size(256, 2), torch.float32, "cpu")
     model = PixArtTransformer(work.config, device="meta", attention=dense_attention)
     context, mask = work.padded_captions(max(peers.TOKENS))
