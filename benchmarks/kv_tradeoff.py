@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def join(speed: dict[str, Any], quality: dict[str, Any]) -> list[dict[str, Any]]
             time = time_of(row, size["kv_ratio"])
             if time is not None:
                 shown = {name: row[name] for name in ("name", "group", "alignment", "latent_error")}
-                points.append({"pixels": size["pixels"], "time": time, **shown})
+                default = row["compression"] == [asdict(KVCompression())]  # the node's
+                points.append({"pixels": size["pixels"], "time": time, "default": default, **shown})
     return points
 
 

@@ -43,22 +43,23 @@ def time_against_tokens(report: dict[str, Any], path: Path) -> None:
 
 
 def time_against_ratio(report: dict[str, Any], path: Path) -> None:
-    """Time of a step beside the uncompressed one over R; a line for each size and number of compressed blocks."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=110)
-    for size in report["sizes"]:
+    """Time of a step beside the uncompressed one over R; a colour for each size, a dash for each number of compressed blocks."""
+    figure, axes = plt.subplots(figsize=(8.5, 4.5), dpi=110)
+    styles = dict(zip(dict.fromkeys(name.partition(":")[0] for name in report["kv"]), ("-", "--", ":", "-.") * len(report["kv"])))
+    for number, size in enumerate(report["sizes"]):
         lines: dict[str, dict[int, float]] = {}
         for name, share in size["kv_ratio"].items():
             blocks, _, ratio = name.partition(":")
             lines.setdefault(blocks, {1: 1.0})[int(ratio)] = share
         for blocks, points in lines.items():
-            label = f"{size['pixels']} px, {blocks} of 28 blocks" + ("" if size["blocks"] == 28 else f" ({size['blocks']} run)")
-            axes.plot(sorted(points), [points[ratio] for ratio in sorted(points)], marker="o", label=label)
+            label, values = f"{size['pixels']} px, {int(blocks) / 28:.0%} of the blocks", [points[ratio] for ratio in sorted(points)]
+            axes.plot(sorted(points), values, marker="o", color=f"C{number}", linestyle=styles[blocks], label=label)
     axes.set_xticks(sorted({1, *(int(name.partition(":")[2]) for name in report["kv"])}))
     axes.set(xlabel="R (1 is uncompressed)", ylabel="time of a step / uncompressed", ylim=(0, None))
     axes.set_title(f"KV compression, one step with guidance, {report['dtype']}, {report['device']}", fontsize=10)
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
@@ -103,24 +104,23 @@ def quality(report: dict[str, Any], exact: float, path: Path) -> None:
 
 
 def tradeoff(report: dict[str, Any], path: Path) -> None:
-    """Alignment, and distance from the uncompressed picture, over the time of a step; one marker a size."""
+    """Alignment, and distance from the uncompressed picture, over the time of a step at the largest size; the default is ringed."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), dpi=110, constrained_layout=True)
-    points = report["points"]
-    sizes = sorted({point["pixels"] for point in points})
-    for group in dict.fromkeys(point["group"] for point in points):
-        colour = None
-        for pixels, marker in zip(sizes, "osD^v*"):
-            found = [point for point in points if (point["group"], point["pixels"]) == (group, pixels)]
-            times = [point["time"] for point in found]
-            (line,) = axes[0].plot(times, [100 * point["alignment"] for point in found], marker, color=colour, label=f"{group}, {pixels} px")
-            colour = line.get_color()
-            axes[1].plot(times, [point["latent_error"] for point in found], marker, color=colour)
+    pixels = max(point["pixels"] for point in report["points"])
+    points = [point for point in report["points"] if point["pixels"] == pixels]
+    scores = ([100 * point["alignment"] for point in points], [point["latent_error"] for point in points])
+    for each, values in zip(axes, scores):
+        for group in dict.fromkeys(point["group"] for point in points):
+            found = [(point["time"], value) for point, value in zip(points, values) if point["group"] == group]
+            each.plot(*zip(*found), "o", label=group)
+        default = [(point["time"], value) for point, value in zip(points, values) if point["default"]]
+        if default:
+            each.plot(*zip(*default), "o", markersize=14, fillstyle="none", color="black", label="the node's default")
+        each.set(xlabel=f"time of full-size sampling at {pixels} px / uncompressed", xlim=(0, None), ylim=(0, None))
+        each.grid(alpha=0.3)
     axes[0].set(ylabel="pictures as asked, %", title="alignment of the demo's pictures")
     axes[1].set(ylabel="relative error of the latent", title="distance from the uncompressed picture")
-    for each in axes:
-        each.set(xlabel="time of full-size sampling / uncompressed")
-        each.grid(alpha=0.3)
-    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path)
     plt.close(figure)
 
