@@ -15,7 +15,7 @@ import torch
 from benchmarks import plots
 from benchmarks.peers import CFG, CORE, OURS, PADDED, PEERS, TOKENS, XL_BLOCKS, Compressed, Size, Workload, choose_host, make_peer
 from benchmarks.rate import matmul_rate, step_flops
-from benchmarks.report import machine
+from benchmarks.report import machine, versions
 from benchmarks.timing import keep_freed_memory, ratio, summarise, take_turns
 
 RESULTS = Path(__file__).parent / "results"
@@ -182,14 +182,15 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["", f"Share of the machine's rate of matrix products ({rate}), at the last size: {', '.join(rates)}."]
     fitted = ", ".join(f"{name} {power:.2f}" for name in names if (power := plots.power(report, name)))
     if fitted:
-        lines += ["", f"Time per block grows with the number of tokens to the power: {fitted}."]
+        where = "" if len(plots.shared_sizes(report)) == len(report["sizes"]) else ", of the sizes that all can draw"
+        lines += ["", f"Time per block grows with the number of tokens to the power{where}: {fitted}."]
     if compressed:
         lines += ["", "BLOCKS:RATIO is training-free KV compression, an approximation, of the last so many of 28 blocks (where fewer are "
                   "run, of that part of them); its ratios are to ours without, turn by turn."]  # fmt: skip
     facts = report["machine"]
     lines += ["", f"One step with guidance {report['cfg']}, {report['dtype']}, {report['device']}; prompts of {report['tokens'][0]} and "
               f"{report['tokens'][1]} tokens (diffusers: {report['diffusers_tokens']} each); {turns(report['rounds'])}. "
-              f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, ComfyUI {facts['comfyui']} (attention: {report['attention']}). {report['note']}".rstrip()]  # fmt: skip
+              f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {versions(facts)} (attention: {report['attention']}). {report['note']}".rstrip()]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -198,8 +198,9 @@ def run(pipeline: Pipeline, wanted: Sequence[Setting], chosen: argparse.Namespac
         row["latent_mse"] = round(float((latents - exact).square().mean()), 6)
         row["latent_error"] = round(float((latents - exact).norm() / exact.norm()), 4)
         report["results"][setting.name] = row | {"weights": weights}
-        difference, half = paired_difference(row["right"], report["results"][EXACT]["right"])
-        report["results"][setting.name] |= {"difference": round(difference, 4), "difference_half_interval": round(half, 4)}
+        for found in report["results"].values():  # all: the uncompressed pictures may be new
+            difference, half = paired_difference(found["right"], report["results"][EXACT]["right"])
+            found |= {"difference": round(difference, 4), "difference_half_interval": round(half, 4)}
         chosen.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         file.with_suffix(".md").write_text(markdown(report) + "\n", encoding="utf-8")

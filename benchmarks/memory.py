@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import plots
 from benchmarks.forward import DTYPES, blocks_for, contender_names, device_name, make_parser
 from benchmarks.peers import CFG, NATIVE, OURS, TOKENS, Size, Workload, choose_host, make_peer
-from benchmarks.report import machine
+from benchmarks.report import machine, versions
 
 MIB = 2**20
 EMPTY = ", empty negative"
@@ -106,7 +106,7 @@ def markdown(report: dict[str, Any]) -> str:
         "", f"Peak of what one step with guidance allocates above the loaded weights, {report['dtype']}, {report['device']}; prompts of "
         f"{max(TOKENS)} tokens each, so that all compute both predictions at once; with an empty negative prompt (one token) ComfyUI's "
         f"own PixArt computes them one by one, the others both at once. {facts['cpu']}, torch {facts['torch']}, "
-        f"ComfyUI {facts['comfyui']} (attention: {report['attention']}). {report['note']}".rstrip(),
+        f"{versions(facts)} (attention: {report['attention']}). {report['note']}".rstrip(),
     ]  # fmt: skip
     return "\n".join(lines)
 

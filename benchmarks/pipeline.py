@@ -1,15 +1,18 @@
-"""From embeddings to latents or pictures beside diffusers' Σ pipeline: `python -m benchmarks pipeline --px 256,512 --steps 4`.
+"""From embeddings to latents or pictures: `python -m benchmarks pipeline --px 256,512`.
 
-Few steps with a picture at the end: `--px 1024 --steps 4 --guidance 1 --decode --compile`; the largest size:
-`--px 4096 --steps 20 --kv 28:4 --peers ""`. On a card the peak of memory is measured too, weights included.
+pixart.Pipeline beside diffusers' Σ pipeline, and KSampler with this pack's MODEL beside ComfyUI's own. Few steps with a picture at
+the end: `--px 1024 --guidance 1 --decode --compile`; the largest size: `--px 4096 --steps 20 --kv 28:4 --peers ""`; the default of
+PixArtKVCompress: `--kv 28:2 --kv-until 0.5`. On a card the peak of memory is measured too, weights included.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import importlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +20,10 @@ import torch
 
 from benchmarks.forward import DTYPES, at_least, blocks_for, cell, device_name, make_parser, turns
 from benchmarks.graph_memory import SDXL_VAE
-from benchmarks.peers import CFG, CORE, DIFFUSERS, PADDED, Compressed, Size, Workload, choose_host, core_model, diffusers_model
-from benchmarks.report import machine
+from benchmarks.peers import (
+    CFG, COMPILED, CORE, DIFFUSERS, NATIVE, OURS, PADDED, Compressed, Size, Workload, choose_host, core_model, diffusers_model, host_model,
+)  # fmt: skip
+from benchmarks.report import machine, versions
 from benchmarks.timing import keep_freed_memory, ratio, summarise, synchronize, take_turns
 from pixart import Pipeline
 from pixart.bins import base_sizes
@@ -31,14 +36,14 @@ SDXL_FACTOR = 0.13025  # of its latents, as its config has it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; the options of `forward`, and those of the whole run. The peer is diffusers, or none."""
+    """Command line; the options of `forward`, and those of the whole run."""
     chosen = parse(arguments)
     choose_host(chosen.attention, chosen.device)
     keep_freed_memory()
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype,
         "cfg": chosen.guidance, "steps": chosen.steps, "decode": chosen.decode, "compile": chosen.compile, "rounds": chosen.rounds,
-        "sizes": [],
+        "kv_until": chosen.kv_until, "sizes": [],
     }  # fmt: skip
     chosen.out.mkdir(parents=True, exist_ok=True)
     name = "-".join(["pipeline", chosen.device, chosen.dtype, *marks(chosen)])
@@ -57,10 +62,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=CFG, help="1 runs without the negative prompt, as LCM does")
     parser.add_argument("--decode", action="store_true", help="to pictures, by a random VAE of SDXL's sizes")
     parser.add_argument("--compile", action="store_true", help="our transformer under torch.compile")
-    parser.set_defaults(peers=[DIFFUSERS])
+    parser.add_argument("--kv-until", type=float, default=1.0, help="part of sampling in which --kv holds")
     chosen = parser.parse_args(arguments)
-    if chosen.peers not in ([], [DIFFUSERS]):
-        parser.error(f"--peers is {','.join(chosen.peers)}; expected {DIFFUSERS}, or \"\" for none.")
+    if COMPILED in chosen.peers:
+        parser.error(f"--peers names {COMPILED}; expected some of {NATIVE}, {DIFFUSERS}: --compile compiles ours.")
+    if not 0 < chosen.kv_until <= 1:
+        parser.error(f"--kv-until is {chosen.kv_until:g}; expected more than 0, up to 1.")
     return chosen
 
 
@@ -68,7 +75,7 @@ def marks(chosen: argparse.Namespace) -> list[str]:
     """What sets a run apart from the default one, for the name of its files."""
     found = {
         f"{chosen.steps}-steps": chosen.steps != STEPS, f"cfg-{chosen.guidance:g}": chosen.guidance != CFG, "decoded": chosen.decode,
-        "compiled": chosen.compile, "kv": bool(chosen.kv),
+        "compiled": chosen.compile, "kv": bool(chosen.kv), f"until-{chosen.kv_until:g}": bool(chosen.kv) and chosen.kv_until != 1,
     }  # fmt: skip
     return [mark for mark, holds in found.items() if holds]
 
@@ -77,19 +84,45 @@ def measure(size: Size, chosen: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every contender at one size, and on a card the peak of memory of each, alone with its weights."""
     work = Workload(size, DTYPES[chosen.dtype], chosen.device)
     vae = make_vae(work) if chosen.decode else None
-    ours = partial(_ours, work, vae, chosen)
-    makers = {CORE: ours} | {f"{CORE} {kv}": partial(ours, kv) for kv in chosen.kv}
-    makers |= {DIFFUSERS: partial(_theirs, work, vae, chosen)} if chosen.peers else {}
-    peaks = {name: peak_of(make) for name, make in makers.items()} if chosen.device == "cuda" else {}
-    contenders = {name: _timed(make()) for name, make in makers.items()}
+    makers = contenders_of(work, vae, chosen)
+    peaks: dict[str, float] = {}
+    contenders, errors = {}, {}
+    for name, make in makers.items() if chosen.device == "cuda" else ():
+        with contextlib.suppress(*((Exception,) if name == NATIVE else ())):  # it fails again below, and is reported
+            peaks[name] = peak_of(make)
+    for name, make in makers.items():
+        run = make()
+        try:
+            if name == NATIVE:
+                run()  # which shows whether it can draw this size
+            contenders[name] = _timed(run)
+        except Exception as error:  # a peer that can't is a result
+            errors[name] = f"{type(error).__name__}: {error}"
     take_turns(contenders, chosen.warm_up)
     seconds = take_turns(contenders, chosen.rounds)
     return {
-        "pixels": size.pixels, "image_tokens": size.tokens, "blocks": size.blocks,
+        "pixels": size.pixels, "image_tokens": size.tokens, "blocks": size.blocks, "errors": errors,
         "seconds": {name: summarise(times) for name, times in seconds.items()},
-        "ratio": {name: ratio(seconds[CORE], times) for name, times in seconds.items() if name in chosen.peers},
+        "ratio": {
+            f"{ours} / {other}": ratio(seconds[ours], seconds[other]) for ours, other in pairs(makers) if ours in seconds and other in seconds
+        },
         "peak_mib": peaks,
     }  # fmt: skip
+
+
+def contenders_of(work: Workload, vae: Vae | None, chosen: argparse.Namespace) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """Name -> what makes it ready. The host's two are there together or not at all."""
+    makers = {CORE: partial(_ours, work, vae, chosen)}
+    makers |= {f"{CORE} {kv}": partial(_ours, work, vae, chosen, kv) for kv in chosen.kv}
+    makers |= {DIFFUSERS: partial(_theirs, work, vae, chosen)} if DIFFUSERS in chosen.peers else {}
+    makers |= {name: partial(_in_host, work, vae, chosen, name) for name in (OURS, NATIVE) if NATIVE in chosen.peers}
+    return makers
+
+
+def pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """What is compared with what, of those that run: compressed with uncompressed, and each of ours with its peer."""
+    wanted = [(name, CORE) for name in names if name.startswith(f"{CORE} ")] + [(CORE, DIFFUSERS), (OURS, NATIVE)]
+    return [pair for pair in wanted if set(pair) <= set(names)]
 
 
 def make_vae(work: Workload) -> Vae:
@@ -99,11 +132,12 @@ def make_vae(work: Workload) -> Vae:
     torch.manual_seed(0)
     dtype = torch.float32 if work.dtype == torch.float32 else torch.bfloat16
     module = AutoencoderKL(**SDXL_VAE, scaling_factor=SDXL_FACTOR).to(work.device, dtype).eval().requires_grad_(False)
-    return Vae(module, SDXL_FACTOR)
+    return Vae(module, 1 / SDXL_FACTOR)
 
 
 def peak_of(make: Callable[[], Callable[[], Any]]) -> float:
     """MiB of a card's memory that one run needs, weights included, after a first one that loads code."""
+    importlib.import_module("comfy.model_management").unload_all_models()
     gc.collect()  # models hold themselves in cycles; the one before must not count
     torch.cuda.empty_cache()
     run = make()
@@ -135,7 +169,7 @@ def _ours(work: Workload, vae: Vae | None, chosen: argparse.Namespace, kv: Compr
         TextEmbeddings(states.to(work.device, work.dtype), torch.ones(states.shape[:2], dtype=torch.bool, device=work.device))
         for states in work.captions
     )
-    compression = KVCompression(kv.ratio, first_block=kv.first_block(work.size.blocks), end_percent=1.0) if kv else ()
+    compression = KVCompression(kv.ratio, first_block=kv.first_block(work.size.blocks), end_percent=chosen.kv_until) if kv else ()
     return lambda: pipeline(
         prompt_embeds=positive, negative_prompt_embeds=negative, steps=chosen.steps, guidance=chosen.guidance,
         width=work.size.pixels, height=work.size.pixels, use_bins=False, seed=0, output="pt" if vae else "latent", progress=False,
@@ -158,24 +192,52 @@ def _theirs(work: Workload, vae: Vae | None, chosen: argparse.Namespace) -> Call
     )  # fmt: skip
 
 
+def _in_host(work: Workload, vae: Vae | None, chosen: argparse.Namespace, name: str) -> Callable[[], Any]:
+    """KSampler with a MODEL of this pack's loader, or of the host's own."""
+    from tests.support import host
+
+    host.load_pack()
+    sampling = importlib.import_module("comfy.sample")
+    model = host_model(work, name)
+    model.set_model_compute_dtype(work.dtype)  # on a CPU the host would compute all in fp32
+    if chosen.compile and name == OURS:
+        importlib.import_module("comfy_api.torch_helpers").set_torch_compile_wrapper(model, backend="inductor")
+    positive, negative = ([[caption, {}]] for caption in work.captions)
+
+    @torch.inference_mode()  # as the host runs its nodes
+    def run() -> Any:
+        latent = sampling.sample(
+            model, work.latent, chosen.steps, chosen.guidance, "dpmpp_2m", "sgm_uniform", positive, negative, torch.zeros_like(work.latent),
+            disable_pbar=True, seed=0,
+        )  # fmt: skip
+        return vae.decode(latent.to(work.device) / vae.factor) if vae else latent
+
+    return run
+
+
 def markdown(report: dict[str, Any]) -> str:
     """A table of medians and ratios, and of memory where it was measured."""
-    names = list(report["sizes"][0]["seconds"])
-    peers = list(report["sizes"][0]["ratio"])
-    measured = bool(report["sizes"][0]["peak_mib"])
-    heads = [f"{name.replace(CORE, 'pixart.Pipeline')} s" for name in names] + [f"ours / {peer}" for peer in peers]
-    heads += [f"{name.replace(CORE, 'pixart.Pipeline')} peak MiB" for name in names] if measured else []
+    sizes = report["sizes"]
+    names = list(dict.fromkeys(name for size in sizes for name in (*size["seconds"], *size["errors"])))
+    compared = list(dict.fromkeys(pair for size in sizes for pair in size["ratio"]))
+    measured = list(dict.fromkeys(name for size in sizes for name in size["peak_mib"]))
+    shown = [name.replace(CORE, "pixart.Pipeline").replace(OURS, "this pack in ComfyUI") for name in names]
+    heads = [f"{name} s" for name in shown] + [pair.replace(CORE, "ours") for pair in compared] + [f"{name} peak MiB" for name in measured]
     lines = ["| px | blocks | " + " | ".join(heads) + " |", "|" + "---|" * (2 + len(heads))]
-    for size in report["sizes"]:
-        cells = [cell(size["seconds"][name]) for name in names] + [f"{size['ratio'][peer]:.2f}" for peer in peers]
-        cells += [f"{size['peak_mib'][name]:.0f}" for name in names] if measured else []
+    for size in sizes:
+        cells = [cell(size["seconds"].get(name)) for name in names]
+        cells += [f"{size['ratio'][pair]:.2f}" if pair in size["ratio"] else "" for pair in compared]
+        cells += [f"{size['peak_mib'][name]:.0f}" if name in size["peak_mib"] else "" for name in measured]
         lines.append(f"| {size['pixels']} | {size['blocks']} | " + " | ".join(cells) + " |")
+    lines += [f"\n{name} can't draw {size['pixels']} px: {error}." for size in sizes for name, error in size["errors"].items()]
+    if any(name.startswith(f"{CORE} ") for name in names):
+        lines += ["", f"BLOCKS:RATIO is training-free KV compression, an approximation, in the first {report['kv_until']:.0%} of sampling."]
     facts = report["machine"]
     lines += [
         "",
         f"{report['steps']} steps with guidance {report['cfg']:g} from embeddings to {'pictures' if report['decode'] else 'latents'}, "
         f"{report['dtype']}, {report['device']}{', compiled' if report['compile'] else ''}; {turns(report['rounds'])}. "
-        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}. {report['note']}".rstrip(),
+        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {versions(facts)}. {report['note']}".rstrip(),
     ]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """Plots of the benchmarks' reports."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ from benchmarks.timing import exponent  # noqa: E402
 
 
 def power(report: dict[str, Any], name: str) -> float | None:
-    """Exponent of one peer's time per block over the tokens; None with fewer than two sizes."""
-    tokens, seconds = per_block(report, name)
+    """Exponent of one peer's time per block over the tokens, of the sizes that all can draw; None with fewer than two."""
+    tokens, seconds = per_block(report, name, shared_sizes(report))
     return exponent(tokens, seconds) if len(tokens) > 1 else None
 
 
-def per_block(report: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
-    """Tokens, and seconds of one block, at the sizes that the peer could draw."""
-    drawn = [size for size in report["sizes"] if name in size["seconds"]]
+def shared_sizes(report: dict[str, Any]) -> list[int]:
+    """Sides in pixels that every peer could draw: exponents of different sizes don't compare."""
+    return [size["pixels"] for size in report["sizes"] if not size.get("errors")]
+
+
+def per_block(report: dict[str, Any], name: str, pixels: Sequence[int]) -> tuple[list[int], list[float]]:
+    """Tokens, and seconds of one block, at those of the sizes that the peer could draw."""
+    drawn = [size for size in report["sizes"] if name in size["seconds"] and size["pixels"] in pixels]
     return [size["image_tokens"] for size in drawn], [size["seconds"][name]["median"] / size["blocks"] for size in drawn]
 
 
@@ -28,7 +34,7 @@ def time_against_tokens(report: dict[str, Any], path: Path) -> None:
     """Seconds per block over the number of tokens, both logarithmic, with the fitted power."""
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=110)
     for name in dict.fromkeys(name for size in report["sizes"] for name in size["seconds"]):
-        tokens, seconds = per_block(report, name)
+        tokens, seconds = per_block(report, name, [size["pixels"] for size in report["sizes"]])
         fitted = power(report, name)
         axes.plot(tokens, seconds, marker="o", label=f"{name}: tokens^{fitted:.2f}" if fitted else name)
     axes.set(xscale="log", yscale="log", xlabel="picture tokens", ylabel="seconds per block and step")

@@ -39,7 +39,13 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "safetensors": version("safetensors"),
         "comfyui": ".".join(map(str, host_version())),
+        "diffusers": version("diffusers"),
     }
+
+
+def versions(facts: dict[str, Any]) -> str:
+    """Of the peers, for a table's last line."""
+    return f"ComfyUI {facts['comfyui']}, diffusers {facts['diffusers']}"
 
 
 def write_results(folder: Path, results: list[Result], facts: dict[str, Any], settings: dict[str, Any]) -> None:

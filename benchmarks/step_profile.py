@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.forward import DTYPES, blocks_for, device_name, make_parser
 from benchmarks.peers import CORE, TOKENS, Size, Workload, choose_host, core_model, make_peer
-from benchmarks.report import machine
+from benchmarks.report import machine, versions
 from benchmarks.timing import keep_freed_memory, ratio, synchronize, take_turns
 
 TOP = 12
@@ -119,7 +119,8 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [f"| {kind} | " + " | ".join(f"{size['kinds'][name][kind]:.0f}" for name in names) + " |" for kind in (*KINDS, "other")]
         lines += ["| all | " + " | ".join(f"{sum(size['kinds'][name].values()):.0f}" for name in names) + " |", ""]
     facts = report["machine"]
-    return "\n".join([*lines, f"{report['dtype']}, {report['device']}, {facts['cpu']}, torch {facts['torch']}. {report['note']}".rstrip()])
+    measured = f"{report['dtype']}, {report['device']}, {facts['cpu']}, torch {facts['torch']}, {versions(facts)}. {report['note']}"
+    return "\n".join([*lines, measured.rstrip()])
 
 
 if __name__ == "__main__":

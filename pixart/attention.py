@@ -157,10 +157,10 @@ class CrossAttention(nn.Module):
         """hidden: (B, N, D); context: (B, M, D); mask: bool (B, M) or None -> (B, N, D).
 
         one_token: captions, known to be masked so, that need no queries: softmax over one key is 1, so every
-        picture token gets that key's value.
+        picture token gets that key's value. A mask that doesn't fit the context is an error all the same.
         """
         k, v = self.kv_linear(context).chunk(2, dim=-1)
-        if one_token is None:
+        if one_token is None or (mask is not None and mask.shape[1] != context.shape[1]):
             return self._attend(slice(None), hidden, k, v, mask, options)
         start, stop, others_padded = one_token
         mask = mask if others_padded else None

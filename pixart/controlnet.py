@@ -86,6 +86,9 @@ class PixArtControlNet(nn.Module):
             problems.append(f"it is {mine.hidden_size} wide, the model {base.hidden_size}")
         elif mine.num_heads != base.num_heads:
             problems.append(f"it has {mine.num_heads} heads, the model {base.num_heads}")
+        copied = [block for block, _ in base.compressed_blocks if block < mine.depth]
+        if copied and base.compression_mode != "conv":  # which no weights of the copies could tell
+            problems.append(f"its copies don't compress as the model's block(s) {copied} do, without weights ({base.compression_mode})")
         if mine.depth >= base.depth:
             problems.append(f"it has {mine.depth} blocks, but a model of depth {base.depth} takes at most {base.depth - 1}")
         if problems:

@@ -83,11 +83,18 @@ class KVCompression:
         return begun and (timestep > (1 - self.end_percent) * LAST_TIMESTEP or self.end_percent == 1)
 
 
+def listed(wanted: KVCompression | Sequence[KVCompression] | None) -> tuple[KVCompression, ...]:
+    """One, several or none as a tuple; raises InputError for anything else."""
+    if isinstance(wanted, KVCompression):
+        return (wanted,)
+    given = () if wanted is None else wanted
+    if not isinstance(given, (tuple, list)) or not all(isinstance(one, KVCompression) for one in given):
+        raise InputError(f"kv_compression is {wanted!r}; expected a KVCompression, like KVCompression(ratio=2), or a list of them.")
+    return tuple(given)
+
+
 def check_together(wanted: Sequence[KVCompression], config: TransformerConfig) -> None:
     """Raises InputError where a block would be compressed twice at the same time, or is not in the model."""
-    strangers = [one for one in wanted if not isinstance(one, KVCompression)]
-    if strangers:
-        raise InputError(f"kv_compression holds {strangers[0]!r}; expected KVCompression, like KVCompression(ratio=2).")
     trained = dict(config.compressed_blocks)
     for number, one in enumerate(wanted):
         blocks = one.blocks(config.depth)

@@ -14,7 +14,7 @@ from .attention import AttentionFunction, OneToken, torch_attention
 from .config import TransformerConfig
 from .embeddings import CaptionEmbedder, PatchEmbedder, Positions, SinusoidEmbedder, add_positions, axis_positions
 from .errors import InputError
-from .kv_compress import KVCompression, plan_blocks
+from .kv_compress import KVCompression, listed, plan_blocks
 from .layers import BlockInputs, FinalLayer, PixArtBlock
 
 BlockWrapper = Callable[[BlockInputs, Callable[[BlockInputs], Tensor]], Tensor]
@@ -94,7 +94,7 @@ class PixArtTransformer(nn.Module):
         height, width = latent.shape[-2:]
         grid = self._grid(latent)
         self.check_grid(grid, positions)
-        compression = plan_blocks(kv_compression, self.config, grid[0] * grid[1])
+        compression = plan_blocks(listed(kv_compression), self.config, grid[0] * grid[1])
         hidden, embedded_time = self._run_blocks(
             self.embed(latent, timestep, context, context_mask, size, attention_options, positions, one_token),
             block_wrappers or {}, block_residuals or {}, compression,

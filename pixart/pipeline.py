@@ -127,7 +127,7 @@ class Pipeline:
         output: str = "pil",
         callback: Callback | None = None,
         progress: bool = True,
-        kv_compression: KVCompression | Sequence[KVCompression] = (),
+        kv_compression: KVCompression | Sequence[KVCompression] | None = (),
         perturbed: PerturbedGuidance | None = None,
     ) -> Any:
         """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Σ pipeline.
@@ -166,7 +166,7 @@ class Pipeline:
             size=size,
             callback=callback,
             progress=progress,
-            kv_compression=[kv_compression] if isinstance(kv_compression, KVCompression) else kv_compression,
+            kv_compression=kv_compression,
             perturbed=perturbed,
         )
         return found if output == "latent" else to_output(self._decode(found, canvas), output)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .attention import caption_lengths, one_token_of
 from .errors import InputError, UnsupportedError
 from .guidance import PerturbedGuidance
-from .kv_compress import KVCompression, check_together
+from .kv_compress import KVCompression, check_together, listed
 from .model import PixArtTransformer
 from .text.encoder import TextEmbeddings
 
@@ -66,7 +66,7 @@ def denoise(
     size: Tensor | None = None,
     callback: Callback | None = None,
     progress: bool = False,
-    kv_compression: Sequence[KVCompression] = (),
+    kv_compression: KVCompression | Sequence[KVCompression] | None = (),
     perturbed: PerturbedGuidance | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w), fp32, from unit noise of that shape.
@@ -78,6 +78,7 @@ def denoise(
     """
     from tqdm.auto import tqdm
 
+    kv_compression = listed(kv_compression)
     check_together(kv_compression, transformer.config)
     weakening = {} if perturbed is None else perturbed.wrappers(transformer.config.depth)
     scheduler.set_timesteps(steps, device=noise.device)

@@ -17,7 +17,7 @@ from pixart.model import PixArtTransformer
 from tests.support import host
 
 FIGURES = {"median": 2.0, "spread": 0.1, "all": [1.9, 2.1]}
-MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.11", "comfyui": "0.3.75"}
+MACHINE = {"cpu": "A CPU", "threads": 2, "torch": "2.11", "comfyui": "0.3.75", "diffusers": "0.40"}
 
 
 def report(**sizes) -> dict:
@@ -150,6 +150,17 @@ def test_power_of_time_over_tokens() -> None:
     assert plots.power(report(sizes=report()["sizes"][:1]), "ours") is None
 
 
+def test_powers_are_of_the_sizes_that_all_can_draw() -> None:
+    made = report()
+    third = {**made["sizes"][1], "pixels": 1024, "image_tokens": 4096, "seconds": {name: {**FIGURES, "median": 128.0} for name in ("ours", "comfyui")}}
+    made["sizes"].append(third)
+    whole = plots.power(made, "ours")
+    del made["sizes"][0]["seconds"]["comfyui"]
+    made["sizes"][0]["errors"] = {"comfyui": "no"}
+    assert plots.power(made, "ours") == pytest.approx(1.5) and whole > 1.7
+    assert "to the power, of the sizes that all can draw: ours 1.50" in forward.markdown(made)
+
+
 def test_tables_have_every_column_and_say_who_failed(tmp_path) -> None:
     made = report()
     del made["sizes"][0]["seconds"]["comfyui"], made["sizes"][0]["ratio"]["comfyui"]
@@ -180,24 +191,42 @@ def test_memory_and_pipeline_tables(tmp_path) -> None:
     text = (tmp_path / "memory.md").read_text(encoding="utf-8")
     assert "| 512 | 1024 | 1 | 70 | 20 | fails |\n" * 2 in text and "comfyui fails at 512 px: no" in text
     assert (tmp_path / "memory.png").stat().st_size > 5000
-    row = {"pixels": 256, "blocks": 2, "seconds": {"core": FIGURES, "diffusers": FIGURES}, "ratio": {"diffusers": 1.0}, "peak_mib": {}}
-    facts = {"steps": 4, "decode": True, "compile": False}
+    row = {
+        "pixels": 256, "blocks": 2, "seconds": {"core": FIGURES, "diffusers": FIGURES}, "ratio": {"core / diffusers": 1.0}, "peak_mib": {},
+        "errors": {},
+    }  # fmt: skip
+    facts = {"steps": 4, "decode": True, "compile": False, "kv_until": 1.0}
     table = pipeline.markdown(report(sizes=[row], **facts))
     assert "| 256 | 2 | 2.000 ± 0.100 | 2.000 ± 0.100 | 1.00 |" in table and "to pictures" in table
     row |= {"peak_mib": {"core": 99.6, "diffusers": 120.0}}
     assert "| 2.000 ± 0.100 | 2.000 ± 0.100 | 1.00 | 100 | 120 |" in pipeline.markdown(report(sizes=[row], **facts))
+    row |= {"seconds": {"core": FIGURES, "ours": FIGURES}, "ratio": {}, "peak_mib": {}, "errors": {"comfyui": "ZeroDivisionError: zero"}}
+    table = pipeline.markdown(report(sizes=[row], **facts))
+    assert "| 256 | 2 | 2.000 ± 0.100 | 2.000 ± 0.100 | fails |" in table and "comfyui can't draw 256 px: ZeroDivisionError: zero." in table
 
 
 def test_pipeline_draws_pictures_with_compression_and_without_guidance(tmp_path, capsys, monkeypatch) -> None:
     """Ours, ours compressed, and diffusers' at the smallest size; decoded by a VAE of SDXL's sizes."""
-    monkeypatch.setattr(pipeline, "choose_host", lambda *_: None)  # the peers here are the core and diffusers
+    monkeypatch.setattr(pipeline, "choose_host", lambda *_: None)  # the contenders here are the core and diffusers
     few = ["--px", "64", "--blocks", "1", "--steps", "1", "--rounds", "1", "--guidance", "1", "--decode", "--out", str(tmp_path)]
-    pipeline.main([*few, "--kv", "28:2"])
+    pipeline.main([*few, "--kv", "28:2", "--peers", "diffusers"])
     size = json.loads((tmp_path / "pipeline-cpu-bf16-1-steps-cfg-1-decoded-kv.json").read_text(encoding="utf-8"))["sizes"][0]
-    assert set(size["seconds"]) == {"core", "core 28:2", "diffusers"} and size["ratio"]["diffusers"] > 0
-    with pytest.raises(SystemExit):
-        pipeline.main([*few, "--peers", "comfyui"])
-    assert "expected diffusers" in capsys.readouterr().err
+    assert set(size["seconds"]) == {"core", "core 28:2", "diffusers"} and set(size["ratio"]) == {"core 28:2 / core", "core / diffusers"}
+    for wrong, message in ((["--peers", "compiled"], "expected some of comfyui, diffusers"), (["--kv-until", "0"], "more than 0, up to 1")):
+        with pytest.raises(SystemExit):
+            pipeline.main([*few, *wrong])
+        assert message in capsys.readouterr().err
+
+
+def test_the_hosts_samplers_draw_alike_beside_pipelines(tmp_path) -> None:
+    """KSampler with this pack's MODEL and with the host's own, which fails below its own base size."""
+    chosen = pipeline.parse(["--px", "512", "--blocks", "1", "--steps", "2", "--dtype", "fp32", "--peers", "comfyui"])
+    made = pipeline.contenders_of(Workload(Size(512, 1), torch.float32, "cpu"), None, chosen)
+    assert list(made) == ["core", "ours", "comfyui"] and pipeline.pairs(made) == [("ours", "comfyui")]
+    found = [made[name]()() for name in ("ours", "comfyui")]
+    assert ((found[0] - found[1]).norm() / found[1].norm()) < 1e-3
+    small = pipeline.measure(Size(64, 1), chosen)
+    assert set(small["seconds"]) == {"core", "ours"} and "ZeroDivisionError" in small["errors"]["comfyui"] and small["ratio"] == {}
 
 
 @pytest.mark.parametrize(

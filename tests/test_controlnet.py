@@ -144,6 +144,17 @@ def test_a_controlnet_of_another_model_is_refused(change, message):
         ControlledTransformer(base, PixArtControlNet(config))
 
 
+def test_a_base_compressed_without_weights_is_refused():
+    """Its ControlNet's copies would have to compress too, and no weights say so."""
+    _, base = make_base()
+    control = PixArtControlNet(ControlNetConfig(144, 2, 2, 576))
+    base.config = dataclasses.replace(base.config, compressed_blocks=((1, 2), (3, 2)), compression_mode="uniform")
+    with pytest.raises(InputError, match=r"its copies don't compress as the model's block\(s\) \[1\] do, without weights \(uniform\)"):
+        control.check_fits(base.config)
+    control.check_fits(dataclasses.replace(base.config, compressed_blocks=((2, 2), (3, 2))))
+    control.check_fits(dataclasses.replace(base.config, compression_mode="conv"))
+
+
 def test_a_hint_of_another_size_is_refused():
     _, base = make_base()
     _, control = make_control()

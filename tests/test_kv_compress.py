@@ -11,7 +11,7 @@ from pixart.attention import dense_attention, torch_attention
 from pixart.checkpoints.keys import to_native
 from pixart.config import TransformerConfig
 from pixart.errors import InputError
-from pixart.kv_compress import KVCompression, check_together, compress_keys_values, plan_blocks
+from pixart.kv_compress import KVCompression, check_together, compress_keys_values, listed, plan_blocks
 from pixart.model import PixArtTransformer
 from pixart.sampling import denoise
 from pixart.text.encoder import TextEmbeddings
@@ -184,10 +184,21 @@ def test_numbers_of_numpy_are_numbers():
     assert (found.ratio, found.end_percent) == (4, 0.5) and type(found.ratio) is int
 
 
-@pytest.mark.parametrize("stranger", ["mean", {"ratio": 2}, [2]])
+@pytest.mark.parametrize("stranger", ["mean", {"ratio": 2}, [2], 5])
 def test_strangers_instead_of_a_compression(ours, stranger):
-    with pytest.raises(InputError, match="expected KVCompression"):
-        check_together(stranger, ours.config)
+    text, latent = TextEmbeddings(torch.zeros(1, 2, 32), torch.ones(1, 2)), torch.zeros(1, 4, 4, 4)
+    calls = (
+        lambda: ours(latent, torch.zeros(1), text.states, kv_compression=stranger),
+        lambda: denoise(ours, latent, text, None, steps=1, kv_compression=stranger),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match="kv_compression is .*; expected a KVCompression, like"):
+            call()
+
+
+def test_one_several_or_none():
+    one = KVCompression()
+    assert (listed(None), listed(one), listed([one, one])) == ((), (one,), (one, one))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from benchmarks import kv_attention, kv_tradeoff, step_profile
 from benchmarks.peers import Size, Workload, core_model
 from pixart.kv_compress import KVCompression
 
-MACHINE = {"cpu": "A CPU", "torch": "2.11"}
+MACHINE = {"cpu": "A CPU", "torch": "2.11", "comfyui": "0.3.75", "diffusers": "0.40"}
 
 
 def test_errors_of_attention_equal_those_of_attention_alone() -> None:

@@ -52,7 +52,8 @@ class CaptionMask(comfy.conds.CONDRegular):
     def concat(self, others: list[CaptionMask]) -> Tensor | None:
         """(sum of B, longest M), or None if every token is real.
 
-        What is known of its rows is an attribute of the tensor: whoever changes or reorders them makes another tensor.
+        What is known of its rows is an attribute of the tensor: whoever reorders or replaces them makes another tensor.
+        Changes in place would not be seen; conditioning is shared between runs, and nobody may change it so.
         """
         masks = [self, *others]
         if all(mask.all_real and mask.cond.shape[1] == self.cond.shape[1] for mask in masks):

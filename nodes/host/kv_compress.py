@@ -49,27 +49,31 @@ class CompressWhileActive:
 
 
 class WarnOfIdleness:
-    """Wrapper of `outer_sample`: says when no step of a run lies in a compression's part of the noise schedule."""
+    """Wrapper of `outer_sample`: says when no step of a run lies in the parts of the noise schedule that are compressed."""
 
     def __init__(self, compressions: tuple[KVCompression, ...]) -> None:
         self.compressions = compressions
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """args: noise, latent_image, sampler, sigmas, and more."""
-        parts = [one for one in self.compressions if not one.always]
-        if not parts:
+        if any(one.always for one in self.compressions):
             return executor(*args, **kwargs)
         sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
         timesteps = [float(timestep) for timestep in sampling.timestep(args[SIGMAS][:-1]).tolist()]  # a GPU is waited for once
-        for one in parts:
-            if timesteps and not any(map(one.active_at, timesteps)):
-                first, last = (1 - timestep / LAST_TIMESTEP for timestep in (timesteps[0], timesteps[-1]))
-                log.warning(
-                    "%s: nothing is compressed from start_percent %g to end_percent %g: this run's steps lie from %.2f to %.2f of the "
-                    "noise schedule. A second pass begins late: set end_percent to 1 for it.",
-                    NODE, one.start_percent, one.end_percent, first, last,
-                )  # fmt: skip
+        if timesteps and not any(one.active_at(timestep) for one in self.compressions for timestep in timesteps):
+            log.warning("%s: nothing is compressed %s", NODE, self._reason(timesteps))
         return executor(*args, **kwargs)
+
+    def _reason(self, timesteps: list[float]) -> str:
+        parts = " and ".join(f"from start_percent {one.start_percent:g} to end_percent {one.end_percent:g}" for one in self.compressions)
+        first, last = (1 - timestep / LAST_TIMESTEP for timestep in (timesteps[0], timesteps[-1]))
+        if all(one.end_percent <= first for one in self.compressions):
+            advice = "A second pass begins late: set end_percent to 1 for it."
+        elif all(one.start_percent > last for one in self.compressions):
+            advice = "It ends early: set start_percent to 0 for it."
+        else:
+            advice = "Choose percents that hold one of its steps."
+        return f"{parts}: this run's steps lie from {first:.2f} to {last:.2f} of the noise schedule. {advice}"
 
 
 def compress_model(model: Any, compression: KVCompression) -> Any:

@@ -82,12 +82,9 @@ class PixArtModel(comfy.model_base.PixArt):
         return states
 
     def _check_grid(self, noise: Tensor) -> None:
-        """Raises InputError for a picture of which the compression that the model was trained with leaves nothing."""
+        """Raises InputError, before the first step, for a picture of which trained compression leaves nothing."""
         patch = self.diffusion_model.patch_size
-        try:
-            self.diffusion_model.check_grid(tuple(-(-side // patch) for side in noise.shape[-2:]))
-        except InputError as error:
-            raise InputError(f"PixArtModelLoader's model: {error}") from error
+        self.diffusion_model.check_grid(tuple(-(-side // patch) for side in noise.shape[-2:]))
 
     def _check_size(self, width: int, height: int) -> None:
         """One warning per model for sizes far from those it was trained at."""

@@ -116,6 +116,13 @@ class HostTransformer(PixArtTransformer):
         fits = positions is not None and tuple(map(len, positions)) == self._grid(latent)
         return tuple(each.to(latent.device) for each in positions) if fits else None
 
+    def check_grid(self, grid: tuple[int, int], positions: Positions | None = None) -> None:
+        """As the core's, with the node's name: an area of a picture may be too small where the picture isn't."""
+        try:
+            super().check_grid(grid, positions)
+        except InputError as error:
+            raise InputError(f"PixArtModelLoader's model: {error}") from error
+
     def _block_options(self, transformer_options: dict[str, Any]) -> dict[str, Any]:
         return {**transformer_options, "total_blocks": self.config.depth, "block_type": "double"}
 

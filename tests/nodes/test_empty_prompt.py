@@ -57,6 +57,16 @@ def test_who_replaces_the_text_gets_all_rows(sigma, rows) -> None:
     assert rows == [(2, False)]
 
 
+def test_who_lengthens_the_text_but_not_the_mask_is_told(sigma) -> None:
+    """No row may see more than another."""
+    patched = sigma.clone()
+    patched.set_model_patch_replace(
+        lambda args, extra: extra["original_block"]({**args, "txt": torch.cat([args["txt"], args["txt"][:, :3]], dim=1)}), "dit", "double_block", 0
+    )
+    with pytest.raises(RuntimeError, match="size"):
+        sample(patched, captions(5), captions(1, seed=1), steps=1)
+
+
 def test_who_replaces_attention_sees_all_rows(sigma, rows) -> None:
     patched = sigma.clone()
     options = patched.model_options["transformer_options"]

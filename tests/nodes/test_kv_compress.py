@@ -76,6 +76,9 @@ class TestTrained:
         path, _ = write_compressed("safetensors", tmp_path, {1: 5}, "conv", **SIZES)
         with pytest.raises(errors.InputError, match="PixArtModelLoader's model: block 1 compresses .* by 5.* 4 x 4 .*at least 80 px"):
             run(load_model(path))
+        area = host_nodes.ConditioningSetArea().append(captions(5, seed=3), 64, 32, 0, 0, 1.0)[0]
+        with pytest.raises(errors.InputError, match="PixArtModelLoader's model: block 1 compresses .* 2 x 4 tokens"):
+            sample(load_model(path), captions(5) + area, captions(2, seed=1), torch.zeros(1, 4, 16, 16), steps=1)
 
     def test_blocks_are_not_compressed_twice(self, tmp_path: Path) -> None:
         model = load_model(write_compressed("safetensors", tmp_path, BLOCKS, "conv", **SIZES)[0])
@@ -121,7 +124,7 @@ class TestPatch:
         run(patch(sigma))
         assert (looks, reads) == ([], [])
         run(patch(patch(sigma, last_block=0, end_percent=0.5), first_block=1, end_percent=0.9))
-        assert len(reads) == 3 + 3 and len(looks) == 2 + 2 * 3  # once for all steps before the first, then step by step
+        assert len(reads) == 3 + 3 and len(looks) == 1 + 2 * 3  # once for all steps before the first, then step by step
 
     def test_a_second_pass_outside_of_its_part_is_told(self, sigma, caplog) -> None:
         early = patch(sigma, end_percent=0.5)
@@ -132,6 +135,22 @@ class TestPatch:
             sample(early, captions(5), captions(2, seed=1), steps=3, denoise=0.3)
         (text,) = [text for text in caplog.messages if "PixArtKVCompress" in text]
         assert "from start_percent 0 to end_percent 0.5: this run's steps lie from 0.7" in text and "set end_percent to 1" in text
+
+    def test_a_run_that_ends_before_its_part_is_told(self, sigma, caplog) -> None:
+        """The first two of the normal schedule's four steps, as an advanced sampler takes them."""
+        late = patch(patch(sigma, start_percent=0.5, end_percent=0.7), ratio=4, start_percent=0.7)
+        with caplog.at_level(logging.WARNING):
+            sample(late, captions(5), captions(2, seed=1), steps=4, last_step=2)
+        (text,) = [text for text in caplog.messages if "PixArtKVCompress" in text]
+        assert "from start_percent 0.5 to end_percent 0.7 and from start_percent 0.7 to end_percent 1: this run's" in text
+        assert "set start_percent to 0" in text and "end_percent to 1 for" not in text
+
+    def test_a_part_that_holds_is_enough(self, sigma, caplog) -> None:
+        """As in the workflow for 4096 px: a second pass lies in the second part alone."""
+        both = patch(patch(sigma, ratio=4, end_percent=0.5), start_percent=0.5)
+        with caplog.at_level(logging.WARNING):
+            sample(both, captions(5), captions(2, seed=1), steps=3, denoise=0.3)
+        assert not [text for text in caplog.messages if "PixArtKVCompress" in text]
 
     def test_two_nodes(self, sigma) -> None:
         first = patch(sigma, last_block=0)

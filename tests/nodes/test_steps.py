@@ -13,6 +13,7 @@ from tests.support.host_models import captions, difference, load_model, noise, s
 from tests.support.kv_reference import write_compressed
 
 model_module = host.pack_module("pixart.model")
+kv_module = host.pack_module("nodes.host.kv_compress")
 
 
 @pytest.fixture(autouse=True)
@@ -82,12 +83,17 @@ def test_a_compressed_file_is_one_graph(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("micro", [False, True])
-@pytest.mark.parametrize("compress", [False, True])
-def test_no_step_waits_for_the_device(tmp_path, micro: bool, compress: bool) -> None:
-    """apply_model with its wrappers, on a device without values; the conditioning as `extra_conds` makes it for that device."""
+@pytest.mark.parametrize("compress", ["no", "always", "default"])
+def test_no_step_waits_for_the_device(tmp_path, micro: bool, compress: str, monkeypatch) -> None:
+    """apply_model with its wrappers, on a device without values; the conditioning as `extra_conds` makes it for that device.
+
+    Compression in a part of sampling looks at the noise level once.
+    """
+    looks = []
+    monkeypatch.setattr(kv_module, "float", lambda value: looks.append(value.device.type) or 999.0, raising=False)
     sizes = {"micro": True, "null_rows": 120, "hidden": 144} if micro else {}
     patcher = load_model(write_model(tmp_path, depth=2, **sizes))
-    patcher = patch(patcher) if compress else patcher
+    patcher = {"no": lambda model: model, "always": patch, "default": lambda model: patch(model, end_percent=0.5)}[compress](patcher)
     model = patcher.model.to("meta")
     latent, sigma = torch.empty(1, 4, 9, 14, device="meta"), torch.empty(2, device="meta")
     given = ((captions(5)[0][0], None), (captions(3)[0][0], torch.tensor([[1, 1, 0]])))
@@ -98,9 +104,10 @@ def test_no_step_waits_for_the_device(tmp_path, micro: bool, compress: bool) -> 
     processed = [{name: cond.process_cond(batch_size=1, area=None) for name, cond in row.items()} for row in conds]
     assert all(first.can_concat(processed[1][name]) for name, first in processed[0].items())
     joined = {name: first.concat([processed[1][name]]) for name, first in processed[0].items()}
+    options = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}  # as the host's sampler joins them
     with torch.no_grad(), OnlyOn("meta"):
-        out = model.apply_model(latent.expand(2, -1, -1, -1), sigma, transformer_options=patcher.model_options["transformer_options"], **joined)
-    assert out.shape == (2, 4, 9, 14)
+        out = model.apply_model(latent.expand(2, -1, -1, -1), sigma, transformer_options=options, **joined)
+    assert out.shape == (2, 4, 9, 14) and looks == (["meta"] if compress == "default" else [])
 
 
 def test_positions_are_made_once_a_run_for_each_prompt(sigma, monkeypatch) -> None:

@@ -44,13 +44,14 @@ def sample(
     denoise: float = 1.0,
     mask: Tensor | None = None,
     sampler: str = "euler",
+    last_step: int | None = None,
 ) -> Tensor:
     """Samples as the host's KSampler node does, through its `common_ksampler`."""
     given = {"samples": torch.zeros(1, 4, 8, 8) if latent is None else latent}
     if mask is not None:
         given["noise_mask"] = mask
     run = importlib.import_module("nodes").common_ksampler
-    return run(model, 1, steps, cfg, sampler, "normal", positive, negative, given, denoise=denoise)[0]["samples"]
+    return run(model, 1, steps, cfg, sampler, "normal", positive, negative, given, denoise=denoise, last_step=last_step)[0]["samples"]
 
 
 def forward(model: Any, latent: Tensor, timestep: Tensor, context: Tensor, **arguments: Any) -> Tensor:
