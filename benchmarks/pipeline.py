@@ -21,7 +21,8 @@ import torch
 from benchmarks.forward import DTYPES, at_least, blocks_for, cell, device_name, make_parser, turns
 from benchmarks.graph_memory import SDXL_VAE
 from benchmarks.peers import (
-    CFG, COMPILED, CORE, DIFFUSERS, NATIVE, OURS, PADDED, Compressed, Size, Workload, choose_host, core_model, diffusers_model, host_model,
+    CFG, COMPILED, CORE, DIFFUSERS, NATIVE, OURS, PADDED, PEERS, Compressed, Size, Workload, choose_host, core_model, diffusers_model,
+    host_model,
 )  # fmt: skip
 from benchmarks.report import machine, versions
 from benchmarks.timing import keep_freed_memory, ratio, summarise, synchronize, take_turns
@@ -88,24 +89,24 @@ def measure(size: Size, chosen: argparse.Namespace) -> dict[str, Any]:
     peaks: dict[str, float] = {}
     contenders, errors = {}, {}
     for name, make in makers.items() if chosen.device == "cuda" else ():
-        with contextlib.suppress(*((Exception,) if name == NATIVE else ())):  # it fails again below, and is reported
+        with contextlib.suppress(*((Exception,) if name in PEERS else ())):  # it fails again below, and is reported
             peaks[name] = peak_of(make)
     for name, make in makers.items():
         run = make()
         try:
-            if name == NATIVE:
+            if name in PEERS:
                 run()  # which shows whether it can draw this size
             contenders[name] = _timed(run)
-        except Exception as error:  # a peer that can't is a result
+        except Exception as error:  # a peer that can't is a result; we must be able to
+            if name not in PEERS:
+                raise
             errors[name] = f"{type(error).__name__}: {error}"
     take_turns(contenders, chosen.warm_up)
     seconds = take_turns(contenders, chosen.rounds)
     return {
         "pixels": size.pixels, "image_tokens": size.tokens, "blocks": size.blocks, "errors": errors,
         "seconds": {name: summarise(times) for name, times in seconds.items()},
-        "ratio": {
-            f"{ours} / {other}": ratio(seconds[ours], seconds[other]) for ours, other in pairs(makers) if ours in seconds and other in seconds
-        },
+        "ratio": {f"{ours} / {other}": ratio(seconds[ours], seconds[other]) for ours, other in pairs(seconds)},
         "peak_mib": peaks,
     }  # fmt: skip
 
@@ -215,21 +216,28 @@ def _in_host(work: Workload, vae: Vae | None, chosen: argparse.Namespace, name: 
     return run
 
 
+def label(name: str) -> str:
+    """A contender's name in the table: "core 28:2" is pixart.Pipeline 28:2."""
+    shown = {CORE: "pixart.Pipeline", OURS: "this pack in ComfyUI", NATIVE: "ComfyUI's own"}
+    first, _, compressed = name.partition(" ")
+    return f"{shown.get(first, first)} {compressed}".rstrip()
+
+
 def markdown(report: dict[str, Any]) -> str:
     """A table of medians and ratios, and of memory where it was measured."""
     sizes = report["sizes"]
     names = list(dict.fromkeys(name for size in sizes for name in (*size["seconds"], *size["errors"])))
     compared = list(dict.fromkeys(pair for size in sizes for pair in size["ratio"]))
     measured = list(dict.fromkeys(name for size in sizes for name in size["peak_mib"]))
-    shown = [name.replace(CORE, "pixart.Pipeline").replace(OURS, "this pack in ComfyUI") for name in names]
-    heads = [f"{name} s" for name in shown] + [pair.replace(CORE, "ours") for pair in compared] + [f"{name} peak MiB" for name in measured]
+    heads = [f"{label(name)} s" for name in names] + [" / ".join(map(label, pair.split(" / "))) for pair in compared]
+    heads += [f"{label(name)} peak MiB" for name in measured]
     lines = ["| px | blocks | " + " | ".join(heads) + " |", "|" + "---|" * (2 + len(heads))]
     for size in sizes:
         cells = [cell(size["seconds"].get(name)) for name in names]
         cells += [f"{size['ratio'][pair]:.2f}" if pair in size["ratio"] else "" for pair in compared]
         cells += [f"{size['peak_mib'][name]:.0f}" if name in size["peak_mib"] else "" for name in measured]
         lines.append(f"| {size['pixels']} | {size['blocks']} | " + " | ".join(cells) + " |")
-    lines += [f"\n{name} can't draw {size['pixels']} px: {error}." for size in sizes for name, error in size["errors"].items()]
+    lines += [f"\n{label(name)} can't draw {size['pixels']} px: {error}." for size in sizes for name, error in size["errors"].items()]
     if any(name.startswith(f"{CORE} ") for name in names):
         lines += ["", f"BLOCKS:RATIO is training-free KV compression, an approximation, in the first {report['kv_until']:.0%} of sampling."]
     facts = report["machine"]

@@ -20,8 +20,9 @@ def power(report: dict[str, Any], name: str) -> float | None:
 
 
 def shared_sizes(report: dict[str, Any]) -> list[int]:
-    """Sides in pixels that every peer could draw: exponents of different sizes don't compare."""
-    return [size["pixels"] for size in report["sizes"] if not size.get("errors")]
+    """Sides in pixels that every peer could draw which draws any: exponents of different sizes don't compare."""
+    names = {name for size in report["sizes"] for name in size["seconds"]}
+    return [size["pixels"] for size in report["sizes"] if names <= size["seconds"].keys()]
 
 
 def per_block(report: dict[str, Any], name: str, pixels: Sequence[int]) -> tuple[list[int], list[float]]:
@@ -37,7 +38,8 @@ def time_against_tokens(report: dict[str, Any], path: Path) -> None:
         tokens, seconds = per_block(report, name, [size["pixels"] for size in report["sizes"]])
         fitted = power(report, name)
         axes.plot(tokens, seconds, marker="o", label=f"{name}: tokens^{fitted:.2f}" if fitted else name)
-    axes.set(xscale="log", yscale="log", xlabel="picture tokens", ylabel="seconds per block and step")
+    fit = "" if len(shared_sizes(report)) == len(report["sizes"]) else "; powers of the sizes that all can draw"
+    axes.set(xscale="log", yscale="log", xlabel=f"picture tokens{fit}", ylabel="seconds per block and step")
     axes.set_xticks([s["image_tokens"] for s in report["sizes"]], [f"{s['image_tokens']}\n{s['pixels']} px" for s in report["sizes"]])
     axes.minorticks_off()
     axes.set_title(f"One step with guidance, {report['dtype']}, {report['device']}", fontsize=10)

@@ -60,10 +60,11 @@ def test_speed_and_quality_meet_where_blocks_and_ratio_agree(tmp_path) -> None:
         quality_row("part of sampling", KVCompression(2, first_block=4, end_percent=0.5)),
         quality_row("both", KVCompression(2, last_block=3, end_percent=1.0), KVCompression(2, first_block=4, end_percent=0.5)),
         quality_row("three blocks", KVCompression(2, last_block=2, end_percent=1.0)), quality_row("a model of its own"),
+        quality_row("the default", KVCompression()),
     ]  # fmt: skip
     quality = {"settings": {"size": 256}, "results": {row["name"]: row for row in rows}}
     speed = {"machine": MACHINE, "device": "cpu", "dtype": "bf16", "sizes": [
-        {"pixels": 2048, "kv_ratio": {"14:2": 0.7}}, {"pixels": 4096, "kv_ratio": {"28:4": 0.2}},
+        {"pixels": 2048, "kv_ratio": {"14:2": 0.7}}, {"pixels": 4096, "kv_ratio": {"28:4": 0.2, "28:2": 0.4}},
     ]}  # fmt: skip
     (tmp_path / "s.json").write_text(json.dumps(speed))
     (tmp_path / "q.json").write_text(json.dumps(quality))
@@ -72,8 +73,9 @@ def test_speed_and_quality_meet_where_blocks_and_ratio_agree(tmp_path) -> None:
     assert [(point["pixels"], point["name"], point["time"]) for point in points] == [
         (2048, "uncompressed", 1.0), (2048, "last half", 0.7), (2048, "first half", 0.7), (2048, "part of sampling", 0.85),
         (2048, "both", 0.55),
-        (4096, "uncompressed", 1.0), (4096, "all by 4", 0.2),
+        (4096, "uncompressed", 1.0), (4096, "all by 4", 0.2), (4096, "the default", 0.7),
     ]  # fmt: skip
+    assert [point["name"] for point in points if point["default"]] == ["the default"]
     table = (tmp_path / "kv_tradeoff.md").read_text(encoding="utf-8")
     assert "| all by 4 |  | 0.20 | 50.0% | 0.100 |" in table and (tmp_path / "kv_tradeoff.png").stat().st_size > 5000
 

@@ -121,7 +121,10 @@ class HostTransformer(PixArtTransformer):
         try:
             super().check_grid(grid, positions)
         except InputError as error:
-            raise InputError(f"PixArtModelLoader's model: {error}") from error
+            problem = str(error)
+        else:
+            return
+        raise InputError(f"PixArtModelLoader's model: {problem}")  # torch.compile traces no "from"
 
     def _block_options(self, transformer_options: dict[str, Any]) -> dict[str, Any]:
         return {**transformer_options, "total_blocks": self.config.depth, "block_type": "double"}

@@ -42,6 +42,15 @@ def run(model, steps: int = 3):
     return sample(model, captions(5), captions(2, seed=1), steps=steps)
 
 
+def eager(model):
+    """TorchCompileModel's wrapper, traced but not compiled."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    clone = model.clone(disable_dynamic=True) if "disable_dynamic" in model.clone.__code__.co_varnames else model.clone()
+    set_torch_compile_wrapper(model=clone, backend="eager")
+    return clone
+
+
 def keys_seen(model, steps: int = 1) -> list[list[int]]:
     """Keys of each block's self-attention, step by step; there are 16 picture tokens and 5 words."""
     watched, seen = model.clone(), []
@@ -74,11 +83,16 @@ class TestTrained:
 
     def test_a_picture_that_compression_would_empty(self, tmp_path: Path) -> None:
         path, _ = write_compressed("safetensors", tmp_path, {1: 5}, "conv", **SIZES)
+        model, calls = load_model(path), []
+        model.model.diffusion_model.register_forward_pre_hook(lambda *_: calls.append(1))
         with pytest.raises(errors.InputError, match="PixArtModelLoader's model: block 1 compresses .* by 5.* 4 x 4 .*at least 80 px"):
-            run(load_model(path))
+            run(model)
+        assert not calls  # before the first step
         area = host_nodes.ConditioningSetArea().append(captions(5, seed=3), 64, 32, 0, 0, 1.0)[0]
         with pytest.raises(errors.InputError, match="PixArtModelLoader's model: block 1 compresses .* 2 x 4 tokens"):
             sample(load_model(path), captions(5) + area, captions(2, seed=1), torch.zeros(1, 4, 16, 16), steps=1)
+        with pytest.raises(errors.InputError, match="PixArtModelLoader's model: block 1 compresses .* 2 x 4 tokens"):
+            sample(eager(load_model(path)), captions(5) + area, captions(2, seed=1), torch.zeros(1, 4, 16, 16), steps=1)
 
     def test_blocks_are_not_compressed_twice(self, tmp_path: Path) -> None:
         model = load_model(write_compressed("safetensors", tmp_path, BLOCKS, "conv", **SIZES)[0])
@@ -117,7 +131,7 @@ class TestPatch:
 
     def test_the_step_is_looked_at_once_for_all_patches_and_only_if_it_matters(self, sigma, monkeypatch) -> None:
         """Each look waits for the GPU."""
-        looks, timestep = [], type(sigma.model.model_sampling).timestep
+        looks = []
         monkeypatch.setattr(core.KVCompression, "active_at", lambda one, at: looks.append(at) or True)
         monkeypatch.setattr(kv_module, "float", lambda value: reads.append(1) or float(value), raising=False)
         reads: list[int] = []
@@ -144,6 +158,14 @@ class TestPatch:
         (text,) = [text for text in caplog.messages if "PixArtKVCompress" in text]
         assert "from start_percent 0.5 to end_percent 0.7 and from start_percent 0.7 to end_percent 1: this run's" in text
         assert "set start_percent to 0" in text and "end_percent to 1 for" not in text
+
+    def test_a_run_between_the_parts_is_told(self, sigma, caplog) -> None:
+        """Three steps of denoise 0.5 lie from 0.5 to 0.83."""
+        parts = patch(patch(sigma, end_percent=0.3), start_percent=0.9)
+        with caplog.at_level(logging.WARNING):
+            sample(parts, captions(5), captions(2, seed=1), steps=4, denoise=0.5, last_step=3)
+        (text,) = [text for text in caplog.messages if "PixArtKVCompress" in text]
+        assert "Choose percents that hold one of its steps" in text
 
     def test_a_part_that_holds_is_enough(self, sigma, caplog) -> None:
         """As in the workflow for 4096 px: a second pass lies in the second part alone."""
@@ -215,15 +237,8 @@ class TestPatch:
 
     @pytest.mark.parametrize("compile_first", [True, False])
     def test_torch_compile_of_the_host(self, sigma, compile_first: bool) -> None:
-        from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-        def compiled(model):
-            clone = model.clone(disable_dynamic=True) if "disable_dynamic" in model.clone.__code__.co_varnames else model.clone()
-            set_torch_compile_wrapper(model=clone, backend="eager")
-            return clone
-
         values = {"last_block": 1, "end_percent": 0.5}
-        both = patch(compiled(sigma), **values) if compile_first else compiled(patch(sigma, **values))
+        both = patch(eager(sigma), **values) if compile_first else eager(patch(sigma, **values))
         assert difference(run(both), run(patch(sigma, **values))) < 1e-5
 
     def test_other_wrappers_see_and_change_the_options(self, sigma) -> None:
