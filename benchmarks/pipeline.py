@@ -7,7 +7,6 @@ PixArtKVCompress: `--kv 28:2 --kv-until 0.5`. On a card the peak of memory is me
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import importlib
 import json
@@ -86,21 +85,21 @@ def measure(size: Size, chosen: argparse.Namespace) -> dict[str, Any]:
     work = Workload(size, DTYPES[chosen.dtype], chosen.device)
     vae = make_vae(work) if chosen.decode else None
     makers = contenders_of(work, vae, chosen)
-    peaks: dict[str, float] = {}
-    contenders, errors = {}, {}
-    for name, make in makers.items() if chosen.device == "cuda" else ():
-        with contextlib.suppress(*((Exception,) if name in PEERS else ())):  # it fails again below, and is reported
-            peaks[name] = peak_of(make)
-    for name, make in makers.items():
-        run = make()
+    peaks, contenders, errors = {}, {}, {}
+
+    def attempt(found: dict[str, Any], name: str, call: Callable[[], Any]) -> None:
         try:
-            if name in PEERS:
-                run()  # which shows whether it can draw this size
-            contenders[name] = _timed(run)
-        except Exception as error:  # a peer that can't is a result; we must be able to
+            found[name] = call()
+        except Exception as error:  # a peer that can't draw this size is a result; we must be able to
             if name not in PEERS:
                 raise
             errors[name] = f"{type(error).__name__}: {error}"
+
+    for name, make in makers.items() if chosen.device == "cuda" else ():
+        attempt(peaks, name, partial(peak_of, make))
+    for name, make in makers.items():
+        if name not in errors:
+            attempt(contenders, name, partial(_timed_run, make, name in PEERS))
     take_turns(contenders, chosen.warm_up)
     seconds = take_turns(contenders, chosen.rounds)
     return {
@@ -146,6 +145,14 @@ def peak_of(make: Callable[[], Callable[[], Any]]) -> float:
     torch.cuda.reset_peak_memory_stats()
     run()
     return torch.cuda.max_memory_allocated() / 2**20
+
+
+def _timed_run(make: Callable[[], Callable[[], Any]], prove: bool) -> Callable[[], float]:
+    """What times one run; `prove` runs it once, which shows whether it can draw this size."""
+    run = make()
+    if prove:
+        run()
+    return _timed(run)
 
 
 def _timed(call: Callable[[], Any]) -> Callable[[], float]:
