@@ -2,25 +2,19 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .checkpoints.read import read_tensors
+from .checkpoints.shards import WEIGHTS_NAME
 from .errors import CheckpointError, InputError, UnsupportedError
 from .json_files import read_json
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_NAMES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.bin",
-)
 PREFIXES = ("", "first_stage_model.", "vae.")
 REMEDIES = {
     0.18215: "an SD1 VAE, e.g. stabilityai/sd-vae-ft-ema, as α needs",
@@ -126,29 +120,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors without prefix, and the folder's config.json."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a VAE folder or a .safetensors file.")
-    config = {}
-    file = path
+    config: dict = {}
     if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        file = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
-        if file is None or not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} is not a VAE folder: expected config.json and {WEIGHT_NAMES[0]}.")
-        config = read_json(folder / "config.json")
-    elif path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: expected a .safetensors file or a diffusers folder.")
-    try:
-        pickled = file.suffix == ".bin"
-        raw = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(str(file))
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} is damaged or incomplete: {reason}. Download it again.") from None
+        path = path / "vae" if (path / "vae").is_dir() else path
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} is not a VAE folder: expected config.json and {WEIGHTS_NAME}.safetensors.")
+        config = read_json(path / "config.json")
+    raw = read_tensors(path).state_dict
     if any(key.startswith("taesd_") for key in raw):
         return raw, config
     marks = ("decoder.conv_in.weight", "decoder.layers.0.weight")
     prefix = next((p for p in PREFIXES if any(p + mark in raw for mark in marks)), None)
     if prefix is None:
         raise CheckpointError(
-            f"{file} is not a VAE: no decoder.conv_in, decoder.layers or taesd_decoder among its {len(raw)} keys "
+            f"{path} is not a VAE: no decoder.conv_in, decoder.layers or taesd_decoder among its {len(raw)} keys "
             f"({', '.join(sorted(raw)[:3])}, ...). Give {' or '.join(REMEDIES.values())}."
         )
     return {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}, config

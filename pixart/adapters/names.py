@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ..checkpoints.keys import BLOCK_MODULES, MODULES, PREFIXES
+from ..checkpoints.keys import BLOCK_MODULES, MODULES, PREFIXES, without_wrappers
 
 TRANSFORMER, TEXT = "transformer", "text"
 
@@ -42,7 +42,7 @@ _NAMED = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+?|lokr_\w+?)\.(
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(module as the file names it, role), or None for a tensor of no known algorithm."""
-    key = _NAMED.sub(r".\1\2", key)
+    key = _NAMED.sub(r".\1\2", without_wrappers(key))
     ending = next((end for end in sorted(ROLES, key=len, reverse=True) if key.endswith(end)), None)
     return None if ending is None else (key[: -len(ending)], ROLES[ending])
 

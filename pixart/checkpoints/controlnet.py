@@ -15,7 +15,7 @@ from ..controlnet import ControlNetConfig, PixArtControlNet, heads_of
 from ..errors import CheckpointError
 from .foreign import name_foreign
 from .keys import control_block_key, control_key, diffusers_sources, find_prefixes, gather_native, native_target
-from .load import group_keys, require_tensors, value_problems
+from .load import group_keys, plain_keys, value_problems
 from .read import read_tensors
 from .sizes import MAX_DEPTH
 
@@ -78,7 +78,7 @@ def load_controlnet(
 
 def _strip(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Projections under native names and copied blocks under their layout's; the base's tensors are left out."""
-    require_tensors(state_dict, source)
+    state_dict = plain_keys(state_dict, source)
     found = {key: parts for key in state_dict if (parts := control_key(key))}
     if not found:
         raise CheckpointError(f"{source}: {_what_else(state_dict)} Expected a PixArt ControlNet (controlnet.0.copied_block.* "

@@ -13,12 +13,35 @@ class Foreign(NamedTuple):
     advice: str
 
 
+# Libraries that pickle quantized weights as objects of their own, by module.
+PICKLED_BY = {
+    "torchao.": "torchao", "optimum.quanto": "optimum-quanto", "quanto.": "optimum-quanto", "bitsandbytes.": "bitsandbytes",
+    "hqq.": "HQQ", "sdnq.": "SDNQ",
+}  # fmt: skip
+_UNPACKED = "packed numbers that need that library; get unquantized weights (bf16), or fp8"
+QUANTIZED = (  # endings of keys that go together
+    Foreign("weights quantized by optimum-quanto", ((".weight._data", ".weight._scale"),), _UNPACKED),
+    Foreign("weights quantized by bitsandbytes", ((".quant_state.",), (".weight.absmax",), (".SCB",)), _UNPACKED),
+    Foreign("weights quantized by nunchaku (SVDQuant)", ((".qweight", ".wscales"), (".smooth_factor",), (".smooth_orig",)),
+            "load them with ComfyUI-nunchaku, if it knows this model; else " + _UNPACKED),
+    Foreign("weights quantized by GPTQ", ((".qweight", ".g_idx"),), _UNPACKED),
+    Foreign("weights quantized by AWQ", ((".qweight", ".qzeros"),), _UNPACKED),
+    Foreign("weights quantized by torchao", (("_weight_qdata",), (".weight:qdata",), (".weight_qdata",)), _UNPACKED),
+    Foreign("weights quantized by HQQ", ((".W_q",),), _UNPACKED),
+)  # fmt: skip
+
 ADAPTER = "a LoRA or LyCORIS adapter"
 _LORA = "load the base model first and add it with a LoRA loader (LoraLoaderModelOnly in ComfyUI)"
 _DIFFUSION = "load it with ComfyUI's own UNETLoader / CheckpointLoaderSimple, or its diffusers pipeline"
 
 # Files that share PixArt's layer names: looked for even where those names occur.
 ADAPTERS_AND_COUSINS = (
+    Foreign(
+        "a ControlNet for another model (Flux, SD3, Sana, SDXL or the like)",
+        (("controlnet_blocks.0.weight",), ("controlnet_x_embedder.",), ("controlnet_cond_embedding.",), ("controlnet_down_blocks.",),
+         ("control_model.",), ("zero_convs.",)),
+        "load it with ComfyUI's ControlNetLoader, beside its own model",
+    ),
     Foreign(
         ADAPTER,
         (
@@ -29,7 +52,7 @@ ADAPTERS_AND_COUSINS = (
     ),
     Foreign(
         "a PixArt ControlNet",
-        (("controlnet.", "copied_block."), ("controlnet_blocks.",)),
+        (("controlnet.", "copied_block."), ("controlnet_blocks.", "transformer_block.")),
         "it is an adapter beside a PixArt transformer: load it with PixArtControlNetLoader, and choose the transformer's own file here",
     ),
     Foreign("a Sana transformer", ((".inverted_conv.",), ("attention_y_norm.",), (".conv_inverted.",)), _DIFFUSION),
@@ -66,6 +89,12 @@ OTHERS = (
     ),
     Foreign("a language model", (("model.layers.0.self_attn.",), ("lm_head.",)), "choose a PixArt transformer here"),
 )
+
+
+def name_quantized(keys: Iterable[str]) -> Foreign | None:
+    """By which library weights were packed, or None."""
+    joined = "\n".join(keys)
+    return next((one for one in QUANTIZED if any(all(part in joined for part in group) for group in one.markers)), None)
 
 
 def name_foreign(keys: Iterable[str], *, has_pixart_layers: bool) -> Foreign | None:

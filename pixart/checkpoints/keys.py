@@ -54,6 +54,12 @@ PREFIXES = (
     "model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "module.", "_orig_mod.", "base_model.",
     "ema.", "model_ema.", "state_dict.", "net.", "unet.", "dit.",
 )
+# Names that wrappers put in between, anywhere: torch.compile, activation checkpoints, FSDP, DDP, DeepSpeed, PEFT.
+_WRAPPERS = re.compile(r"(?<=\.)(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|_fpw_module|module|base_layer)\.)+")
+_OUTERMOST = re.compile(  # the first name that is PixArt's own; what stands before it is a prefix
+    r"(?:^|\.)(?:x_embedder|t_embedder|t_block|y_embedder|csize_embedder|ar_embedder|pos_embed|blocks|final_layer|"
+    r"adaln_single|caption_projection|transformer_blocks|controlnet|controlnet_blocks)\."
+)
 _ANCHORS = (  # layers that only PixArt and its cousins have, in either layout
     "t_block.1", "y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2", "cross_attn.kv_linear",
     "adaln_single.linear", "adaln_single.emb.timestep_embedder.linear_1", "caption_projection.linear_1",
@@ -118,6 +124,12 @@ def diffusers_sources(key: str) -> tuple[str, ...] | None:
     return tuple(f"{lead}{source}.{leaf}" for source in modules[module])
 
 
+def without_wrappers(key: str) -> str:
+    """A key without the names that wrappers of modules put into it; those before the model's own names belong to its prefix."""
+    start = _OUTERMOST.search(key)
+    return key if start is None else key[: start.end()] + _WRAPPERS.sub("", key[start.end() - 1 :])[1:]
+
+
 def find_prefixes(keys: Iterable[str]) -> list[str]:
     """Prefixes under which PixArt layers lie, the most complete first; empty if there are none."""
     count: Counter[str] = Counter()
@@ -170,9 +182,9 @@ def gather_native(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
             problems[key] = f"missing {', '.join(missing)}"
             continue
         pieces = [parts[i] for i in range(len(sources))]
-        if len({(piece.shape[1:], piece.dtype) for piece in pieces}) > 1 or pieces[0].ndim == 0:
+        if len({piece.shape[1:] for piece in pieces}) > 1 or pieces[0].ndim == 0 or not _joinable(pieces):
             found = ", ".join(f"{s} {tuple(p.shape)} {p.dtype}" for s, p in zip(sources, pieces))
-            problems[key] = f"can't join {key} from {found}; expected equal widths and one dtype"
+            problems[key] = f"can't join {key} from {found}; expected equal widths and floating-point numbers, or one dtype"
             continue
         native[key] = _concatenate(pieces)
     return native, problems
@@ -205,7 +217,25 @@ def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def _joinable(pieces: list[Tensor]) -> bool:
+    """Of one dtype, or plain floating-point numbers, of which the widest can hold all."""
+    return len({piece.dtype for piece in pieces}) == 1 or all(type(p) is Tensor and p.is_floating_point() for p in pieces)
+
+
+def _widest(pieces: list[Tensor]) -> list[Tensor]:
+    """All in the dtype that loses nothing of any: fp16 and bf16 together need fp32."""
+    dtypes = {piece.dtype for piece in pieces}
+    if len(dtypes) == 1:
+        return pieces
+    large = [dtype for dtype in dtypes if dtype.itemsize > 1] or [torch.bfloat16]
+    target = large[0]
+    for dtype in large[1:]:
+        target = torch.promote_types(target, dtype)
+    return [piece.to(target) for piece in pieces]
+
+
 def _concatenate(pieces: list[Tensor]) -> Tensor:
+    pieces = _widest(pieces)
     if pieces[0].dtype.itemsize == 1 and type(pieces[0]) is Tensor:  # fp8 has no cat on every backend
         return torch.cat([piece.view(torch.uint8) for piece in pieces]).view(pieces[0].dtype)
     return torch.cat(pieces)

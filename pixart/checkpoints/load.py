@@ -14,17 +14,25 @@ from ..config import TransformerConfig, get_variant
 from ..errors import CheckpointError, UnsupportedError
 from ..model import PixArtTransformer
 from .detect import AUTO, Detection, Origin, examine
-from .foreign import name_foreign
+from .foreign import name_foreign, name_quantized
 from .hints import Hints
-from .keys import POSITION_KEY, find_prefixes, gather_native, is_known_prefix, key_layout, native_target
+from .keys import POSITION_KEY, find_prefixes, gather_native, is_known_prefix, key_layout, native_target, without_wrappers
 from .read import RawCheckpoint, read_checkpoint
 
 QUANTIZATION_SUFFIXES = (
     "scaled_fp8", ".scale_weight", ".scale_input", ".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant",
 )  # fmt: skip
-COMPANIONS = (  # other models in one checkpoint file
-    "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "vae.", "model_ema.",
+# What else lies in one file: other models, and the tables and counters of merge tools and trainers.
+COMPANIONS = (
+    "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "text_model.", "vae.", "model_ema.",
+    "ema.", "teacher.", "discriminator.", "lpips.", "loss.", "optimizer.", "denoiser.", "model_sampling.", "scheduler.",
 )  # fmt: skip
+TABLES = re.compile(
+    r"(?:.*\.)?(?:betas|alphas|alphas_cumprod|alphas_cumprod_prev|sigmas|log_sigmas|logvar|lvlb_weights|timesteps|"
+    r"(?:sqrt|log)_(?:recip_|recipm1_)?(?:one_minus_)?alphas_cumprod|sqrt_(?:recip|recipm1)_alphas_cumprod|posterior_\w+|"
+    r"decay|num_updates|global_step|step|epoch)"
+)
+LAST_PREFIXES = ("teacher", "fake", "critic", "discriminator", "real")  # never chosen beside another
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 COMPUTING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,9 +135,12 @@ def inspect_file(path: str | Path, variant: str = AUTO, ema: bool = False) -> De
 
 def _strip(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], str, list[str]]:
     """Tensors under the transformer's prefix, that prefix, and the names of other parts left out."""
-    require_tensors(state_dict, source)
+    state_dict = plain_keys(state_dict, source)
     keys = list(state_dict)
     prefixes = find_prefixes(keys)
+    quantized = name_quantized(keys)
+    if quantized:
+        raise CheckpointError(f"{source}: this holds {quantized.kind}: {quantized.advice}.")
     foreign = name_foreign(keys, has_pixart_layers=bool(prefixes))
     if foreign:
         raise CheckpointError(f"{source}: this is {foreign.kind}; expected a PixArt transformer. To use it, {foreign.advice}.")
@@ -139,17 +150,46 @@ def _strip(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict[str, Ten
             f"{source}: no PixArt layers among its {len(keys)} keys (first: {shown}); expected a PixArt transformer "
             "with its own or diffusers' key names (t_block.1.weight, or adaln_single.linear.weight)." + _shard_advice(source)
         )
-    plain = [prefix for prefix in prefixes if "ema" not in prefix]
-    prefix = plain[0] if plain else prefixes[0]
+    prefix = _one_prefix(prefixes, keys, source)
     under = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    outside = [key for key in keys if not key.startswith(prefix)] if prefix else [k for k in under if k.startswith(COMPANIONS)]
-    dropped = sorted({name for key in outside for name in COMPANIONS if key.startswith(name)})
-    for key in outside:  # what is not a known companion stays, and is reported as an unknown key
-        if key.startswith(COMPANIONS):
-            under.pop(key, None)
-        else:
-            under[key] = state_dict[key]
-    return under, prefix, dropped
+    # With a prefix all else belongs to something else. Without one only known companions do: another key may be a part of the model.
+    outside = [key for key in keys if not key.startswith(prefix)]
+    inside = [key for key in under if key.startswith(COMPANIONS) or TABLES.fullmatch(key)]
+    for key in inside:
+        under.pop(key)
+    return under, prefix, sorted({_group(key) for key in (*outside, *inside)})
+
+
+def plain_keys(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Tensors by names without those of wrappers; raises CheckpointError if two become one, or something is no tensor."""
+    require_tensors(state_dict, source)
+    plain = {without_wrappers(key): tensor for key, tensor in state_dict.items()}
+    if len(plain) < len(state_dict):
+        twice = sorted({key for key in state_dict if without_wrappers(key) != key and without_wrappers(key) in state_dict})
+        raise CheckpointError(f"{source}: keys that differ only in wrappers ({', '.join(twice[:4])}); expected each weight once.")
+    return plain
+
+
+def _one_prefix(prefixes: list[str], keys: list[str], source: str) -> str:
+    """The prefix of the transformer to load: not an average, teacher or critic beside the model itself."""
+
+    def is_second(prefix: str) -> bool:
+        return "ema" in prefix or any(part.startswith(LAST_PREFIXES) for part in prefix.split("."))
+
+    first = [prefix for prefix in prefixes if not is_second(prefix)] or prefixes
+    count = {prefix: sum(key.startswith(prefix) for key in keys) for prefix in first}
+    whole = [prefix for prefix in first if prefix and count[prefix] >= count[first[0]]]
+    if len(whole) > 1:
+        raise CheckpointError(
+            f"{source}: holds several transformers, under {', '.join(map(repr, whole))}; expected one. Save the one to use in a file of its own."
+        )
+    return first[0]
+
+
+def _group(key: str) -> str:
+    """What a key that is left out is listed under: its first name, with those of a table in full."""
+    head, dot, _ = key.partition(".")
+    return head + dot
 
 
 def _take_extras(tensors: dict[str, Tensor], layout: str, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..json_files import read_json, shard_files
+from ..json_files import read_json
+from .content import SAFETENSORS, content_of, reading_error
+from .foreign import PICKLED_BY
 from .hints import NOTE_KEY, Hints, hints_from_config, hints_from_note
+from .keys import find_prefixes
+from .shards import WEIGHTS_NAME, is_index, weight_files
 
-WEIGHTS_NAME = "diffusion_pytorch_model"
-WEIGHT_SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt")
-_KNOWN_STARTS = (
-    (b"GGUF", "a GGUF file", "load it with ComfyUI-GGUF's own loader nodes; here expected .safetensors or .pth"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run `git lfs pull`, or download the file itself"),
-    (b"<!DOCTYPE", "a web page", "the download failed or needs a login; download the file itself"),
-    (b"<html", "a web page", "the download failed or needs a login; download the file itself"),
-    (b"\x89HDF", "an HDF5 file", "expected .safetensors or .pth"),
-)
+# Names of the weights in a checkpoint that holds several, the first wins; "" are those that lie beside the others.
+WEIGHT_NAMES = ("state_dict", "model", "model_state_dict", "module", "", "params", "net", "network", "transformer", "dit", "generator", "student")
+LAST_NAMES = ("teacher", "fake", "critic", "discriminator", "real", "guidance", "optimizer")  # never chosen beside another
+DEEPEST = 3  # dicts within dicts
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> RawCheckpoint:
     Raises CheckpointError naming the file, what was found, and what to do.
     """
     path = Path(path)
-    if path.name.endswith(".index.json") or path.name == "config.json":
+    if path.name == "config.json" or is_index(path):
         path = path.parent
     if path.is_dir():
         return _read_folder(path, ema)
@@ -62,9 +61,8 @@ def read_tensors(path: str | Path) -> RawCheckpoint:
     """Tensors of a file, or of a folder with one; unlike `read_checkpoint` it asks no config.json what they are."""
     path = Path(path)
     if path.is_dir():
-        found = _weight_files(path)
         tensors: dict[str, Any] = {}
-        for file in found:
+        for file in weight_files(path)[0]:
             tensors.update(_read_file(file)[1])
         return _unwrap(tensors, str(path), "folder", False, Hints())
     if not path.exists():
@@ -83,29 +81,15 @@ def _hints_of_file(path: Path, extra: Mapping[str, Any]) -> Hints:
 
 
 def _read_file(path: Path) -> tuple[str, dict[str, Any], Mapping[str, Any]]:
+    if content_of(path) == SAFETENSORS:
+        return ("safetensors", *_read_safetensors(path))
+    return "pth", *_read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = path.stat().st_size
-    if size == 0:
-        raise CheckpointError(f"{path}: the file is empty; download it again.")
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read ({error}).") from error
-    for magic, kind, advice in _KNOWN_STARTS:
-        if start.startswith(magic):
-            raise CheckpointError(f"{path}: this is {kind}; {advice}.")
-    if start[8:9] == b"{" or path.suffix == ".safetensors":
-        return ("safetensors", *_read_safetensors(path, start, size))
-    if start.startswith((b"PK", b"\x80")):
-        return "pth", *_read_pickle(path)
-    raise CheckpointError(
-        f"{path}: neither safetensors nor a PyTorch file (it begins with {start[:8]!r}); "
-        "expected a PixArt transformer as .safetensors or .pth. If it should be one, download it again."
-    )
-
-
-def _read_safetensors(path: Path, start: bytes, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    length = int.from_bytes(start[:8], "little")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         raise CheckpointError(
             f"{path}: truncated or not a safetensors file: {size} bytes, its header alone would need {length + 8}; download it again."
@@ -121,8 +105,8 @@ def _read_safetensors(path: Path, start: bytes, size: int) -> tuple[dict[str, Te
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download it again.") from error
+    except (SafetensorError, RuntimeError, OSError, MemoryError) as error:
+        raise reading_error(path, error, damage="not a readable safetensors file") from error
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -131,50 +115,72 @@ def _read_pickle(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
         loaded = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         if "weights" not in str(error).lower() and "unsupported" not in str(error).lower():
-            raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)}); download it again.") from error
+            raise reading_error(path, error, damage="truncated or damaged") from error
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise CheckpointError(
-            f"{path}: holds Python objects beside tensors{f' ({named[1]})' if named else ''}, which could run code, "
-            "so it was not loaded. Expected tensors only: get the .safetensors version, or, if you trust its "
-            "origin, load it once elsewhere and save only its state_dict."
-        ) from error
+        raise CheckpointError(_unsafe(path, named[1] if named else "")) from error
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        raise CheckpointError(
-            f"{path}: truncated or not a PyTorch weight file ({_first_line(error)}); download it again."
-        ) from error
+        raise reading_error(path, error, damage="truncated or not a PyTorch weight file") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}; expected a state dict.")
     return dict(loaded), loaded
 
 
+def _unsafe(path: Path, name: str) -> str:
+    """What to say of a pickle that names Python objects; none is ever made."""
+    library = next((library for library in PICKLED_BY if name.startswith(library)), None)
+    if library:
+        return f"{path}: weights quantized by {PICKLED_BY[library]} ({name}), which can't be read here; get unquantized ones, or fp8."
+    return (
+        f"{path}: a PyTorch file that holds Python objects beside tensors{f' ({name})' if name else ''}, which could run code, "
+        "so it was not loaded. Expected tensors only: get the .safetensors version, or ask whoever made it to save its state_dict alone."
+    )
+
+
 def _unwrap(loaded: dict[str, Any], source: str, container: str, ema: bool, hints: Hints) -> RawCheckpoint:
-    """Chooses the state dict in a training checkpoint: `state_dict`, or `state_dict_ema` on request."""
-    inner = {name: dict(value) for name, value in loaded.items() if isinstance(value, Mapping) and _has_tensors(value)}
+    """Chooses the weights in a training checkpoint, and notes what else it holds."""
+    found = dict(_candidates(loaded))
+    pixart = {name: state for name, state in found.items() if find_prefixes(map(str, state))}
+    found = pixart or found
+    averages = [name for name in found if "ema" in name.lower()]
     notes: tuple[str, ...] = ()
-    if ema and "state_dict_ema" not in inner:
-        found = ", ".join(sorted(map(str, inner))) or "one plain state dict"
-        raise CheckpointError(f"{source}: has no state_dict_ema (found: {found}); load it without ema.")
-    if not inner:
-        state, ema = {name: value for name, value in loaded.items() if name != NOTE_KEY}, hints.ema
-    elif ema:
-        state, notes = inner["state_dict_ema"], ("state_dict_ema was asked for.",)
-    else:
-        name = next((n for n in ("state_dict", "model", "module", "state_dict_ema") if n in inner), None)
-        if name is None:
-            raise CheckpointError(f"{source}: holds {', '.join(sorted(map(str, inner)))}; expected a `state_dict`.")
-        state, ema = inner[name], hints.ema or name == "state_dict_ema"
-        if name == "state_dict_ema":
-            notes = ("only state_dict_ema is in the file: it is used.",)
-        elif "state_dict_ema" in inner:
-            notes = ("the file also holds state_dict_ema; ask for ema to use it.",)
+    if ema and not averages:
+        others = ", ".join(sorted(name for name in found if name)) or "one plain state dict"
+        raise CheckpointError(f"{source}: has no state_dict_ema (found: {others}); load it without ema.")
+    if not found:
+        return RawCheckpoint(dict(loaded), source, container, hints.ema, hints)
+    name = min(averages if ema else found, key=_rank)
+    if ema:
+        notes = (f"{name} was asked for.",)
+    elif name in averages:
+        notes = (f"only {name} is in the file: it is used.",)
+    elif averages:
+        notes = (f"the file also holds {', '.join(averages)}; ask for ema to use it.",)
+    others = [other for other in found if other not in (name, *averages)]
+    if others:
+        notes += (f"{name or 'the outermost weights'} is used; the file also holds {', '.join(map(repr, others))}.",)
+    state = found[name]
     odd = [str(key) for key, value in state.items() if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_quantized)]
     if odd:
         raise CheckpointError(f"{source}: {len(odd)} tensors are sparse or packed by torch ({', '.join(odd[:5])}); save dense ones.")
-    return RawCheckpoint(state, source, container, ema, hints, notes)
+    return RawCheckpoint(state, source, container, hints.ema or name in averages, hints, notes)
 
 
-def _has_tensors(values: Mapping[Any, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in values.values())
+def _candidates(loaded: Mapping[Any, Any], name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every dict with tensors in it, by the names that lead to it; plain numbers and texts beside tensors are left out."""
+    inner = {key: value for key, value in loaded.items() if isinstance(value, Mapping)}
+    if any(isinstance(value, Tensor) for value in loaded.values()):
+        plain = (int, float, str, bytes, bool, type(None), Mapping) if inner or depth else (int, float, bool, type(None))
+        yield name, {key: value for key, value in loaded.items() if not isinstance(value, plain) and key != NOTE_KEY}
+    for key, value in inner.items() if depth < DEEPEST else ():
+        yield from _candidates(value, f"{name}.{key}" if name else str(key), depth + 1)
+
+
+def _rank(name: str) -> tuple[bool, bool, int, int]:
+    """The smallest is chosen."""
+    parts = name.lower().split(".")
+    last = any(part.startswith(LAST_NAMES) for part in parts)
+    known = WEIGHT_NAMES.index(name) if name in WEIGHT_NAMES else len(WEIGHT_NAMES)
+    return last, "ema" in name.lower(), known, len(parts)
 
 
 def _read_folder(folder: Path, ema: bool) -> RawCheckpoint:
@@ -182,7 +188,7 @@ def _read_folder(folder: Path, ema: bool) -> RawCheckpoint:
     pipeline = folder if (folder / "transformer").is_dir() else None
     weights = folder / "transformer" if pipeline else folder
     config = read_json(weights / "config.json", required=False)
-    files = _weight_files(weights)
+    files, note = weight_files(weights)
     tensors: dict[str, Any] = {}
     extra: Mapping[str, Any] = {}
     for file in files:
@@ -190,27 +196,5 @@ def _read_folder(folder: Path, ema: bool) -> RawCheckpoint:
         tensors.update(part)
     hints = hints_from_config(config, str(weights), pipeline or weights.parent) if config else hints_from_note(extra.get(NOTE_KEY))
     kind = f"folder, {len(files)} shards" if len(files) > 1 else "folder"
-    return _unwrap(tensors, str(folder), f"diffusers {kind}" if config else kind, ema, hints)
-
-
-def _weight_files(weights: Path) -> list[Path]:
-    """The shards of a folder, or its one weight file."""
-    indexes = sorted(weights.glob("*.index.json"))
-    if indexes:
-        return shard_files(indexes[0])
-    found = sorted(f for f in weights.iterdir() if f.suffix in WEIGHT_SUFFIXES)
-    preferred = [f for f in found if f.name.startswith(WEIGHTS_NAME)] or found
-    preferred = [f for f in preferred if f.suffix in (".safetensors", ".sft")] or preferred
-    if len(preferred) > 1:
-        preferred = [f for f in preferred if f.stem == WEIGHTS_NAME] or preferred
-    if len(preferred) != 1:
-        names = ", ".join(f.name for f in preferred) or ", ".join(sorted(f.name for f in weights.iterdir())) or "nothing"
-        raise CheckpointError(
-            f"{weights}: found {names}; expected one weight file, {WEIGHTS_NAME}.safetensors (with config.json). "
-            "Choose the file itself, or the folder of a PixArt pipeline or transformer."
-        )
-    return preferred
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    raw = _unwrap(tensors, str(folder), f"diffusers {kind}" if config else kind, ema, hints)
+    return replace(raw, notes=(*raw.notes, *note))

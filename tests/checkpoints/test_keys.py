@@ -83,8 +83,21 @@ def test_every_unknown_key_is_named():
         to_diffusers({**original, "banana": torch.zeros(1)})
 
 
-def test_parts_of_different_dtype_are_refused():
+@pytest.mark.parametrize("dtypes, joined", [
+    ((torch.float16, torch.float32), torch.float32), ((torch.float16, torch.bfloat16), torch.float32),
+    ((torch.float8_e4m3fn, torch.bfloat16), torch.bfloat16), ((torch.float8_e4m3fn, torch.float8_e5m2), torch.bfloat16),
+])  # fmt: skip
+def test_parts_of_different_dtype_are_joined_in_one_that_holds_both(dtypes, joined):
     _, diffusers, _ = tiny_weights()
-    diffusers["transformer_blocks.0.attn1.to_q.weight"] = diffusers["transformer_blocks.0.attn1.to_q.weight"].half()
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv\.weight.*float16"):
+    names = [f"transformer_blocks.0.attn1.to_{part}.weight" for part in "qkv"]
+    for name, dtype in zip(names, (dtypes[0], dtypes[1], dtypes[1])):
+        diffusers[name] = diffusers[name].to(dtype)
+    found = to_native(diffusers)["blocks.0.attn.qkv.weight"]
+    assert found.dtype == joined and torch.equal(found.float(), torch.cat([diffusers[name].float() for name in names]))
+
+
+def test_a_part_of_whole_numbers_is_refused():
+    _, diffusers, _ = tiny_weights()
+    diffusers["transformer_blocks.0.attn1.to_q.weight"] = diffusers["transformer_blocks.0.attn1.to_q.weight"].to(torch.int8)
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv\.weight.*int8"):
         to_native(diffusers)
