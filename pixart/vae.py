@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .checkpoints.content import called
 from .checkpoints.read import read_tensors
 from .checkpoints.shards import WEIGHTS_NAME
 from .errors import CheckpointError, InputError, UnsupportedError
@@ -133,7 +134,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     prefix = next((p for p in PREFIXES if any(p + mark in raw for mark in marks)), None)
     if prefix is None:
         raise CheckpointError(
-            f"{path} is not a VAE: no decoder.conv_in, decoder.layers or taesd_decoder among its {len(raw)} keys "
+            f"{called(path)} is not a VAE: no decoder.conv_in, decoder.layers or taesd_decoder among its {len(raw)} keys "
             f"({', '.join(sorted(raw)[:3])}, ...). Give {' or '.join(REMEDIES.values())}."
         )
     return {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}, config

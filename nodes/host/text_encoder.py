@@ -10,19 +10,20 @@ from typing import Any
 import comfy.model_patcher
 import comfy.sd
 import comfy.text_encoders.pixart_t5 as pixart_t5
+import comfy.utils
 import folder_paths
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES
+from ...pixart.checkpoints.content import SAFETENSORS, content_of
+from ...pixart.checkpoints.read import safetensors_header
+from ...pixart.checkpoints.shards import SAFE_SUFFIXES
 from ...pixart.errors import TextEncoderError, UnsupportedError
-from ...pixart.text.files import SAFE
 from ...pixart.text.names import FP8, STORED_PRECISIONS
 from ...pixart.text.prompt_file import fingerprint
 from ...pixart.text.quantize import check_range, choose_precision
 from ...pixart.text.settings import XXL
-from ...pixart.text.tokenizer import find_tokenizer
-from ...pixart.text.weights import EMBEDDING, FINAL_NORM, T5Weights, check_shapes, expected_shapes, is_finite, read_t5
+from ...pixart.text.weights import EMBEDDING, FINAL_NORM, T5Weights, cast, check_shapes, expected_shapes, is_finite, read_t5
 from .dtypes import DEFAULT, DTYPES
 from .quantized_t5 import FINGERPRINT, quantized_clip_class, resident_estimate
 from .tokenizer import tokenizer_class
@@ -32,6 +33,7 @@ PRECISIONS = (*DTYPES, *STORED_PRECISIONS)
 DEVICES = (DEFAULT, "cpu")
 XXL_KEY = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"  # UMT5-XXL, which doesn't fit, has it too, but 256384 rows of tokens
 ACTIVATIONS = {"gated-gelu": "gelu_pytorch_tanh", "relu": "relu"}
+SAMPLED = 4096  # values of a weight that are looked at where all would have to be read from the file
 # What the host's T5 has as constants
 FIXED = {
     "relative_attention_num_buckets": 32,
@@ -63,9 +65,9 @@ def load_t5_patcher(path: str, precision: str, device: str, disable_dynamic: boo
 
 def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynamic: bool) -> Any | None:
     """The host's own loader, for XXL files that it knows."""
-    if not Path(path).is_file() or Path(path).suffix.lower() not in SAFE:
-        return None
-    shapes = _shapes(path)
+    if not Path(path).is_file() or Path(path).suffix.lower() not in SAFE_SUFFIXES or content_of(Path(path), TextEncoderError) != SAFETENSORS:
+        return None  # the host goes by the suffix
+    shapes = {name: tuple(entry["shape"]) for name, entry in safetensors_header(Path(path), TextEncoderError)[0].items()}
     is_xxl = shapes.get(XXL_KEY, (0,))[0] == XXL["d_ff"] and shapes.get("shared.weight", (0,))[0] == XXL["vocab_size"]
     scaled = any(key.endswith(QUANTIZATION_SUFFIXES) for key in shapes)
     if not is_xxl or precision in STORED_PRECISIONS or not (precision == DEFAULT or scaled):
@@ -101,20 +103,12 @@ def _check_names(path: Path, scaled: bool, names: set[str]) -> None:
 
 
 def _check_values(path: str, clip: Any) -> None:
-    """The host takes NaN for weights without a word."""
+    """The host takes NaN for weights without a word. Where it maps them to the file, a sample of each is read, not the file."""
+    sample = SAMPLED if _pages_weights() else None
     for name, value in clip.cond_stage_model.t5xxl.transformer.named_parameters():
         plain = type(value.data) is torch.Tensor and not value.is_meta  # the host's quantized tensors have types of their own
-        if plain and not is_finite(value.data):
+        if plain and not is_finite(value.data.flatten()[:sample]):
             raise TextEncoderError(f"{path}: NaN or infinite values in {name}. Download or export it again.")
-
-
-def _shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Shapes from the header alone; empty if the file is damaged, which the core's reader explains."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except (SafetensorError, OSError):
-        return {}
 
 
 def _from_weights(path: Path, precision: str, options: dict[str, Any], disable_dynamic: bool) -> Any:
@@ -132,9 +126,9 @@ def _from_weights(path: Path, precision: str, options: dict[str, Any], disable_d
         parameters = resident_estimate(weights, quantized) // dtype.itemsize
     else:
         model_class = pixart_t5.pixart_te(dtype_t5=dtype)
-        content = {"disable_dynamic": disable_dynamic, "state_dict": [] if streamed else [_fitting(weights.tensors, weights, dtype)]}
+        content = {"disable_dynamic": disable_dynamic, "state_dict": [] if streamed else [_mapped(weights, dtype)]}
     clip = comfy.sd.CLIP(
-        SimpleNamespace(clip=model_class, tokenizer=tokenizer_class(weights, _tokenizer_file(path)), params={}),
+        SimpleNamespace(clip=model_class, tokenizer=tokenizer_class(weights), params={}),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=parameters,
         model_options={**options, "dtype": dtype, "t5xxl_model_config": host_config(weights)},
@@ -156,6 +150,19 @@ def _fitting(tensors: dict[str, torch.Tensor], weights: T5Weights, dtype: torch.
     for name, tensor in tensors.items() if dtype == DTYPES[FP8] else ():
         check_range(tensor, FP8, f"{weights.path}: {name}")
     return tensors
+
+
+def _mapped(weights: T5Weights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All weights, by the host's own reader where they are stored as they are to be: it then pages them in from the file."""
+    plain = [name for name, each in weights.stored.items() if each.value is None and each.dtype == dtype and name not in weights.scales]
+    files = {weights.stored[name].path for name in plain}
+    read = {file: comfy.utils.load_torch_file(str(file), safe_load=True) for file in files if file.suffix.lower() in SAFE_SUFFIXES}
+    found = {name: read[each.path][each.key] for name in plain if (each := weights.stored[name]).path in read}
+    for name, value in found.items():
+        if not is_finite(value.flatten()[:SAMPLED]):
+            raise TextEncoderError(f"{weights.path}: NaN or infinite values in {name}. Download or export it again.")
+    others = {name: cast(name, weights.read(name), weights.dtype) for name in weights.stored if name not in found}
+    return _fitting({**found, **others}, weights, dtype)
 
 
 def _pages_weights() -> bool:
@@ -181,13 +188,6 @@ def host_config(weights: T5Weights) -> dict[str, Any]:
         "is_gated_act": gated,
         "model_type": "t5",
     }
-
-
-def _tokenizer_file(path: Path) -> Path | None:
-    """tokenizer.json or spiece.model in the folder, its tokenizer/, or the pipeline's tokenizer/."""
-    if path.is_file():
-        return None
-    return find_tokenizer(path) or find_tokenizer(path.parent / "tokenizer")
 
 
 def _supported(function: Any, **arguments: Any) -> dict[str, Any]:

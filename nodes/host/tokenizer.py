@@ -7,33 +7,31 @@ from typing import Any
 import comfy.sd1_clip
 import comfy.text_encoders.pixart_t5 as pixart_t5
 import tokenizers
+import torch
 from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 
 from ...pixart.errors import TextEncoderError
-from ...pixart.text.tokenizer import END_TOKEN, WHERE_TO_GET, from_sentencepiece
+from ...pixart.text.tokenizer import END_TOKEN, WHERE_TO_GET, fits, from_json, from_sentencepiece, tokenizer_beside
 from ...pixart.text.weights import T5Weights
 
 END_ID = 1  # in the host's T5 classes, and in every T5
-T5_VOCABULARY = 32100  # ids that the host's own T5 tokenizer can give
+T5_VOCABULARY, MOST_ROWS = 32100, 32512  # ids that the host's own T5 tokenizer can give; rows of an embedding that may go with it
+STREAM = "t5xxl"  # of the host's CLIP: what it saves under this prefix stays together
 
 
 class JsonTokenizer:
-    """A tokenizer.json, called as the host calls its tokenizers."""
+    """The content of a tokenizer.json, called as the host calls its tokenizers."""
 
-    def __init__(self, path: str) -> None:
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # tokenizers raises bare Exception for every malformed file
-            raise TextEncoderError(f"{path} is not a tokenizer.json ({error}). {WHERE_TO_GET}") from None
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8", errors="replace"))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        if self.tokenizer.token_to_id(END_TOKEN) is None:
-            raise TextEncoderError(f"{path} has no end token {END_TOKEN}, so it is not a T5's. {WHERE_TO_GET}")
 
     @classmethod
-    def from_pretrained(cls, path: str) -> JsonTokenizer:
+    def from_pretrained(cls, content: bytes) -> JsonTokenizer:
         """The host's way to construct one."""
-        return cls(path)
+        return cls(content)
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         """Ids of the text, then the end token."""
@@ -49,18 +47,18 @@ class JsonTokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
-def tokenizer_class(weights: T5Weights, file: Path | None) -> type:
-    """A class for the host to instantiate: the SentencePiece model inside the weights, the folder's file, or the host's own.
+def tokenizer_class(weights: T5Weights) -> type:
+    """A class for the host to instantiate: the tokenizer inside the weights, one in or near their folder, or the host's own.
 
     Raises TextEncoderError for a damaged one, and where its ids don't fit the weights.
     """
-    source, kind = _source(weights, file)
+    source, kind = _source(weights)
     # The class lives as long as the CLIP: it must not name `weights`, which may hold all tensors of the file
     path, width, rows = weights.path, int(weights.config["d_model"]), int(weights.config["vocab_size"])
-    if source is None and rows < T5_VOCABULARY:
+    if source is None and not T5_VOCABULARY <= rows <= MOST_ROWS:
         raise TextEncoderError(
-            f"{path}: has {rows} token embeddings and no tokenizer of its own; T5's common tokenizer needs "
-            f"{T5_VOCABULARY}. Give the folder with its spiece.model, or a file with the `spiece_model` tensor."
+            f"{path}: has {rows} token embeddings and no tokenizer of its own; T5's common tokenizer belongs to {T5_VOCABULARY} to "
+            f"{MOST_ROWS} of them. Put its tokenizer.json or spiece.model beside it, or choose T5-v1.1-XXL, which PixArt was trained with."
         )
 
     class T5Tokenizer(comfy.sd1_clip.SDTokenizer):
@@ -84,7 +82,9 @@ def tokenizer_class(weights: T5Weights, file: Path | None) -> type:
 
         def state_dict(self) -> dict[str, Any]:
             """Saved with the encoder, so that it stays complete."""
-            return {"spiece_model": self.tokenizer.serialize_model()} if kind is SPieceTokenizer else {}
+            if kind is SPieceTokenizer:
+                return {f"{STREAM}.spiece_model": self.tokenizer.serialize_model()}
+            return {f"{STREAM}.tokenizer_json": torch.frombuffer(bytearray(self.tokenizer.content), dtype=torch.uint8)}
 
     class HostTokenizer(pixart_t5.T5XXLTokenizer):
         """The host's, with embeddings of this encoder's width."""
@@ -109,23 +109,26 @@ def tokenizer_class(weights: T5Weights, file: Path | None) -> type:
     return PixArtTokenizer
 
 
-def _source(weights: T5Weights, file: Path | None) -> tuple[Any, type]:
+def _source(weights: T5Weights) -> tuple[bytes | None, type]:
     """What the host builds a tokenizer of (None: its own), and the class; the host itself would fail on damaged ones without a name."""
-    model, name = weights.sentencepiece, f"{weights.path} (spiece_model)"
-    if model is None and file is not None:
-        if file.suffix == ".json":
-            return str(file), JsonTokenizer
-        model, name = file.read_bytes(), str(file)
-    if model is not None:
-        from_sentencepiece(model, name)
-    return model, SPieceTokenizer
+    if weights.sentencepiece is not None:
+        from_sentencepiece(weights.sentencepiece, f"{weights.path} (spiece_model)")
+        return weights.sentencepiece, SPieceTokenizer
+    if weights.tokenizer_json is not None:
+        from_json(weights.tokenizer_json, f"{weights.path} (tokenizer_json)")
+        return weights.tokenizer_json, JsonTokenizer
+    found = tokenizer_beside(weights.path, int(weights.config["vocab_size"]))
+    if found is None:
+        return None, SPieceTokenizer
+    file = Path(found.source)
+    return file.read_bytes(), JsonTokenizer if file.suffix == ".json" else SPieceTokenizer
 
 
 def _check(tokenizer: Any, path: Path, rows: int) -> None:
     highest = max(tokenizer.inv_vocab, default=0)
     # tokenizer.json also lists T5's 100 sentinels, which prompts never produce
     plain = max((i for i, piece in tokenizer.inv_vocab.items() if not piece.startswith("<extra_id_")), default=highest)
-    if tokenizer.end_token != END_ID or plain >= rows:
+    if tokenizer.end_token != END_ID or not fits(plain + 1, rows):
         raise TextEncoderError(
             f"{path}: its tokenizer has ids up to {plain} and end token {tokenizer.end_token}; expected ids "
             f"below {rows}, the rows of the embedding, and end token {END_ID}. {WHERE_TO_GET}"

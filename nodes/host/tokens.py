@@ -12,11 +12,11 @@ import torch
 from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.text.captions import prepare
 from ...pixart.text.prompt_file import fingerprint
-from ...pixart.text.tokenizer import whole_characters
+from ...pixart.text.tokenizer import unknown_words, whole_characters
 from .quantized_t5 import FINGERPRINT, precision_of
 
 STREAM = "t5xxl"
-PAD_ID, END_ID = 0, 1  # of every T5
+PAD_ID, END_ID, UNKNOWN_ID = 0, 1, 2  # of every T5
 PROMPT_KEY = "pixart_prompt"  # in a conditioning: what PixArtSavePrompt writes beside the states
 _FILE_NAMES = re.compile(r"(embedding:\S+)")  # the host's syntax; names of files are not prompt text
 
@@ -29,11 +29,14 @@ class Encoded:
     count: int  # tokens of the whole prompt, end token included
     limit: int
     cut: str  # words beyond the limit; "" if none
+    unknown: str = ""  # words with characters that T5 has no tokens for; "" if none
 
     def describe(self) -> str:
-        """One or two lines for the node."""
-        line = f"{min(self.count, self.limit)} of {self.limit} tokens"
-        return f"{line}\ncut ({self.count - self.limit} tokens): {self.cut}" if self.cut else line
+        """One to three lines for the node."""
+        lines = [f"{min(self.count, self.limit)} of {self.limit} tokens"]
+        lines += [f"cut ({self.count - self.limit} tokens): {self.cut}"] * bool(self.cut)
+        lines += [f"unknown to T5, which reads Latin letters: {self.unknown}"] * bool(self.unknown)
+        return "\n".join(lines)
 
 
 def prepare_text(text: str, clean: bool, lower_case: bool) -> str:
@@ -64,7 +67,7 @@ def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
     note = {"prompt": text, "encoder": _fingerprint(clip), "count": len(words) + 1, "kept": len(kept) + 1, "cut": _words(clip, cut)}
     for entry in conditioning:
         entry[1][PROMPT_KEY] = note
-    return Encoded(conditioning, len(words) + 1, max_tokens, note["cut"])
+    return Encoded(conditioning, len(words) + 1, max_tokens, note["cut"], _unknown(clip, text, words))
 
 
 def encode_padded_end(clip: Any, length: int) -> list:
@@ -149,6 +152,15 @@ def _without_end(row: list[tuple]) -> list[tuple]:
 
 def _is(pair: tuple, token: int) -> bool:
     return isinstance(pair[0], int) and pair[0] == token
+
+
+def _unknown(clip: Any, text: str, words: list[tuple]) -> str:
+    """The words of a prompt that T5 has no tokens for."""
+
+    def ids_of(word: str) -> list[int]:
+        return [token for row in _tokenize(clip, word)[STREAM] for token, *_ in row if isinstance(token, int)]
+
+    return unknown_words(text, [token for token, *_ in words if isinstance(token, int)], ids_of, UNKNOWN_ID)
 
 
 def _words(clip: Any, pairs: list[tuple]) -> str:

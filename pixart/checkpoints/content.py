@@ -79,6 +79,13 @@ def content_of(path: Path, error: type[PixArtError] = CheckpointError) -> str:
     )
 
 
+def called(path: Path) -> str:
+    """A file as messages name it: with what it is, where its name says something else."""
+    if not path.is_file() or path.suffix.lower() not in (".safetensors", ".sft") or content_of(path) == SAFETENSORS:
+        return str(path)
+    return f"{path} (a PyTorch file, whatever its name says)"
+
+
 def _begins_header(start: bytes) -> bool:
     """A length in eight bytes, then JSON."""
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PixArtError
 from ..json_files import read_json
 from .content import SAFETENSORS, content_of, reading_error
 from .foreign import PICKLED_BY
@@ -87,21 +87,7 @@ def _read_file(path: Path) -> tuple[str, dict[str, Any], Mapping[str, Any]]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size - 8:
-        raise CheckpointError(
-            f"{path}: truncated or not a safetensors file: {size} bytes, its header alone would need {length + 8}; download it again."
-        )
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(8 + length)[8:])
-        needed = 8 + length + max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its safetensors header is damaged ({error}); download it again.") from error
-    if size < needed:
-        raise CheckpointError(f"{path}: truncated: {size} of {needed} bytes are there; download it again.")
+    safetensors_header(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
@@ -109,20 +95,45 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise reading_error(path, error, damage="not a readable safetensors file") from error
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+def safetensors_header(path: Path, error: type[PixArtError] = CheckpointError) -> tuple[dict[str, Any], int]:
+    """Key -> dtype, shape and data_offsets, and where in the file the data begin; raises `error` unless the file is whole."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise error(
+                f"{path}: truncated or not a safetensors file: {size} bytes, its header alone would need {length + 8}; download it again."
+            )
+        text = file.read(length)
     try:
-        mapped = zipfile.is_zipfile(path)
-        loaded = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        if "weights" not in str(error).lower() and "unsupported" not in str(error).lower():
-            raise reading_error(path, error, damage="truncated or damaged") from error
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise CheckpointError(_unsafe(path, named[1] if named else "")) from error
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        raise reading_error(path, error, damage="truncated or not a PyTorch weight file") from error
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as reason:
+        raise error(f"{path}: its safetensors header is damaged ({reason}); download it again.") from reason
+    if size < needed:
+        raise error(f"{path}: truncated: {size} of {needed} bytes are there; download it again.")
+    return header, 8 + length
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    loaded = load_pickle(path)
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}; expected a state dict.")
     return dict(loaded), loaded
+
+
+def load_pickle(path: Path, error: type[PixArtError] = CheckpointError) -> Any:
+    """What a PyTorch file holds: tensors and plain values only. Raises `error`."""
+    try:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as reason:
+        if "weights" not in str(reason).lower() and "unsupported" not in str(reason).lower():
+            raise reading_error(path, reason, error, "truncated or damaged") from reason
+        named = re.search(r"GLOBAL ([\w.]+)", str(reason))
+        raise error(_unsafe(path, named[1] if named else "")) from reason
+    except Exception as reason:  # damaged bytes make the unpickler raise nearly anything
+        raise reading_error(path, reason, error, "truncated or not a PyTorch weight file") from reason
 
 
 def _unsafe(path: Path, name: str) -> str:

@@ -53,10 +53,8 @@ def weight_files(folder: Path, name: str = WEIGHTS_NAME, error: type[PixArtError
         best = [one for one in best if one.label.partition(".")[0] == name] or best
     if len(best) != 1:
         names = ", ".join(one.label for one in best) or ", ".join(file.name for file in inside) or "nothing"
-        raise error(
-            f"{folder}: found {names}; expected one weight file, {name}.safetensors (with config.json). "
-            "Choose the file itself, or the folder of a PixArt pipeline or transformer."
-        )
+        whole = " or the folder of a PixArt pipeline or transformer" if name == WEIGHTS_NAME else " itself"
+        raise error(f"{folder}: found {names}; expected one weight file, {name}.safetensors (with config.json). Choose the file{whole}.")
     others = [one.label for one in ranked if one is not best[0]]
     note = (f"{best[0].label} is used; the folder also holds {', '.join(others)}.",) if others else ()
     return list(best[0].files), note

@@ -13,7 +13,7 @@ from .embeddings import TextEmbeddings, concatenate
 from .names import PRECISIONS
 from .prompt_file import fingerprint
 from .quantize import choose_precision, fill_layers, replace_linears
-from .tokenizer import WHERE_TO_GET, Tokenizer, find_tokenizer, from_sentencepiece, load_tokenizer, tokenizer_places
+from .tokenizer import WHERE_TO_GET, Tokenizer, fits, from_json, from_sentencepiece, load_tokenizer, tokenizer_beside
 from .weights import T5Weights, read_t5
 
 __all__ = ["TextEmbeddings", "TextEncoder", "concatenate", "load_text_encoder"]
@@ -65,6 +65,8 @@ class TextEncoder:
                 logger.warning(
                     "A prompt has %d tokens, the limit is %d. Left out: %s", prompt.count, max_tokens, prompt.cut
                 )
+            if prompt.unknown:
+                logger.warning("A prompt has words that T5 has no tokens for, and doesn't see: %s", prompt.unknown)
         longest = max(len(prompt.ids) for prompt in found)
         ids = torch.zeros(len(found), longest, dtype=torch.long)
         mask = torch.zeros(len(found), longest, dtype=torch.bool)
@@ -91,7 +93,7 @@ def load_text_encoder(
     """
     weights, precision = open_weights(path, dtype, precision)
     found = find_tokenizer_of(weights, tokenizer)
-    if found.size > weights.config["vocab_size"]:
+    if not fits(found.size, int(weights.config["vocab_size"])):
         raise TextEncoderError(
             f"{found.source} has {found.size} tokens, but {path} has embeddings for {weights.config['vocab_size']}: "
             f"they don't belong together. {WHERE_TO_GET}"
@@ -124,11 +126,12 @@ def find_tokenizer_of(weights: T5Weights, given: str | Path | None) -> Tokenizer
         return load_tokenizer(given)
     if weights.sentencepiece is not None:
         return from_sentencepiece(weights.sentencepiece, f"{path} (spiece_model)")
-    for place in tokenizer_places(path):
-        found = find_tokenizer(place)
-        if found is not None:
-            return load_tokenizer(found)
-    raise TextEncoderError(f"{path} comes without a tokenizer, and there is none beside it. {WHERE_TO_GET}")
+    if weights.tokenizer_json is not None:
+        return from_json(weights.tokenizer_json, f"{path} (tokenizer_json)")
+    found = tokenizer_beside(path, int(weights.config["vocab_size"]))
+    if found is None:
+        raise TextEncoderError(f"{path} comes without a tokenizer, and there is none beside it. {WHERE_TO_GET}")
+    return found
 
 
 def _build(weights: T5Weights) -> nn.Module:

@@ -1,24 +1,32 @@
 """Files of a T5: which to read, and their tensors one at a time, so that a file is never whole in memory."""
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import TextEncoderError
-from ..json_files import read_json, shard_files
+from ..checkpoints.content import SAFETENSORS, content_of, reading_error
+from ..checkpoints.read import load_pickle, safetensors_header
+from ..checkpoints.shards import is_index
+from ..checkpoints.shards import weight_files as folder_files
+from ..errors import PixArtError, TextEncoderError
+from ..json_files import read_json
 
-PICKLED = (".pth", ".pt", ".bin", ".ckpt")
-SAFE = (".safetensors", ".sft")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+logger = logging.getLogger(__name__)
+
+NAME = "model"  # of the weights in a T5's folder, before .safetensors or -00001-of-00002.safetensors
 DECODER_KEYS = re.compile(r"decoder\.|lm_head\.")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,44 +36,45 @@ class StoredTensor:
     path: Path
     key: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | None  # None: of no interest here
+    dtype: torch.dtype
+    start: int = 0  # in the file, bytes
     value: Tensor | None = None
 
     def read(self) -> Tensor:
-        """The tensor. The file is opened for it alone: an open one keeps every page read so far in memory."""
+        """The tensor, in memory of its own.
+
+        Its bytes are read, not mapped: a map of the whole file for each of T5's 219 tensors stays open as long as the tensor
+        lives, and Windows sets memory aside for every one.
+        """
         if self.value is not None:
-            return self.value
+            return self.value.clone()
         try:
-            with safe_open(str(self.path), framework="pt") as file:
-                return file.get_tensor(self.key)
+            content = torch.empty(prod(self.shape) * self.dtype.itemsize, dtype=torch.uint8)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.start)
+                left = memoryview(content.numpy())
+                while len(left):
+                    count = file.readinto(left)
+                    if not count:
+                        raise EOFError("the file ends early")
+                    left = left[count:]
         except Exception as error:
             raise damaged(self.path, error) from None
+        return content.view(self.dtype).reshape(self.shape)
 
 
 def weight_files(path: Path) -> tuple[list[Path], dict]:
     """Files to read, and the folder's config.json ({} for a file)."""
     if not path.exists():
         raise TextEncoderError(f"{path} does not exist; expected a T5 folder or a .safetensors file.")
-    if path.is_file():
-        if path.suffix not in (*SAFE, *PICKLED):
-            raise TextEncoderError(
-                f"{path}: expected a .safetensors file or a Hugging Face folder (GGUF files need ComfyUI-GGUF's loader)."
-            )
+    if path.is_file() and not is_index(path):
         return [path], {}
-    folder = text_encoder_folder(path)
+    folder = text_encoder_folder(path if path.is_dir() else path.parent)
     settings = read_json(folder / "config.json", required=False, error=TextEncoderError)
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return [folder / name], settings
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return shard_files(index, error=TextEncoderError), settings
-    single = sorted(folder.glob("*.safetensors"))
-    if len(single) == 1:
-        return single, settings
-    raise TextEncoderError(
-        f"{folder} holds no T5 weights: expected {', '.join(WEIGHT_FILES[:2])}, or the shards and their index."
-    )
+    files, notes = folder_files(folder, NAME, TextEncoderError)
+    for note in notes:
+        logger.info("T5 %s: %s", folder, note)
+    return files, settings
 
 
 def text_encoder_folder(path: Path) -> Path:
@@ -76,29 +85,30 @@ def text_encoder_folder(path: Path) -> Path:
 
 def stored_tensors(path: Path) -> Iterator[StoredTensor]:
     """Every tensor of a file but the decoder's; raises TextEncoderError for a damaged one."""
-    try:
-        if path.suffix in PICKLED:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-            for key, value in _tensors_only(path, loaded):
-                yield StoredTensor(path, key, tuple(value.shape), value.dtype, value)
-            return
-        with safe_open(str(path), framework="pt") as file:
-            for key in file.keys():
-                if not DECODER_KEYS.match(key):
-                    part = file.get_slice(key)
-                    yield StoredTensor(path, key, tuple(part.get_shape()), _DTYPES.get(part.get_dtype()))
-    except TextEncoderError:
-        raise
-    except Exception as error:  # torch's unpickler raises anything on damaged files
-        raise damaged(path, error) from None
+    if content_of(path, TextEncoderError) == SAFETENSORS:
+        yield from _safe_tensors(path)
+        return
+    for key, value in _tensors_only(path, load_pickle(path, TextEncoderError)):
+        yield StoredTensor(path, key, tuple(value.shape), value.dtype, value=value)
 
 
-def damaged(path: Path, error: Exception) -> TextEncoderError:
+def _safe_tensors(path: Path) -> Iterator[StoredTensor]:
+    header, data = safetensors_header(path, TextEncoderError)
+    for key, entry in header.items():
+        if DECODER_KEYS.match(key):
+            continue
+        try:
+            dtype, shape, (start, stop) = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+            if stop - start != prod(shape) * dtype.itemsize or start < 0 or min(shape, default=0) < 0:
+                raise ValueError(f"{stop - start} bytes for {shape} of {dtype}")
+        except (KeyError, ValueError, TypeError) as error:
+            raise TextEncoderError(f"{path}: its safetensors header is damaged at {key} ({error}); download it again.") from None
+        yield StoredTensor(path, key, shape, dtype, data + start)
+
+
+def damaged(path: Path, error: Exception) -> PixArtError:
     """What to say of a file that can't be read."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return TextEncoderError(
-        f"{path} ({path.stat().st_size} bytes) is damaged or incomplete: {reason}. Download it again."
-    )
+    return reading_error(path, error, TextEncoderError, f"of {path.stat().st_size} bytes, is damaged or incomplete")
 
 
 def _tensors_only(path: Path, loaded: object) -> list[tuple[str, Tensor]]:

@@ -18,7 +18,7 @@ from ..errors import InputError, UnsupportedError
 from .names import INT8, STORED_PRECISIONS
 from .packed import FORMAT, FORMAT_KEY, SCALES, STATE, WEIGHT
 from .quantize import COMPUTE, check_range, quantize_weight
-from .tokenizer import find_tokenizer, tokenizer_places
+from .tokenizer import tokenizer_files
 from .weights import EMBEDDING, POSITIONS, T5Weights, read_t5
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,10 @@ def _copy_tokenizer(weights: T5Weights, folder: Path) -> None:
     if weights.sentencepiece is not None:
         (folder / "spiece.model").write_bytes(weights.sentencepiece)
         return
-    found = next((file for place in tokenizer_places(weights.path) if (file := find_tokenizer(place))), None)
+    if weights.tokenizer_json is not None:
+        (folder / "tokenizer.json").write_bytes(weights.tokenizer_json)
+        return
+    found = next(iter(tokenizer_files(weights.path)), None)
     if found is None:
         logger.warning("%s comes without a tokenizer; put spiece.model or tokenizer.json into %s.", weights.path, folder.name)
         return

@@ -1,13 +1,16 @@
 """Prompts to T5 token ids, within a limit, saying what was cut."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..errors import InputError, TextEncoderError
 from .files import text_encoder_folder
 
-END_TOKEN = "</s>"
+END_TOKEN, UNKNOWN_TOKEN = "</s>", "<unk>"
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+SHOWN = 200  # characters of a message's list of words
 WHERE_TO_GET = (
     "Give tokenizer= the folder, tokenizer.json or spiece.model of the T5 these weights belong to; for T5-v1.1-XXL "
     "that is the tokenizer/ folder of PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers on Hugging Face."
@@ -18,6 +21,7 @@ class Vocabulary(Protocol):
     """What is needed of a tokenizer library."""
 
     end_id: int
+    unknown_id: int | None  # of what the vocabulary has no tokens for
     size: int
 
     def ids(self, text: str) -> list[int]:
@@ -33,6 +37,7 @@ class TokenizedPrompt(NamedTuple):
     ids: list[int]  # ends with the end token
     count: int  # tokens of the whole prompt, end token included, before any cut
     cut: str  # words beyond the limit; "" if none
+    unknown: str = ""  # words with characters that the vocabulary has no tokens for; "" if none
 
 
 class Tokenizer:
@@ -53,11 +58,20 @@ class Tokenizer:
             raise InputError(f"max_tokens is {max_tokens}; expected at least 1, for the end token.")
         if not isinstance(text, str):
             raise InputError(f"A prompt is {type(text).__name__}; expected a string.")
-        ids = self.vocabulary.ids(whole_characters(text))
+        text = whole_characters(text)
+        ids = self.vocabulary.ids(text)
         kept, cut = ids[: max_tokens - 1], ids[max_tokens - 1 :]
-        return TokenizedPrompt(
-            [*kept, self.vocabulary.end_id], len(ids) + 1, self.vocabulary.text(cut) if cut else ""
-        )
+        unknown = unknown_words(text, ids, self.vocabulary.ids, self.vocabulary.unknown_id)
+        return TokenizedPrompt([*kept, self.vocabulary.end_id], len(ids) + 1, self.vocabulary.text(cut) if cut else "", unknown)
+
+
+def unknown_words(text: str, ids: list[int], ids_of: Callable[[str], list[int]], unknown: int | None) -> str:
+    """The words of a text that hold characters without a token, "" if none: to T5, which learned from four
+    languages in Latin letters, they are all the same blank. ids: of the text."""
+    if unknown is None or unknown not in ids:
+        return ""
+    found = " ".join(dict.fromkeys(word for word in text.split() if unknown in ids_of(word)))
+    return found if len(found) <= SHOWN else found[: SHOWN - 3] + "..."
 
 
 def whole_characters(text: str) -> str:
@@ -78,6 +92,7 @@ class SentencePieceVocabulary:
         except RuntimeError as error:
             raise TextEncoderError(f"{source} is not a SentencePiece model ({error}). {WHERE_TO_GET}") from None
         self.end_id = self._processor.eos_id()
+        self.unknown_id = self._processor.unk_id()
         self.size = self._processor.get_piece_size()
         if self.end_id < 0:
             raise TextEncoderError(f"{source} has no end token {END_TOKEN}; T5 needs one. {WHERE_TO_GET}")
@@ -92,23 +107,24 @@ class SentencePieceVocabulary:
 
 
 class JsonVocabulary:
-    """A `tokenizer.json`, read with tokenizers."""
+    """The text of a `tokenizer.json`, read with tokenizers; `source` names it in errors."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, text: str, source: str) -> None:
         try:
             import tokenizers
         except ImportError:
-            raise TextEncoderError(f"{path} needs the tokenizers library: `pip install tokenizers`.") from None
+            raise TextEncoderError(f"{source} needs the tokenizers library: `pip install tokenizers`.") from None
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises bare Exception for every malformed file
-            raise TextEncoderError(f"{path} is not a tokenizer.json ({error}). {WHERE_TO_GET}") from None
+            raise TextEncoderError(f"{source} is not a tokenizer.json ({error}). {WHERE_TO_GET}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         end_id = self._tokenizer.token_to_id(END_TOKEN)
         if end_id is None:
-            raise TextEncoderError(f"{path} has no end token {END_TOKEN}, so it is not a T5's. {WHERE_TO_GET}")
+            raise TextEncoderError(f"{source} has no end token {END_TOKEN}, so it is not a T5's. {WHERE_TO_GET}")
         self.end_id = end_id
+        self.unknown_id = self._tokenizer.token_to_id(UNKNOWN_TOKEN)
         # T5's 100 sentinel ids are in the file but never in a prompt, so only the plain vocabulary must fit.
         self.size = self._tokenizer.get_vocab_size(with_added_tokens=False)
 
@@ -127,9 +143,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     found = find_tokenizer(path)
     if found is None:
         raise TextEncoderError(f"{path}: no tokenizer.json or spiece.model found. {WHERE_TO_GET}")
-    if found.suffix == ".json":
-        return Tokenizer(JsonVocabulary(found), str(found))
-    return from_sentencepiece(found.read_bytes(), str(found))
+    try:
+        content = found.read_bytes()
+    except OSError as error:
+        raise TextEncoderError(f"{found} can't be read ({error}). {WHERE_TO_GET}") from None
+    return from_json(content, str(found)) if found.suffix == ".json" else from_sentencepiece(content, str(found))
 
 
 def from_sentencepiece(model: bytes, source: str) -> Tokenizer:
@@ -137,20 +155,51 @@ def from_sentencepiece(model: bytes, source: str) -> Tokenizer:
     return Tokenizer(SentencePieceVocabulary(model, source), source)
 
 
+def from_json(content: bytes, source: str) -> Tokenizer:
+    """A tokenizer from the bytes of a tokenizer.json."""
+    return Tokenizer(JsonVocabulary(content.decode("utf-8", errors="replace"), source), source)
+
+
 def find_tokenizer(path: Path) -> Path | None:
     """The tokenizer file that `path` is or holds, if any."""
     if path.is_file():
         return path
     for folder in (path, path / "tokenizer"):
-        for name in ("tokenizer.json", "spiece.model"):
+        for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 return folder / name
     return None
 
 
-def tokenizer_places(path: Path) -> list[Path]:
-    """Where the tokenizer of a T5 file or folder may lie: in the folder, or beside the file."""
-    if not path.is_dir():
-        return [path.with_suffix(""), path.parent, path.parent.parent / "tokenizer"]
-    folder = text_encoder_folder(path)
-    return [path, folder, folder.parent]
+def tokenizer_files(path: Path) -> list[Path]:
+    """Every tokenizer that may belong to a T5 file or folder, the likeliest first: inside, beside, and where pipelines have it."""
+    folder = text_encoder_folder(path) if path.is_dir() else path.parent
+    number = folder.name.removeprefix("text_encoder")  # text_encoder_3 of SD3 has its tokenizer_3
+    places = [path if path.is_dir() else path.with_suffix(""), folder, folder.parent / f"tokenizer{number}", folder.parent / "tokenizer", folder.parent]
+    found = [find_tokenizer(place) for place in places if place.is_dir()]
+    return list(dict.fromkeys(file for file in found if file is not None))
+
+
+def fits(size: int, rows: int) -> bool:
+    """Whether a vocabulary of `size` tokens can belong to an embedding of `rows`: T5 leaves some rows unused, but never most."""
+    return size <= rows <= 2 * size + 512
+
+
+def tokenizer_beside(path: Path, rows: int) -> Tokenizer | None:
+    """The first tokenizer in or near a T5 that can belong to its embedding of `rows`; None if there is none at all.
+
+    Raises TextEncoderError naming those that are there, where none of them can.
+    """
+    problems = []
+    for file in tokenizer_files(path):
+        try:
+            tokenizer = load_tokenizer(file)
+        except TextEncoderError as error:
+            problems.append(str(error).replace(WHERE_TO_GET, "").strip())
+            continue
+        if fits(tokenizer.size, rows):
+            return tokenizer
+        problems.append(f"{file} has {tokenizer.size} tokens, the weights have embeddings for {rows}: they don't belong together")
+    if problems:
+        raise TextEncoderError(f"{path}: {'; '.join(problems)}. {WHERE_TO_GET}")
+    return None

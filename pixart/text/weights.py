@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoints.content import called
 from ..errors import TextEncoderError, UnsupportedError
 from . import packed
 from .files import DECODER_KEYS, StoredTensor, stored_tensors, text_encoder_folder, weight_files
@@ -26,7 +27,8 @@ EMBEDDING_ALIAS = "encoder.embed_tokens.weight"  # the same matrix under its oth
 POSITIONS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 FINAL_NORM = "encoder.final_layer_norm.weight"
 QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
-TOKENIZER_KEY = "spiece_model"  # ComfyUI's place for a SentencePiece model inside a weight file
+# A tokenizer's bytes inside a weight file, alone or behind a prefix; the first is ComfyUI's place for a SentencePiece model.
+TOKENIZER_KEYS = ("spiece_model", "tokenizer_json")
 IGNORED = ("logit_scale", "scaled_fp8")
 SCALED_FP8 = (".scale_weight", ".weight_scale")  # ComfyUI's two spellings: the true weight is the stored one times this
 FP8_EXTRAS = (".scale_input", ".input_scale")  # for products in fp8, which are not taken here
@@ -54,6 +56,7 @@ class T5Weights:
     dtype: torch.dtype  # in which `stream` gives the tensors
     precision: str | None = None  # of the quantized layers: int8, nf4 or fp4
     sentencepiece: bytes | None = None
+    tokenizer_json: bytes | None = None
     ignored: list[str] = field(default_factory=list)
     scales: dict[str, StoredTensor] = field(default_factory=dict)  # of a scaled fp8 file: weight's name -> its scale
 
@@ -70,7 +73,7 @@ class T5Weights:
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """The same in `dtype`."""
-        return ((name, _cast(name, value, self.dtype)) for name, value in self.raw())
+        return ((name, cast(name, value, self.dtype)) for name, value in self.raw())
 
     def stream_layers(self) -> Iterator[dict[str, Tensor]]:
         """The same, a block at a time where the file keeps blocks together."""
@@ -101,7 +104,7 @@ def read_t5(path: Path, dtype: torch.dtype | None = None) -> T5Weights:
     files, settings = weight_files(path)
     packed.check_settings(settings, path)
     raw = {stored.key: stored for file in files for stored in stored_tensors(file)}
-    model = raw.pop(TOKENIZER_KEY, None)
+    inside = {key.rpartition(".")[2]: raw.pop(key) for key in list(raw) if key.rpartition(".")[2] in TOKENIZER_KEYS}
     stored, ignored = _strip(raw, path)
     stored, scales = _split_scales(stored, path)
     stored, layers = packed.split(stored, path)
@@ -113,7 +116,8 @@ def read_t5(path: Path, dtype: torch.dtype | None = None) -> T5Weights:
     if dtype is None:
         dtype = torch.bfloat16 if layers else _main_dtype(stored)
     precision = packed.precision_of(next(iter(layers.values()))) if layers else None
-    return T5Weights(path, stored, layers, config, dtype, precision, _tokenizer(model, path), ignored, scales)
+    tokenizers = [_tokenizer(inside.get(key), key, path) for key in TOKENIZER_KEYS]
+    return T5Weights(path, stored, layers, config, dtype, precision, *tokenizers, ignored, scales)
 
 
 def expected_shapes(config: dict[str, int | float | str]) -> dict[str, tuple[int, ...]]:
@@ -153,10 +157,10 @@ def check_shapes(shapes: dict[str, tuple[int, ...]], config: dict, path: Path) -
         )
 
 
-def _tokenizer(stored: StoredTensor | None, path: Path) -> bytes | None:
+def _tokenizer(stored: StoredTensor | None, key: str, path: Path) -> bytes | None:
     model = None if stored is None else stored.read()
     if model is not None and model.dtype not in (torch.uint8, torch.int8):
-        raise TextEncoderError(f"{path}: {TOKENIZER_KEY} is {model.dtype}; expected the bytes of a tokenizer (uint8). Download it again.")
+        raise TextEncoderError(f"{path}: {key} is {model.dtype}; expected the bytes of a tokenizer (uint8). Download it again.")
     return None if model is None else model.numpy().tobytes()
 
 
@@ -166,7 +170,7 @@ def _strip(raw: dict[str, StoredTensor], path: Path) -> tuple[dict[str, StoredTe
     if prefix is None:
         guess = next((what for part, what in FOREIGN if any(part in key for key in raw)), None)
         raise TextEncoderError(
-            f"{path} is not a T5 encoder{f' but looks like {guess}' if guess else ''}: there is no {QUERY} among its "
+            f"{called(path)} is not a T5 encoder{f' but looks like {guess}' if guess else ''}: there is no {QUERY} among its "
             f"{len(raw)} keys ({_some(sorted(raw))}). Give the T5 that belongs to the model."
         )
     tensors, ignored = {}, []
@@ -256,7 +260,8 @@ def is_finite(value: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(value))).all())
 
 
-def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the dtype that T5 is to have."""
     # T5's wo overflows in fp16; transformers keeps it in fp32 too.
     return value.to(torch.float32 if dtype == torch.float16 and ".wo." in key else dtype)
 

@@ -94,7 +94,7 @@ class TestLoading:
             assert torch.equal(again.model.state_dict()[key], value)
 
     def test_saved_with_its_tokenizer(self, clip) -> None:
-        saved = clip.get_sd()["spiece_model"]
+        saved = clip.get_sd()["t5xxl.spiece_model"]
         assert saved.numpy().tobytes() == tiny_text.sentencepiece_model()
 
 
@@ -218,7 +218,7 @@ def test_cast_weights_are_let_go_of_layer_by_layer(tmp_path: Path, monkeypatch) 
     import weakref
 
     weights = host.pack_module("pixart.text.weights")
-    original, alive, most, total = weights._cast, weakref.WeakSet(), [], []
+    original, alive, most, total = weights.cast, weakref.WeakSet(), [], []
 
     def watched(*arguments):
         value = original(*arguments)
@@ -228,7 +228,7 @@ def test_cast_weights_are_let_go_of_layer_by_layer(tmp_path: Path, monkeypatch) 
         total.append(value.nbytes)
         return value
 
-    monkeypatch.setattr(weights, "_cast", watched)
+    monkeypatch.setattr(weights, "cast", watched)
     path = tiny_text.save_t5_file(tiny_text.tiny_t5(layers=6), tmp_path / "t5.safetensors")
     loaded = encoder.load_t5(str(path), "bf16", "default")
     assert len(total) > 50 and max(most) < 0.5 * sum(total)

@@ -37,8 +37,9 @@ class TestLoader:
         import comfy.sd
 
         if scaled:
-            shapes = {**encoder._shapes(str(slim)), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": ()}
-            monkeypatch.setattr(encoder, "_shapes", lambda path: shapes)
+            header, start = encoder.safetensors_header(slim)
+            scale = {"encoder.block.0.layer.0.SelfAttention.q.scale_weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}
+            monkeypatch.setattr(encoder, "safetensors_header", lambda *_: ({**header, **scale}, start))
         calls = []
         monkeypatch.setattr(comfy.sd, "load_clip", lambda ckpt_paths, **options: calls.append((ckpt_paths, options)) or clip)
         monkeypatch.setattr(encoder, "_from_weights", lambda *a: clip)

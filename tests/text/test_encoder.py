@@ -142,18 +142,18 @@ def test_missing_shard_is_named(tmp_path):
 def test_truncated_empty_and_absent_files(tmp_path):
     path = save_t5_file(tiny_t5(), tmp_path / "t5.safetensors")
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(TextEncoderError, match="damaged or incomplete"):
+    with pytest.raises(TextEncoderError, match="truncated|empty|does not exist"):
         load_text_encoder(path)
     path.write_bytes(b"")
-    with pytest.raises(TextEncoderError, match=r"0 bytes\) is damaged"):
+    with pytest.raises(TextEncoderError, match="the file is empty"):
         load_text_encoder(path)
     with pytest.raises(TextEncoderError, match="does not exist"):
         load_text_encoder(tmp_path / "absent.safetensors")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TextEncoderError, match="holds no T5 weights"):
+    with pytest.raises(TextEncoderError, match="found nothing; expected one weight file, model.safetensors"):
         load_text_encoder(tmp_path / "empty")
     (tmp_path / "t5.gguf").write_bytes(b"GGUF")
-    with pytest.raises(TextEncoderError, match="expected a .safetensors file"):
+    with pytest.raises(TextEncoderError, match="GGUF file; load it with ComfyUI-GGUF"):
         load_text_encoder(tmp_path / "t5.gguf")
 
 
@@ -165,7 +165,7 @@ def test_pickle_with_code_is_not_run(tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
     torch.save({"x": Payload()}, folder / "pytorch_model.bin")
-    with pytest.raises(TextEncoderError, match="damaged"):
+    with pytest.raises(TextEncoderError, match="could run code"):
         load_text_encoder(folder)
     assert not (tmp_path / "ran").exists()
 

@@ -22,7 +22,7 @@ def test_ids_are_those_of_sentencepiece_with_the_end_token(tokenizer):
 
 
 def test_empty_prompt_is_one_end_token(tokenizer):
-    assert tokenizer.encode("", 300) == ([1], 1, "")
+    assert tokenizer.encode("", 300) == ([1], 1, "", "")
 
 
 def test_a_cut_keeps_the_end_token_and_names_the_words(tokenizer):
@@ -32,7 +32,7 @@ def test_a_cut_keeps_the_end_token_and_names_the_words(tokenizer):
     assert cut.ids == whole.ids[:3] + [1]
     assert cut.count == 6 and cut.cut == "blue square"
     assert tokenizer.encode("red circle above blue square", 6).cut == ""
-    assert tokenizer.encode("red circle", 1) == ([1], 3, "red circle")
+    assert tokenizer.encode("red circle", 1) == ([1], 3, "red circle", "")
 
 
 def test_ten_thousand_words(tokenizer):
