@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..pixart.adapters.settings import CONFIG_NAME
-from .host.files import choices, resolve
+from .host.files import choices, fingerprint, name_problem, resolve
 from .host.lora import apply_lora
 from .host.schema import schema
 
@@ -48,6 +48,16 @@ class PixArtLoraLoader(io.ComfyNode):
             ],
             outputs=[io.Model.Output(), io.Clip.Output(tooltip="Empty where no CLIP is connected.")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, lora_name: Any = None) -> bool | str:
+        """Before anything runs; a linked name is looked up when it is known."""
+        return name_problem(FOLDER, COMPONENT, lora_name, CONFIG_NAME)
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: Any = None, **_: Any) -> str:
+        """Loads again when the file, or one of the folder, has changed."""
+        return fingerprint(FOLDER, COMPONENT, lora_name, CONFIG_NAME)
 
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float, clip: Any = None, strength_clip: float = 1.0) -> io.NodeOutput:

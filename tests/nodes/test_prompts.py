@@ -73,10 +73,11 @@ class TestLimit:
         with pytest.raises(errors.InputError, match="expected a PixArt"):
             encode(clip, model=object())
 
-    @pytest.mark.parametrize("wanted", ["0", 0, "many", "5000", None])
+    @pytest.mark.parametrize("wanted", ["0", 0, "many", "5000", "", -1, {}])
     def test_what_is_no_limit(self, wanted) -> None:
         assert "max_tokens is" in text_nodes.PixArtTextEncode.validate_inputs(wanted)
         assert text_nodes.PixArtTextEncode.validate_inputs("auto") is text_nodes.PixArtTextEncode.validate_inputs(300) is True
+        assert text_nodes.PixArtTextEncode.validate_inputs(None) is True  # linked: known when it runs
 
 
 class TestPreparation:
