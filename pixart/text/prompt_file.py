@@ -52,9 +52,12 @@ def save_prompts(
         "settings": json.dumps(settings, sort_keys=True),
     }
     tensors = {STATES: embeddings.states.detach().cpu().contiguous(), MASK: embeddings.mask.cpu().to(torch.uint8).contiguous()}
-    unfinished = path.parent / f".prompt-{uuid.uuid4().hex}"  # made by the writer, so that others may read it as the umask says
+    unfinished = path.parent / f".prompt-{uuid.uuid4().hex}"
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # as the umask says; the writer makes files that only their owner may read
         save_file(tensors, unfinished, metadata)
+        unfinished.chmod(mode)
         unfinished.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} can't be written ({error}); is the disk full?") from None

@@ -232,6 +232,25 @@ class TestFiles:
         with pytest.raises(errors.InputError, match="is no prompt file"):
             nodes.PixArtLoadPrompt.execute(name)
 
+    @pytest.mark.parametrize(
+        ("prefix", "name"),
+        [("", "prompt"), (".", "prompt"), ("./", "prompt"), (" ", "prompt"), ("mine", "mine"), ("sub/mine", "sub/mine"),
+         ("sub\\mine", "sub/mine"), ("sub/", "sub"), ("/mine", "mine"), ("./a//b", "a/b"), ("ä 画", "ä 画")],
+    )  # fmt: skip
+    def test_what_is_saved_can_be_loaded(self, prefix: str, name: str, clip, places: Path) -> None:
+        for number in (1, 2):
+            save(encode(clip), prefix)
+            entry = f"{name}_{number:05}.safetensors [output]"
+            assert entry in nodes.PixArtLoadPrompt.INPUT_TYPES()["required"]["prompt_file"][1]["options"]
+            assert nodes.PixArtLoadPrompt.validate_inputs(entry) is True and nodes.PixArtLoadPrompt.execute(entry).result[0]
+        assert nodes.PixArtLoadPrompt.validate_inputs(entry.replace("/", "\\")) is True
+
+    @pytest.mark.parametrize("prefix", ["..", "../x", "sub/../../x", "..\\x"])
+    def test_a_prefix_that_leads_out_of_the_folder_is_refused(self, prefix: str, clip, places: Path) -> None:
+        with pytest.raises(errors.InputError, match="outside output/prompts"):
+            save(encode(clip), prefix)
+        assert not list(places.rglob("*.safetensors"))
+
     @pytest.mark.parametrize("prefix", ["../../out", "/tmp/out"])
     def test_prefix_outside_the_output_folder(self, prefix: str, clip, places: Path) -> None:
         before = sorted(places.rglob("*.safetensors"))
