@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..pixart.adapters.settings import CONFIG_NAME
 from .host.files import choices, fingerprint, name_problem, resolve
 from .host.lora import apply_lora
+from .host.menus import check_number
 from .host.schema import schema
 
 FOLDER, COMPONENT = "loras", "transformer"
@@ -62,6 +63,8 @@ class PixArtLoraLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float, clip: Any = None, strength_clip: float = 1.0) -> io.NodeOutput:
         """Clones with patches; what was applied is shown on the node and logged, as a warning where keys are left."""
+        strength = check_number("strength", strength, -LARGEST, LARGEST)
+        strength_clip = check_number("strength_clip", strength_clip, -LARGEST, LARGEST)
         path = resolve(FOLDER, COMPONENT, lora_name, CONFIG_NAME)
         model, clip, fit = apply_lora(model, clip, path, strength, strength_clip)
         log.log(logging.WARNING if fit.left else logging.INFO, "PixArt LoRA %s", fit.describe())

@@ -9,10 +9,11 @@ from comfy_api.latest import io
 from ..pixart.bins import MAX_SIDE, base_sizes, check_size, nearest_bin, resize_and_crop
 from .host.conds import with_size
 from .host.latent import empty_latent
-from .host.menus import check_choice, choice_problem
+from .host.menus import check_choice, check_number, choice_problem
 from .host.schema import schema
 
 DEFAULT_BASE = "1024"
+MAX_BATCH = 4096
 
 
 def _bases() -> list[str]:
@@ -45,7 +46,7 @@ class PixArtResolution(io.ComfyNode):
                 ),
                 _side("width", "Wanted width in pixels."),
                 _side("height", "Wanted height in pixels."),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures per run."),
+                io.Int.Input("batch_size", default=1, min=1, max=MAX_BATCH, tooltip="Pictures per run."),
             ],
             outputs=[
                 io.Latent.Output(),
@@ -63,6 +64,7 @@ class PixArtResolution(io.ComfyNode):
     def execute(cls, base: str | int, width: int, height: int, batch_size: int) -> io.NodeOutput:
         """(LATENT, width, height)."""
         size = nearest_bin(int(check_choice("base", base, _bases())), width, height)
+        batch_size = check_number("batch_size", batch_size, 1, MAX_BATCH, whole=True)
         return io.NodeOutput(empty_latent(size.width, size.height, batch_size), size.width, size.height)
 
 

@@ -15,7 +15,7 @@ from ...pixart.consistency import ConsistencyVae, load_consistency_decoder
 
 log = logging.getLogger(__name__)
 TILES = (64, 32)  # sides in latents to try, one after the other, where the card has no room for a whole picture
-BYTES_PER_PIXEL = 9000  # of activations in fp16, estimated from the decoder's widest stage (320 channels at full size)
+VALUES_PER_PIXEL = 6000  # of activations: the widest stage has 320 channels at full size; 7000 have been seen at the peak
 
 
 def load_decoder(path: str) -> ConsistencyDecoder:
@@ -109,7 +109,8 @@ class ConsistencyDecoder:
 
     def _load(self, latents: int) -> None:
         """Makes room for so many latents, and brings in all weights: the host can't fetch those of diffusers' layers one by one."""
-        needed = latents * self.vae.pixels_per_latent**2 * BYTES_PER_PIXEL
+        size = next(self.vae.module.parameters()).element_size()
+        needed = latents * self.vae.pixels_per_latent**2 * VALUES_PER_PIXEL * size
         management.load_models_gpu([self.patcher], memory_required=needed, force_full_load=True)
         if any(parameter.device.type != self.device.type for parameter in self.vae.module.parameters()):
             self.patcher.load(self.device, full_load=True)  # with --novram the host loads in part, whatever it is asked

@@ -156,7 +156,7 @@ def _not_found(kind: str, name: Any, menu: list[str], vanished: bool) -> str:
     if vanished:
         return f"{name!r} was in the folder {kind} and is gone, or its link leads nowhere; expected under {places}. Put it back."
     wanted = _posix(str(name)).lower()
-    near = [entry for entry in menu if _posix(entry).lower() == wanted or _posix(entry).lower().rpartition("/")[2] == wanted.rpartition("/")[2]]
+    near = [entry for entry in menu if _posix(entry).lower().rpartition("/")[2] == wanted.rpartition("/")[2]]
     near = near or difflib.get_close_matches(str(name), menu[:2000], n=3)
     return (
         f"{name!r} is not in the folder {kind}: expected one of the files or Hugging Face folders under {places}. "

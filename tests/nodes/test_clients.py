@@ -110,6 +110,23 @@ def test_unknown_values_reach_no_loader(module: str, node: str, menu: str, other
         getattr(host.pack_module(f"nodes.{module}"), node).execute(**{menu: value}, **others)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "x", None, 1e9, -1e9])
+def test_numbers_that_are_none(value) -> None:
+    """JSON of Python clients may hold NaN, which passes the host's bounds; a link brings anything."""
+    menus = host.pack_module("nodes.host.menus")
+    for module, node, name, others in (
+        ("resolution", "PixArtResolution", "batch_size", {"base": "1024", "width": 512, "height": 512}),
+        ("few_steps", "PixArtOneStep", "timestep", {"model": None}),
+        ("lora", "PixArtLoraLoader", "strength", {"model": None, "lora_name": "sub/m.safetensors"}),
+        ("lora", "PixArtLoraLoader", "strength_clip", {"model": None, "lora_name": "sub/m.safetensors", "strength": 1.0}),
+    ):
+        with pytest.raises(errors.InputError, match=rf"{name} is .*expected a (whole )?number from"):
+            getattr(host.pack_module(f"nodes.{module}"), node).execute(**{name: value}, **others)
+    assert menus.check_number("n", "2", 1, 4, whole=True) == 2 and menus.check_number("n", 0.5, 0, 1) == 0.5
+    with pytest.raises(errors.InputError, match="n is 2.5; expected a whole number from 1 to 4"):
+        menus.check_number("n", 2.5, 1, 4, whole=True)
+
+
 def test_error_types_name_no_folder() -> None:
     """The host shows users an error's full type, and calls the pack by its path."""
     for kind in (errors.PixArtError, errors.InputError, errors.CheckpointError, errors.TextEncoderError, errors.UnsupportedError):

@@ -62,6 +62,8 @@ def test_second_stages_and_img2img(sigma, caplog) -> None:
     first = sample(sigma, captions(4), captions(1), steps=4, last_step=2)
     with caplog.at_level(logging.WARNING):
         sample(sigma, captions(4), captions(1), first, steps=4, denoise=0.5)
-        host_nodes.KSamplerAdvanced().sample(sigma, "disable", 1, 4, 1.0, "euler", "normal", captions(4), captions(1), {"samples": first}, 2, 4,
-                                             "disable")  # fmt: skip
+        latent = {"samples": first}
+        host_nodes.KSamplerAdvanced().sample(
+            sigma, "disable", 1, 4, 1.0, "euler", "normal", captions(4), captions(1), latent, 2, 4, "disable"
+        )
     assert "noise level" not in caplog.text

@@ -55,8 +55,10 @@ def test_when_it_warns(wanted: str, names: list[str], warned: bool, graph) -> No
 @pytest.mark.parametrize(
     ("kind", "inputs", "warned"),
     [("CheckpointLoaderSimple", {"ckpt_name": "v1-5-pruned-emaonly.safetensors"}, False),
-     ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}, True), ("CheckpointLoaderSimple", {"ckpt_name": ["3", 0]}, False),
-     ("VAELoaderKJ", {"vae_name": "vae-ft-mse-840000-ema-pruned.safetensors"}, False), ("VAELoaderKJ", {"vae_name": "sdxl_vae.safetensors"}, True),
+     ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}, True),
+     ("CheckpointLoaderSimple", {"ckpt_name": ["3", 0]}, False),
+     ("VAELoaderKJ", {"vae_name": "vae-ft-mse-840000-ema-pruned.safetensors"}, False),
+     ("VAELoaderKJ", {"vae_name": "sdxl_vae.safetensors"}, True),
      ("UnknownLoader", {}, False)],
 )  # fmt: skip
 def test_alphas_vae_from_a_checkpoint_or_another_packs_loader(kind: str, inputs: dict, warned: bool, graph) -> None:
