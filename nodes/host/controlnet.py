@@ -25,7 +25,7 @@ from ...pixart.errors import InputError
 from ...pixart.model import PIXELS_PER_LATENT
 from .attention import host_attention
 from .dtypes import computing_dtype
-from .transformer import HostTransformer
+from .transformer import IDENTITY_BLOCKS, SKIPPED_BLOCKS, HostTransformer
 
 log = logging.getLogger(__name__)
 CROPPED_RATIO = 1.05  # from here on cutting a hint to the picture's shape is worth a warning
@@ -160,7 +160,7 @@ class PixArtControl(comfy.controlnet.ControlNet):
         mask, size = (None if cond.get(name) is None else cond[name].to(x_noisy.device) for name in ("context_mask", "size"))
         inputs = base.first_block(
             placed(sampling.calculate_input(t, x_noisy)), sampling.timestep(t).float(), placed(cond["c_crossattn"]),
-            mask, size, positions, transformer_options,
+            mask, size, positions, cond.get(IDENTITY_BLOCKS, ()), cond.get(SKIPPED_BLOCKS, ()), transformer_options,
         )  # fmt: skip
         own_text = cond.get("crossattn_controlnet")  # from CLIPTextEncodeControlnet
         if own_text is not None:

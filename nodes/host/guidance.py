@@ -3,13 +3,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_patcher
+import comfy.conds
 import comfy.samplers
 from torch import Tensor
 
 from ...pixart.errors import InputError
 from ...pixart.guidance import PERTURBED_ATTENTION, PerturbedGuidance, parse_blocks
-from .transformer import IDENTITY_ATTENTION, HostTransformer
+from .transformer import IDENTITY_BLOCKS, SKIPPED_BLOCKS, HostTransformer
 
 
 def guide_by_perturbation(model: Any, kind: str, blocks: str, scale: float, start: float, end: float) -> Any:
@@ -23,16 +23,17 @@ def guide_by_perturbation(model: Any, kind: str, blocks: str, scale: float, star
     if not isinstance(network, HostTransformer):
         raise InputError(f"This MODEL is {type(network).__name__}, in which blocks can't be perturbed. Load PixArt with PixArtModelLoader.")
     PerturbedGuidance(blocks, scale, kind, start, end)  # raises for values that the pipeline refuses too
-    chosen = parse_blocks(blocks, network.config.depth)
+    chosen = tuple(sorted(parse_blocks(blocks, network.config.depth)))
     sampling = model.get_model_object("model_sampling")
     highest, lowest = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
+    always = start <= 0 and end >= 1  # reading sigma waits for the GPU
 
     def guide(args: dict[str, Any]) -> Tensor:
         """Called by the host's sampler after CFG, at each step."""
-        if scale == 0 or not lowest <= args["sigma"][0].item() <= highest:
+        if scale == 0 or not (always or lowest <= args["sigma"][0].item() <= highest):
             return args["denoised"]
-        options = _weakened(args["model_options"], kind, chosen)
-        (perturbed,) = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        conds = [_weakened(args["cond"], kind, chosen)]
+        (perturbed,) = comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
         return args["denoised"] + scale * (args["cond_denoised"] - perturbed)
 
     patched = model.clone()
@@ -40,17 +41,8 @@ def guide_by_perturbation(model: Any, kind: str, blocks: str, scale: float, star
     return patched
 
 
-def _weakened(model_options: dict[str, Any], kind: str, blocks: frozenset[int]) -> dict[str, Any]:
-    """A copy of the host's model options in which the blocks are perturbed."""
-    options = model_options.copy()
-    if kind == PERTURBED_ATTENTION:
-        options["transformer_options"] = {**options.get("transformer_options", {}), IDENTITY_ATTENTION: blocks}
-        return options
-    for index in blocks:
-        options = comfy.model_patcher.set_model_options_patch_replace(options, _skip, "dit", "double_block", index)
-    return options
-
-
-def _skip(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Replaces a block by nothing."""
-    return args
+def _weakened(conds: list[dict[str, Any]], kind: str, blocks: tuple[int, ...]) -> list[dict[str, Any]]:
+    """A copy of the host's conditions that tells the network, and the ControlNets, which blocks to weaken."""
+    name = IDENTITY_BLOCKS if kind == PERTURBED_ATTENTION else SKIPPED_BLOCKS
+    told = {name: comfy.conds.CONDConstant(blocks)}
+    return [{**cond, "model_conds": {**cond["model_conds"], **told}} for cond in conds]

@@ -15,7 +15,6 @@ from .transformer import KV_COMPRESSION
 
 log = logging.getLogger(__name__)
 NODE = "PixArtKVCompress"
-OPTIONS = 5  # place of transformer_options among the arguments of apply_model
 SIGMAS = 3  # place of sigmas among those of outer_sample
 
 
@@ -30,16 +29,9 @@ class CompressWhileActive:
         self.compressions = compressions
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """args: x, sigma, c_concat, c_crossattn, control, transformer_options."""
+        """args: x, sigma, and more; what the host doesn't know by name it hands to the network."""
         active = self._active(executor.class_obj.model_sampling, args[1])
-        if not active:
-            return executor(*args, **kwargs)
-        named = "transformer_options" in kwargs
-        options = kwargs["transformer_options"] if named else args[OPTIONS]
-        options = {**options, KV_COMPRESSION: (*options.get(KV_COMPRESSION, ()), *active)}
-        if named:
-            return executor(*args, **{**kwargs, "transformer_options": options})
-        return executor(*args[:OPTIONS], options, *args[OPTIONS + 1 :], **kwargs)
+        return executor(*args, **kwargs, **({KV_COMPRESSION: active} if active else {}))
 
     def _active(self, sampling: Any, sigma: Any) -> tuple[KVCompression, ...]:
         if all(one.always for one in self.compressions):

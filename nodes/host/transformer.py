@@ -1,9 +1,9 @@
 """The core's transformer under the host's forward contract: wrappers, block replacement, control, overrides."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.ldm.common_dit
 import torch
@@ -14,17 +14,25 @@ from ...pixart.attention import OneToken
 from ...pixart.config import TransformerConfig
 from ...pixart.embeddings import Positions
 from ...pixart.errors import InputError
+from ...pixart.kv_compress import KVCompression
 from ...pixart.layers import BlockInputs
 from ...pixart.model import PixArtTransformer, pixel_size
 from .attention import host_attention
 from .conds import ONE_TOKEN
 
 Block = Callable[[BlockInputs], Tensor]
-# transformer_options: numbers of blocks whose self-attention does not mix tokens; on top of any replacement of the block
-IDENTITY_ATTENTION = "pixart_identity_attention"
-KV_COMPRESSION = "pixart_kv_compression"  # key of transformer_options: a tuple of KVCompression that hold at this step
+# What may change from step to step reaches the network as an argument of its own, by these names. The host's
+# TorchCompileModel drops guards on transformer_options: a graph would keep for good what it found there at first.
+KV_COMPRESSION, IDENTITY_BLOCKS, SKIPPED_BLOCKS = "kv_compression", "identity_blocks", "skipped_blocks"
 ATTENTION_OVERRIDE = "optimized_attention_override"  # the host's own
 ReplacedBlocks = Mapping[tuple[str, int], Callable[[dict, dict], dict]]
+
+
+class Weakened(NamedTuple):
+    """Blocks that a weakened prediction changes, for guidance away from it."""
+
+    identity_blocks: Sequence[int] = ()
+    skipped_blocks: Sequence[int] = ()
 
 
 class HostTransformer(PixArtTransformer):
@@ -34,6 +42,10 @@ class HostTransformer(PixArtTransformer):
         super().__init__(config, operations=operations, attention=host_attention, dtype=dtype, device=device)
         self.dtype = dtype  # the host reads the dtype of the weights here
         self.patch_size = config.patch_size
+        # As the host's own PixArt has them; nodes of the host and of other packs read them.
+        self.in_channels, self.out_channels = config.in_channels, config.out_channels
+        self.depth, self.num_heads, self.hidden_size = config.depth, config.num_heads, config.hidden_size
+        self.pred_sigma, self.micro_conditioning = config.out_channels == 2 * config.in_channels, config.micro_condition
 
     def forward(
         self,
@@ -45,17 +57,22 @@ class HostTransformer(PixArtTransformer):
         positions: Positions | None = None,
         crossattn_controlnet: Tensor | None = None,
         control: dict[str, list[Tensor | None]] | None = None,
+        kv_compression: Sequence[KVCompression] = (),
+        identity_blocks: Sequence[int] = (),
+        skipped_blocks: Sequence[int] = (),
         transformer_options: dict[str, Any] | None = None,
     ) -> Tensor:
         """x: (B, C, H, W) in the dtype of computation; see `PixArtTransformer.forward` for the others.
 
         control: {"input": residuals (B, tokens, D) or None, per block}. crossattn_controlnet is for the
-        ControlNet, which has read it already. transformer_options stays last: EasyCache looks for it there.
+        ControlNet, which has read it already. identity_blocks: whose self-attention doesn't mix tokens, on top of any
+        replacement; skipped_blocks: that change nothing. transformer_options stays last: EasyCache looks for it there.
         """
         options = {} if transformer_options is None else transformer_options
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
         executor = WrapperExecutor.new_class_executor(self._denoise, self, wrappers)
-        return executor.execute(x, timesteps, context, context_mask, size, positions, control, options)
+        weakened = Weakened(identity_blocks, skipped_blocks)
+        return executor.execute(x, timesteps, context, context_mask, size, positions, control, kv_compression, weakened, options)
 
     def _denoise(
         self,
@@ -66,6 +83,8 @@ class HostTransformer(PixArtTransformer):
         size: Tensor | None,
         positions: Positions | None,
         control: dict[str, list[Tensor | None]] | None,
+        kv_compression: Sequence[KVCompression],
+        weakened: Weakened,
         transformer_options: dict[str, Any],
     ) -> Tensor:
         height, width = x.shape[-2:]
@@ -78,10 +97,10 @@ class HostTransformer(PixArtTransformer):
             context,
             context_mask,
             size,
-            block_wrappers=_block_wrappers(self.config.depth, options),
+            block_wrappers=_block_wrappers(self.config.depth, options, weakened),
             block_residuals=control_residuals(control, self.config, tokens),
             attention_options=options,
-            kv_compression=options.get(KV_COMPRESSION, ()),
+            kv_compression=kv_compression,
             positions=self.fitting(positions, x),
             one_token=one_token_in(context_mask, options),
         )
@@ -95,6 +114,8 @@ class HostTransformer(PixArtTransformer):
         context_mask: Tensor | None,
         size: Tensor | None,
         positions: Positions | None,
+        identity_blocks: Sequence[int],
+        skipped_blocks: Sequence[int],
         transformer_options: dict[str, Any],
     ) -> BlockInputs:
         """What block 1 would see without control: where a ControlNet branches off. Arguments as in `forward`."""
@@ -102,7 +123,7 @@ class HostTransformer(PixArtTransformer):
         options = self._block_options(transformer_options)
         one_token = one_token_in(context_mask, options)
         inputs, _ = self.embed(padded, timesteps, context, context_mask, size, options, self.fitting(positions, x), one_token)
-        hidden = _block_wrappers(1, options)[0](inputs, self.blocks[0])
+        hidden = _block_wrappers(1, options, Weakened(identity_blocks, skipped_blocks))[0](inputs, self.blocks[0])
         return replace(inputs, hidden=hidden)
 
     def _padded(self, x: Tensor, timesteps: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -135,17 +156,18 @@ def one_token_in(mask: Tensor | None, options: dict[str, Any]) -> OneToken | Non
     return None if mask is None or ATTENTION_OVERRIDE in options else getattr(mask, ONE_TOKEN, None)
 
 
-def _block_wrappers(depth: int, options: dict[str, Any]) -> dict[int, Callable[[BlockInputs, Block], Tensor]]:
+def _block_wrappers(depth: int, options: dict[str, Any], weakened: Weakened) -> dict[int, Callable[[BlockInputs, Block], Tensor]]:
     """One wrapper per block: says which block is running, and calls the host's replacement if there is one."""
     replaced: ReplacedBlocks = options.get("patches_replace", {}).get("dit", {})
-    perturbed = options.get(IDENTITY_ATTENTION, ())
 
     def wrapper(index: int) -> Callable[[BlockInputs, Block], Tensor]:
         replacement = replaced.get(("double_block", index))
 
         def run(inputs: BlockInputs, block: Block) -> Tensor:
+            if index in weakened.skipped_blocks:
+                return inputs.hidden
             inputs.attention_options["block_index"] = index  # our own copy of transformer_options
-            if index in perturbed:
+            if index in weakened.identity_blocks:
                 inputs = replace(inputs, identity_attention=True)
             return block(inputs) if replacement is None else _call_replacement(replacement, inputs, block)
 

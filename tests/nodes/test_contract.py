@@ -8,7 +8,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from tests.support import host
-from tests.support.host_models import captions, difference, forward, noise, sample
+from tests.support.host_models import CAPTIONS, captions, difference, forward, noise, sample
 
 errors = host.pack_module("pixart.errors")
 attention = host.pack_module("nodes.host.attention")
@@ -222,14 +222,31 @@ def test_unknown_arguments_raise(sigma) -> None:
         forward(sigma, noise(), torch.tensor([1.0]), captions(3)[0][0], guidance=torch.ones(1))
 
 
-def test_torch_compile_of_the_host(sigma, run) -> None:
-    """TorchCompileModel's wrapper, with a backend that needs no compiler."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
+NOT_OURS = {"pe_interpolation", "pe_precision"}  # our positions come from position_range
 
-    patched = sigma.clone(disable_dynamic=True) if "disable_dynamic" in sigma.clone.__code__.co_varnames else sigma.clone()
-    set_torch_compile_wrapper(model=patched, backend="eager")
-    assert difference(run(patched), run.plain) < 1e-5
-    assert torch.equal(run(sigma), run.plain)
+
+def test_public_attributes_are_those_of_the_hosts_own_pixart(sigma) -> None:
+    """Nodes read them, as RenormCFG does in_channels."""
+    import comfy.ops
+    from comfy.ldm.pixart.pixartms import PixArtMS
+
+    config = sigma.model.diffusion_model.config
+    sizes = dict(micro_condition=False, hidden_size=config.hidden_size, depth=config.depth, num_heads=config.num_heads, caption_channels=CAPTIONS)
+    native = PixArtMS(input_size=None, pe_interpolation=None, operations=comfy.ops.disable_weight_init, **sizes)
+    wanted = {name: value for name, value in vars(native).items() if isinstance(value, int) and not name.startswith("_")}
+    wanted = {name: value for name, value in wanted.items() if name not in NOT_OURS | {"training"}}
+    assert wanted.keys() >= {"in_channels", "out_channels", "depth"}
+    assert {name: getattr(sigma.model.diffusion_model, name, None) for name in wanted} == wanted
+
+
+def test_renorm_cfg_runs(sigma, run) -> None:
+    try:
+        from comfy_extras.nodes_lumina2 import RenormCFG
+    except ImportError:
+        pytest.skip("this host has no RenormCFG")
+    node = RenormCFG.execute if hasattr(RenormCFG, "execute") else RenormCFG().patch
+    made = node(sigma, 100.0, 0.5)
+    assert difference(run(getattr(made, "result", made)[0]), run.plain) > 1e-4
 
 
 def test_hooks_are_undone_between_two_pictures(sigma, run) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 
+import comfy.conds
 import nodes as host_nodes
 import pytest
 import torch
@@ -61,9 +62,9 @@ def steps_of(model, monkeypatch):
     network = model.model.diffusion_model
     original = network._denoise
 
-    def look(x, timesteps, context, context_mask, size, positions, control, options):
+    def look(x, timesteps, context, context_mask, size, positions, control, *others):
         seen.append((x.clone(), timesteps.clone(), context, context_mask, control))
-        return original(x, timesteps, context, context_mask, size, positions, control, options)
+        return original(x, timesteps, context, context_mask, size, positions, control, *others)
 
     monkeypatch.setattr(network, "_denoise", look)
     return seen
@@ -153,7 +154,7 @@ def test_hints_with_transparency_or_in_one_channel(sigma, control, monkeypatch) 
     assert torch.equal(color, transparent) and torch.equal(one, three) and not torch.equal(color, one)
 
 
-def test_together_with_pag_and_regional_prompts(sigma, control) -> None:
+def test_together_with_pag_and_regional_prompts(sigma, control, monkeypatch) -> None:
     """One Euler step without CFG ends at the prediction: that of the controlled regions, away from its own perturbed one."""
     pag, transformer = host.pack_module("nodes.guidance").PixArtPAG, host.pack_module("nodes.host.transformer")
     mask = torch.zeros(1, 8, 8)
@@ -165,9 +166,12 @@ def test_together_with_pag_and_regional_prompts(sigma, control) -> None:
         return sample(model, positive, captions(1), steps=1, cfg=1.0)
 
     controlled, _ = applied(control, positive=regions, negative=captions(1))
-    weak = sigma.clone()
-    weak.model_options["transformer_options"] = {transformer.IDENTITY_ATTENTION: frozenset({0, 2})}
-    expected = draw(sigma, controlled) + 2.0 * (draw(sigma, controlled) - draw(weak, controlled))
+    with monkeypatch.context() as patch:
+        extra_conds = type(sigma.model).extra_conds
+        told = {transformer.IDENTITY_BLOCKS: comfy.conds.CONDConstant((0, 2))}
+        patch.setattr(type(sigma.model), "extra_conds", lambda self, **given: {**extra_conds(self, **given), **told})
+        weakened = draw(sigma, controlled)
+    expected = draw(sigma, controlled) + 2.0 * (draw(sigma, controlled) - weakened)
     found = draw(pag.execute(sigma, "perturbed attention", "0, 2", 2.0, 0.0, 1.0).result[0], controlled)
     assert difference(found, expected) < 1e-4
     assert min(difference(found, draw(sigma, controlled)), difference(draw(sigma, controlled), draw(sigma, regions))) > 1e-3

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tests.nodes.test_contract import controlled
 from tests.nodes.test_lora import native
 from tests.support import checkpoint_factory, host
+from tests.support.compiled import compiled
 from tests.support.host_models import CAPTIONS, captions, difference, forward, load_model, noise, sample
 from tests.support.kv_reference import compressed_model, predict, write_compressed
 
@@ -23,7 +24,6 @@ kv_module = host.pack_module("nodes.host.kv_compress")
 errors = host.pack_module("pixart.errors")
 core = host.pack_module("pixart.kv_compress")
 load = host.pack_module("pixart.checkpoints.load")
-KV_COMPRESSION = host.pack_module("nodes.host.transformer").KV_COMPRESSION
 node = host.pack_module("nodes.kv_compress").PixArtKVCompress
 guide = host.pack_module("nodes.host.guidance").guide_by_perturbation
 DEFAULTS = {
@@ -40,15 +40,6 @@ def patch(model, **changes):
 
 def run(model, steps: int = 3):
     return sample(model, captions(5), captions(2, seed=1), steps=steps)
-
-
-def eager(model):
-    """TorchCompileModel's wrapper, traced but not compiled."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    clone = model.clone(disable_dynamic=True) if "disable_dynamic" in model.clone.__code__.co_varnames else model.clone()
-    set_torch_compile_wrapper(model=clone, backend="eager")
-    return clone
 
 
 def keys_seen(model, steps: int = 1) -> list[list[int]]:
@@ -92,7 +83,7 @@ class TestTrained:
         with pytest.raises(errors.InputError, match="PixArtModelLoader's model: block 1 compresses .* 2 x 4 tokens"):
             sample(load_model(path), captions(5) + area, captions(2, seed=1), torch.zeros(1, 4, 16, 16), steps=1)
         with pytest.raises(errors.InputError, match="PixArtModelLoader's model: block 1 compresses .* 2 x 4 tokens"):
-            sample(eager(load_model(path)), captions(5) + area, captions(2, seed=1), torch.zeros(1, 4, 16, 16), steps=1)
+            sample(compiled(load_model(path)), captions(5) + area, captions(2, seed=1), torch.zeros(1, 4, 16, 16), steps=1)
 
     def test_blocks_are_not_compressed_twice(self, tmp_path: Path) -> None:
         model = load_model(write_compressed("safetensors", tmp_path, BLOCKS, "conv", **SIZES)[0])
@@ -105,7 +96,7 @@ class TestPatch:
     def test_same_as_the_core(self, sigma, sigma_file: Path) -> None:
         compression = (core.KVCompression(2, last_block=0), core.KVCompression(4, "stride", first_block=2))
         latent, step, states = noise(10, 14, 2), torch.tensor([999.0, 30.0]), captions(7, batch=2)[0][0]
-        found = forward(sigma, latent, step, states, transformer_options={KV_COMPRESSION: compression})
+        found = forward(sigma, latent, step, states, kv_compression=compression)
         expected = load.load_transformer(sigma_file)(latent, step, states, kv_compression=compression)[:, :4]
         assert difference(found, expected) < 1e-5
         assert difference(found, forward(sigma, latent, step, states)) > 1e-3
@@ -207,7 +198,7 @@ class TestPatch:
         compression = (core.KVCompression(2, first_block=1),)
         latent, step, states = noise(9, 13, 3), torch.tensor([999.0, 500.0, 30.0]), captions(7, batch=3)[0][0]
         mask = torch.arange(7)[None] < torch.tensor([[7], [2], [4]])
-        found = forward(sigma, latent, step, states, context_mask=mask, transformer_options={KV_COMPRESSION: compression})
+        found = forward(sigma, latent, step, states, context_mask=mask, kv_compression=compression)
         expected = load.load_transformer(sigma_file)(latent, step, states, mask, kv_compression=compression)[:, :4]
         assert difference(found, expected) < 1e-5
 
@@ -238,19 +229,17 @@ class TestPatch:
     @pytest.mark.parametrize("compile_first", [True, False])
     def test_torch_compile_of_the_host(self, sigma, compile_first: bool) -> None:
         values = {"last_block": 1, "end_percent": 0.5}
-        both = patch(eager(sigma), **values) if compile_first else eager(patch(sigma, **values))
+        both = patch(compiled(sigma), **values) if compile_first else compiled(patch(sigma, **values))
         assert difference(run(both), run(patch(sigma, **values))) < 1e-5
 
-    def test_other_wrappers_see_and_change_the_options(self, sigma) -> None:
-        """One that hands transformer_options on as a keyword, as any pack may."""
-        patched, seen = sigma.clone(), []
+    def test_other_wrappers_may_hand_the_options_on_by_name(self, sigma) -> None:
+        patched = sigma.clone()
 
         def wrapper(executor, *args, **kwargs):
-            seen.append(args[5].get(KV_COMPRESSION))
             return executor(*args[:5], transformer_options=args[5], **kwargs)
 
         patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", wrapper)
-        assert keys_seen(patch(patched)) == [[4, 4, 4]] and seen == [None]
+        assert keys_seen(patch(patched)) == [[4, 4, 4]]
 
 
 class TestRefusals:
