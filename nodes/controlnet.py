@@ -1,12 +1,14 @@
 """ControlNets, and the edge maps they were trained on."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 
 from .host.controlnet import load_control
 from .host.edges import detect_edges
-from .host.files import choices, resolve
+from .host.files import choices, fingerprint, name_problem, resolve
 from .host.schema import schema
 
 FOLDER, COMPONENT = "controlnet", "controlnet"
@@ -34,6 +36,16 @@ class PixArtControlNetLoader(io.ComfyNode):
             ],
             outputs=[io.ControlNet.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, control_net_name: Any = None) -> bool | str:
+        """Before anything runs; a linked name is looked up when it is known."""
+        return name_problem(FOLDER, COMPONENT, control_net_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, control_net_name: Any = None, **_: Any) -> str:
+        """Loads again when the file, or one of the folder, has changed."""
+        return fingerprint(FOLDER, COMPONENT, control_net_name)
 
     @classmethod
     def execute(cls, control_net_name: str) -> io.NodeOutput:
@@ -64,6 +76,16 @@ class PixArtHED(io.ComfyNode):
             ],
             outputs=[io.Image.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, hed_name: Any = None) -> bool | str:
+        """Before anything runs; a linked name is looked up when it is known."""
+        return name_problem(FOLDER, COMPONENT, hed_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, hed_name: Any = None, **_: Any) -> str:
+        """Loads again when the file, or one of the folder, has changed."""
+        return fingerprint(FOLDER, COMPONENT, hed_name)
 
     @classmethod
     def execute(cls, image: torch.Tensor, hed_name: str) -> io.NodeOutput:

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..pixart.timesteps import DMD_TIMESTEP, LAST_TIMESTEP, parse_timesteps
+from .host.menus import check_number
 from .host.one_step import many_step_warning, one_step_sampler, timestep_sigmas
 from .host.schema import schema
 
@@ -36,7 +37,7 @@ class PixArtTimesteps(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, timesteps: str) -> io.NodeOutput:
         """Parses the list, asks the model for its sigmas."""
-        return io.NodeOutput(timestep_sigmas(model, parse_timesteps(timesteps)))
+        return io.NodeOutput(timestep_sigmas(model, parse_timesteps(str(timesteps))))
 
 
 class PixArtOneStep(io.ComfyNode):
@@ -64,6 +65,7 @@ class PixArtOneStep(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, timestep: int) -> io.NodeOutput:
         """(SAMPLER, SIGMAS); warns if the model's file looks like one for many steps."""
+        timestep = check_number("timestep", timestep, 1, LAST_TIMESTEP, whole=True)
         warning = many_step_warning(model)
         if warning:
             log.warning("%s", warning)

@@ -7,7 +7,10 @@ from comfy_api.latest import io
 
 from ..pixart.guidance import PERTURBED_ATTENTION, SKIPPED_BLOCKS
 from .host.guidance import guide_by_perturbation
+from .host.menus import check_choice
 from .host.schema import schema
+
+KINDS = (PERTURBED_ATTENTION, SKIPPED_BLOCKS)
 
 
 class PixArtPAG(io.ComfyNode):
@@ -27,7 +30,7 @@ class PixArtPAG(io.ComfyNode):
                 io.Model.Input("model", tooltip="From PixArtModelLoader."),
                 io.Combo.Input(
                     "kind",
-                    options=[PERTURBED_ATTENTION, SKIPPED_BLOCKS],
+                    options=list(KINDS),
                     default=PERTURBED_ATTENTION,
                     tooltip="What weakens the prediction: self-attention in which no token sees another, or no block at all.",
                 ),
@@ -44,4 +47,5 @@ class PixArtPAG(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, kind: str, blocks: str, scale: float, start_percent: float, end_percent: float) -> io.NodeOutput:
         """A clone with the guidance."""
+        kind = check_choice("kind", kind, KINDS)
         return io.NodeOutput(guide_by_perturbation(model, kind, blocks, scale, start_percent, end_percent))

@@ -7,8 +7,9 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..pixart.adapters.settings import CONFIG_NAME
-from .host.files import choices, resolve
+from .host.files import choices, fingerprint, name_problem, resolve
 from .host.lora import apply_lora
+from .host.menus import check_number
 from .host.schema import schema
 
 FOLDER, COMPONENT = "loras", "transformer"
@@ -50,8 +51,20 @@ class PixArtLoraLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, lora_name: Any = None) -> bool | str:
+        """Before anything runs; a linked name is looked up when it is known."""
+        return name_problem(FOLDER, COMPONENT, lora_name, CONFIG_NAME)
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: Any = None, **_: Any) -> str:
+        """Loads again when the file, or one of the folder, has changed."""
+        return fingerprint(FOLDER, COMPONENT, lora_name, CONFIG_NAME)
+
+    @classmethod
     def execute(cls, model: Any, lora_name: str, strength: float, clip: Any = None, strength_clip: float = 1.0) -> io.NodeOutput:
         """Clones with patches; what was applied is shown on the node and logged, as a warning where keys are left."""
+        strength = check_number("strength", strength, -LARGEST, LARGEST)
+        strength_clip = check_number("strength_clip", strength_clip, -LARGEST, LARGEST)
         path = resolve(FOLDER, COMPONENT, lora_name, CONFIG_NAME)
         model, clip, fit = apply_lora(model, clip, path, strength, strength_clip)
         log.log(logging.WARNING if fit.left else logging.INFO, "PixArt LoRA %s", fit.describe())

@@ -1,13 +1,16 @@
 """Loading the transformer."""
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..pixart.checkpoints.detect import AUTO
 from ..pixart.config import variant_names
-from .host.files import choices, resolve
+from .host.files import choices, fingerprint, name_problem, resolve
 from .host.dtypes import DEFAULT
 from .host.loader import WEIGHT_DTYPES, load_model
+from .host.menus import check_choice
 from .host.schema import schema
 
 FOLDER, COMPONENT = "diffusion_models", "transformer"
@@ -50,7 +53,19 @@ class PixArtModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model_name: Any = None) -> bool | str:
+        """Before anything runs; a linked name is looked up when it is known."""
+        return name_problem(FOLDER, COMPONENT, model_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: Any = None, **_: Any) -> str:
+        """Loads again when the file, or one of the folder, has changed."""
+        return fingerprint(FOLDER, COMPONENT, model_name)
+
+    @classmethod
     def execute(cls, model_name: str, variant: str, weight_dtype: str) -> io.NodeOutput:
         """Resolves the name, loads the model."""
+        variant = check_choice("variant", variant, [AUTO, *variant_names()])
+        weight_dtype = check_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES)
         path = resolve(FOLDER, COMPONENT, model_name)
         return io.NodeOutput(load_model(str(path), variant, weight_dtype))

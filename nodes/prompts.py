@@ -1,7 +1,6 @@
 """Encoded prompts in files, and the three ways to say "no prompt"."""
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -9,10 +8,13 @@ from comfy_api.latest import io, ui
 from ..pixart.errors import InputError
 from .host import prompts
 from .host.family import max_tokens_of, null_caption_of
+from .host.files import stamp
+from .host.menus import check_choice
 from .host.schema import schema
 from .host.tokens import encode, encode_padded_end
 
 DIFFUSERS, SIGMA, ALPHA = "one token (diffusers)", "prompt length (Σ repository)", "null embedding (α repository)"
+CONVENTIONS = (DIFFUSERS, SIGMA, ALPHA)
 
 
 class PixArtNegative(io.ComfyNode):
@@ -31,7 +33,7 @@ class PixArtNegative(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "convention",
-                    options=[DIFFUSERS, SIGMA, ALPHA],
+                    options=list(CONVENTIONS),
                     default=DIFFUSERS,
                     tooltip="one token: the end token alone, as diffusers and ComfyUI do (needs clip). prompt length: padded to "
                     "the length of the positive prompt, as the Σ repository does (needs clip and positive). null embedding: "
@@ -47,13 +49,12 @@ class PixArtNegative(io.ComfyNode):
     @classmethod
     def execute(cls, convention: str, clip: Any = None, positive: list | None = None, model: Any = None) -> io.NodeOutput:
         """CONDITIONING of no prompt."""
+        convention = check_choice("convention", convention, CONVENTIONS)
         if convention == DIFFUSERS:
             return io.NodeOutput(encode(cls._given(clip, "clip", convention), "", 1).conditioning)
         length = prompts.tokens_of(cls._given(positive, "positive", convention))
         if convention == SIGMA:
             return io.NodeOutput(encode_padded_end(cls._given(clip, "clip", convention), length))
-        if convention != ALPHA:
-            raise InputError(f"convention is {convention!r}; expected one of {DIFFUSERS}, {SIGMA}, {ALPHA}.")
         model = cls._given(model, "model", convention)
         limit = max_tokens_of(model)
         if length > limit:
@@ -82,7 +83,7 @@ class PixArtSavePrompt(io.ComfyNode):
             search_aliases=["cache prompt", "save conditioning", "prompt embeds"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="From PixArtTextEncode, or any T5 encoding; one prompt."),
-                io.String.Input("filename_prefix", default="prompt", tooltip="Name in output/prompts; a number is added."),
+                io.String.Input("filename_prefix", default=prompts.DEFAULT_NAME, tooltip="Name in output/prompts; a number is added."),
                 io.String.Input(
                     "prompt", default="", multiline=True, tooltip="Kept in the file for you to read; empty takes PixArtTextEncode's."
                 ),
@@ -120,19 +121,22 @@ class PixArtLoadPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt_file: str) -> bool | str:
-        """Files written since the page was loaded are fine."""
+    def validate_inputs(cls, prompt_file: Any = None) -> bool | str:
+        """Files written since the page was loaded are fine; None is a linked input, not known yet."""
         try:
-            prompts.resolve(prompt_file)
+            if prompt_file is not None:
+                prompts.resolve(prompt_file)
         except InputError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, prompt_file: str, model: Any = None) -> str:
-        """Runs again when the file changes."""
-        found = Path(prompts.resolve(prompt_file)).stat()
-        return f"{prompt_file}:{found.st_mtime_ns}:{found.st_size}"
+    def fingerprint_inputs(cls, prompt_file: Any = None, **_: Any) -> str:
+        """Runs again when the file changes; "" for a linked input, or a file that is gone."""
+        try:
+            return "" if prompt_file is None else stamp(prompts.resolve(prompt_file))
+        except InputError:
+            return ""
 
     @classmethod
     def execute(cls, prompt_file: str, model: Any = None) -> io.NodeOutput:

@@ -1,15 +1,23 @@
 """Sizes: the trained bins, the way back from them, and the size that α-1024 is told."""
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 
 from ..pixart.bins import MAX_SIDE, base_sizes, check_size, nearest_bin, resize_and_crop
 from .host.conds import with_size
 from .host.latent import empty_latent
+from .host.menus import check_choice, check_number, choice_problem
 from .host.schema import schema
 
 DEFAULT_BASE = "1024"
+MAX_BATCH = 4096
+
+
+def _bases() -> list[str]:
+    return [str(base) for base in base_sizes()]
 
 
 def _side(name: str, tooltip: str) -> io.Int.Input:
@@ -32,13 +40,13 @@ class PixArtResolution(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "base",
-                    options=[str(base) for base in base_sizes()],
+                    options=_bases(),
                     default=DEFAULT_BASE,
                     tooltip="The model's size: 512 for Σ-512 and α-512, 2048 for Σ-2K, 256 for the demo ...",
                 ),
                 _side("width", "Wanted width in pixels."),
                 _side("height", "Wanted height in pixels."),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures per run."),
+                io.Int.Input("batch_size", default=1, min=1, max=MAX_BATCH, tooltip="Pictures per run."),
             ],
             outputs=[
                 io.Latent.Output(),
@@ -48,9 +56,15 @@ class PixArtResolution(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, base: str, width: int, height: int, batch_size: int) -> io.NodeOutput:
+    def validate_inputs(cls, base: Any = None) -> bool | str:
+        """Clients send the number as well as its text."""
+        return choice_problem("base", base, _bases())
+
+    @classmethod
+    def execute(cls, base: str | int, width: int, height: int, batch_size: int) -> io.NodeOutput:
         """(LATENT, width, height)."""
-        size = nearest_bin(int(base), width, height)
+        size = nearest_bin(int(check_choice("base", base, _bases())), width, height)
+        batch_size = check_number("batch_size", batch_size, 1, MAX_BATCH, whole=True)
         return io.NodeOutput(empty_latent(size.width, size.height, batch_size), size.width, size.height)
 
 

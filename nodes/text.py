@@ -9,7 +9,8 @@ from comfy_api.latest import io, ui
 from ..pixart.errors import InputError
 from .host.dtypes import DEFAULT
 from .host.family import SIGMA_TOKENS, max_tokens_of
-from .host.files import choices, resolve
+from .host.files import choices, fingerprint, name_problem, resolve
+from .host.menus import check_choice
 from .host.schema import schema
 from .host.text_encoder import DEVICES, PRECISIONS, load_t5
 from .host.tokens import encode, prepare_text
@@ -56,8 +57,20 @@ class PixArtT5Loader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, t5_name: Any = None) -> bool | str:
+        """Before anything runs; a linked name is looked up when it is known."""
+        return name_problem(FOLDER, COMPONENT, t5_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, t5_name: Any = None, **_: Any) -> str:
+        """Loads again when the file, or one of the folder, has changed."""
+        return fingerprint(FOLDER, COMPONENT, t5_name)
+
+    @classmethod
     def execute(cls, t5_name: str, precision: str, device: str) -> io.NodeOutput:
         """Resolves the name, loads the encoder."""
+        precision = check_choice("precision", precision, PRECISIONS)
+        device = check_choice("device", device, DEVICES)
         path = resolve(FOLDER, COMPONENT, t5_name)
         return io.NodeOutput(load_t5(str(path), precision, device))
 
@@ -103,10 +116,11 @@ class PixArtTextEncode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, max_tokens: str | int) -> bool | str:
-        """Any number is fine: graphs made before there was a menu hold one."""
+    def validate_inputs(cls, max_tokens: str | int | None = None) -> bool | str:
+        """Any number is fine: graphs made before there was a menu hold one. None is a linked input, not known yet."""
         try:
-            token_limit(max_tokens, None)
+            if max_tokens is not None:
+                token_limit(max_tokens, None)
         except InputError as error:
             return str(error)
         return True

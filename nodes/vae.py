@@ -1,10 +1,12 @@
 """Decoders that the host doesn't know."""
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from .host.consistency import load_decoder
-from .host.files import choices, resolve
+from .host.files import choices, fingerprint, name_problem, resolve
 from .host.schema import schema
 
 FOLDER, COMPONENT = "vae", "vae"
@@ -32,6 +34,16 @@ class PixArtConsistencyDecoder(io.ComfyNode):
             ],
             outputs=[io.Vae.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, vae_name: Any = None) -> bool | str:
+        """Before anything runs; a linked name is looked up when it is known."""
+        return name_problem(FOLDER, COMPONENT, vae_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, vae_name: Any = None, **_: Any) -> str:
+        """Loads again when the file, or one of the folder, has changed."""
+        return fingerprint(FOLDER, COMPONENT, vae_name)
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:

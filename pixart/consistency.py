@@ -4,6 +4,7 @@ diffusers' ConsistencyDecoderVAE, which also carries SD1's encoder; weights: ope
 """
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ def load_consistency_decoder(path: str | Path, dtype: torch.dtype = torch.float3
     except ImportError:
         raise UnsupportedError("The consistency decoder needs the diffusers library: `pip install diffusers`.") from None
     path = Path(path)
+    if _is_program(path):
+        raise CheckpointError(
+            f"{path}: OpenAI's own decoder.pt, a compiled program and not weights, so it was not loaded. Expected the diffusers form: "
+            "download the folder openai/consistency-decoder from Hugging Face."
+        )
     tensors = read_tensors(path).state_dict
     require_tensors(tensors, str(path))
     config: dict[str, Any] = read_json(path / "config.json", required=False) if path.is_dir() else {}
@@ -80,6 +86,14 @@ def load_consistency_decoder(path: str | Path, dtype: torch.dtype = torch.float3
     _check_weights(tensors, module, path)
     module.load_state_dict(tensors, strict=True)
     return ConsistencyVae(module.to(dtype).eval().requires_grad_(False))
+
+
+def _is_program(path: Path) -> bool:
+    """Whether a file is TorchScript: code beside the tensors."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _check_weights(tensors: Mapping[str, Tensor], module: nn.Module, path: Path) -> None:

@@ -4,6 +4,11 @@
 class PixArtError(ValueError):
     """Base of every error this package raises on purpose."""
 
+    __module__ = "pixart.errors"  # ComfyUI names the pack by its folder's path, and shows users an error's full type
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = PixArtError.__module__
+
 
 class ConfigError(PixArtError):
     """A variant or recipe under `configs/` is unknown or has unknown fields."""

@@ -92,3 +92,18 @@ def test_without_diffusers_the_error_names_the_package(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UnsupportedError, match="pip install diffusers"):
         importlib.import_module("pixart.consistency").load_consistency_decoder(folder)
+
+
+def test_openais_own_program_is_named(tmp_path):
+    """decoder.pt of openai/consistencydecoder: compiled code, which is not run."""
+
+    class Program(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    torch.jit.save(torch.jit.script(Program()), str(tmp_path / "decoder.pt"))
+    with pytest.raises(CheckpointError, match="compiled program.*diffusers form"):
+        load_consistency_decoder(tmp_path / "decoder.pt")
+    torch.save({"decoder.weight": torch.zeros(2)}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="not the consistency decoder"):
+        load_consistency_decoder(tmp_path / "weights.pt")

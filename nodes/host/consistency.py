@@ -1,6 +1,8 @@
 """The consistency decoder behind the methods that the host's VAE nodes call."""
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management as management
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from ...pixart.consistency import ConsistencyVae, load_consistency_decoder
 
-BYTES_PER_PIXEL = 9000  # of activations in fp16, estimated from the decoder's widest stage (320 channels at full size)
+log = logging.getLogger(__name__)
+TILES = (64, 32)  # sides in latents to try, one after the other, where the card has no room for a whole picture
+VALUES_PER_PIXEL = 6000  # of activations: the widest stage has 320 channels at full size; 7000 have been seen at the peak
 
 
 def load_decoder(path: str) -> ConsistencyDecoder:
@@ -35,9 +39,13 @@ class ConsistencyDecoder:
         )
 
     def decode(self, samples: Tensor, **_: Any) -> Tensor:
-        """Latents (B, 4, h, w) -> IMAGE (B, H, W, 3)."""
-        self._load(samples.shape[-2] * samples.shape[-1])
-        return self.vae.decode(samples).movedim(1, -1).to(self.output_device)
+        """Latents (B, 4, h, w) -> IMAGE (B, H, W, 3); in tiles where memory runs out, as the host's VAE does."""
+
+        def whole() -> Tensor:
+            self._load(samples.shape[-2] * samples.shape[-1])
+            return self.vae.decode(samples).movedim(1, -1).to(self.output_device)
+
+        return _or_in_tiles("decoding", whole, lambda tile: self.decode_tiled(samples, tile, tile, tile // 4))
 
     def decode_tiled(self, samples: Tensor, tile_x: int = 64, tile_y: int = 64, overlap: int = 16, **_: Any) -> Tensor:
         """The same in overlapping tiles of so many latents; `decode` where one tile is enough."""
@@ -49,10 +57,15 @@ class ConsistencyDecoder:
         return pictures.movedim(1, -1)
 
     def encode(self, pixel_samples: Tensor, **_: Any) -> Tensor:
-        """IMAGE (B, H, W, C) -> latents (B, 4, H/8, W/8) of its middle, where the sides don't divide by 8."""
-        pixels = self._cropped(pixel_samples)
-        self._load(pixels.shape[-2] * pixels.shape[-1] // self.downscale_ratio**2)
-        return self.vae.encode(pixels).to(self.output_device)
+        """IMAGE (B, H, W, C) -> latents (B, 4, H/8, W/8) of its middle, where the sides don't divide by 8; in tiles as `decode`."""
+
+        def whole() -> Tensor:
+            pixels = self._cropped(pixel_samples)
+            self._load(pixels.shape[-2] * pixels.shape[-1] // self.downscale_ratio**2)
+            return self.vae.encode(pixels).to(self.output_device)
+
+        side = self.downscale_ratio
+        return _or_in_tiles("encoding", whole, lambda tile: self.encode_tiled(pixel_samples, tile * side, tile * side, tile * side // 4))
 
     def encode_tiled(self, pixel_samples: Tensor, tile_x: int = 512, tile_y: int = 512, overlap: int = 64, **_: Any) -> Tensor:
         """The same in overlapping tiles of so many pixels; `encode` where one tile is enough."""
@@ -95,5 +108,35 @@ class ConsistencyDecoder:
         return pixels[..., :3].movedim(-1, 1)
 
     def _load(self, latents: int) -> None:
-        needed = latents * self.vae.pixels_per_latent**2 * BYTES_PER_PIXEL
-        management.load_models_gpu([self.patcher], memory_required=needed)
+        """Makes room for so many latents, and brings in all weights: the host can't fetch those of diffusers' layers one by one."""
+        size = next(self.vae.module.parameters()).element_size()
+        needed = latents * self.vae.pixels_per_latent**2 * VALUES_PER_PIXEL * size
+        management.load_models_gpu([self.patcher], memory_required=needed, force_full_load=True)
+        if any(parameter.device.type != self.device.type for parameter in self.vae.module.parameters()):
+            self.patcher.load(self.device, full_load=True)  # with --novram the host loads in part, whatever it is asked
+
+
+def _or_in_tiles(what: str, whole: Callable[[], Tensor], in_tiles: Callable[[int], Tensor]) -> Tensor:
+    """`whole`; where the device's memory runs out, `in_tiles` of the largest side in latents that fits."""
+    try:
+        return whole()
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+    # Out of the except block, so that the error no longer holds what filled the memory.
+    log.warning("PixArt consistency decoder: no memory left for %s the whole picture, going on in tiles.", what)
+    management.soft_empty_cache()
+    *larger, smallest = TILES
+    for tile in larger:
+        try:
+            return in_tiles(tile)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+        management.soft_empty_cache()
+    return in_tiles(smallest)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    host_says = getattr(management, "is_oom", None)  # newer hosts know more kinds
+    return host_says(error) if host_says else isinstance(error, management.OOM_EXCEPTION)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import comfy.latent_formats
 import comfy.model_management as management
 import comfy.model_patcher
 import comfy.ops
+import comfy.supported_models
+import comfy.utils
 from torch import Tensor
 
 from ...pixart.bins import resize_and_crop
@@ -21,6 +24,7 @@ from ...pixart.controlnet import PixArtControlNet
 from ...pixart.errors import InputError
 from ...pixart.model import PIXELS_PER_LATENT
 from .attention import host_attention
+from .dtypes import computing_dtype
 from .transformer import IDENTITY_BLOCKS, SKIPPED_BLOCKS, HostTransformer
 
 log = logging.getLogger(__name__)
@@ -32,11 +36,18 @@ def load_control(path: str) -> PixArtControl:
     raw = read_tensors(Path(path))
     prepared = prepare_controlnet(raw.state_dict, raw.source)
     log.info("PixArt ControlNet: %s", prepared.describe())
-    # manual_cast: the weights stay as in the file and are cast to whatever dtype the model computes in.
+    # manual_cast: weights kept in another dtype than the model computes in are cast to it at use.
     model = PixArtControlNet(prepared.config, operations=comfy.ops.manual_cast, attention=host_attention, device="meta")
-    model.load_state_dict(prepared.state_dict, strict=True, assign=True)
+    model.load_state_dict(_stored(prepared.state_dict), strict=True, assign=True)
     model.requires_grad_(False).eval()
     return PixArtControl(model, management.get_torch_device(), raw.source)
+
+
+def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the dtype that the host keeps ControlNets in; no longer mapped to the file, so that it can be replaced."""
+    supported = list(comfy.supported_models.PixArtSigma.supported_inference_dtypes)
+    dtype = management.unet_dtype(model_params=-1, supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(tensors))
+    return {key: tensor.to(dtype, copy=True) for key, tensor in tensors.items()}
 
 
 class PixArtControl(comfy.controlnet.ControlNet):
@@ -51,9 +62,9 @@ class PixArtControl(comfy.controlnet.ControlNet):
             control_model, load_device=load_device, latent_format=comfy.latent_formats.LatentFormat(), extra_conds=[]
         )
         self.source = source
-        self._model: Any = None  # of the running sampler, and the transformer in it
-        self._base: HostTransformer | None = None
-        self._hints: dict[tuple[int, int], Tensor] = {}  # latent size -> encoded hint, kept for one run
+        # Of the running sampler. Weak, since the host keeps conditionings, and no `cleanup` follows a run that failed or was stopped.
+        self._running: weakref.ref[Any] | None = None
+        self._hints: dict[tuple[int, int], Tensor] = {}  # latent size -> encoded hint on the card, kept for one run
 
     def copy(self) -> PixArtControl:
         """For each node that applies it; weights are shared."""
@@ -79,14 +90,15 @@ class PixArtControl(comfy.controlnet.ControlNet):
         """Checks that model and ControlNet belong together, before the first step."""
         self._forget()  # a run that failed or was stopped isn't cleaned up by the host
         super().pre_run(model, percent_to_timestep_function)
-        network = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)  # within torch.compile's wrapper
+        self.model_sampling_current = None  # the host's strong reference; it is asked of the model
+        network = _network_of(model)
         if not isinstance(network, HostTransformer):
             raise InputError(
                 f"The ControlNet {self.source} is for PixArt models loaded by PixArtModelLoader, this one is a "
                 f"{type(network).__name__}; load the model with PixArtModelLoader or choose its own ControlNet."
             )
         self.control_model.check_fits(network.config)
-        self._model, self._base = model, network
+        self._running = weakref.ref(model)
 
     def cleanup(self) -> None:
         """Nothing of a run outlives it."""
@@ -94,8 +106,28 @@ class PixArtControl(comfy.controlnet.ControlNet):
         super().cleanup()
 
     def _forget(self) -> None:
-        self._model = self._base = None
+        self._running = None
         self._hints = {}
+
+    @property
+    def _model(self) -> Any:
+        """The host's model in the running sampler."""
+        return self._running()
+
+    @property
+    def _base(self) -> HostTransformer:
+        """The transformer in it."""
+        return _network_of(self._model)
+
+    def residuals_held(self) -> int:
+        """How many residuals, each as large as the model's hidden state, lie in memory at once: for the host's estimate."""
+        before, most = self.previous_controlnet, self.control_model.config.depth
+        if before is None:
+            return most
+        while before is not None:
+            most = max(most, before.control_model.config.depth if isinstance(before, PixArtControl) else 0)
+            before = before.previous_controlnet
+        return 3 * most  # those before it, its own, and their sums
 
     def get_control(
         self, x_noisy: Tensor, t: Tensor, cond: dict[str, Any], batched_number: int, transformer_options: dict[str, Any]
@@ -104,16 +136,22 @@ class PixArtControl(comfy.controlnet.ControlNet):
         previous = None
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
-        start, end = self.timestep_range or (float("inf"), 0.0)
-        if t[0] > start or t[0] < end:
+        if not self._is_on(t):
             return previous
         residuals = self._residuals(x_noisy, t, cond, batched_number, transformer_options)
         return self.control_merge({"input": residuals}, previous, output_dtype=None)
 
+    def _is_on(self, t: Tensor) -> bool:
+        """Whether the noise level t (B,) lies in the chosen range; the card is asked, and waited for, only where there is one."""
+        start, end = self.timestep_percent_range
+        if start <= 0.0 and end >= 1.0 or self.timestep_range is None:
+            return True
+        highest, lowest = self.timestep_range
+        return lowest <= float(t[0]) <= highest
+
     def _residuals(self, x_noisy, t, cond, batched_number, transformer_options) -> list[Tensor]:
-        base = self._base
-        sampling = self.model_sampling_current
-        dtype = getattr(self._model, "manual_cast_dtype", None) or self._model.get_dtype()
+        base, sampling = self._base, self._model.model_sampling
+        dtype = computing_dtype(self._model)
 
         def placed(tensor: Tensor) -> Tensor:
             return tensor.to(device=x_noisy.device, dtype=dtype)
@@ -144,7 +182,7 @@ class PixArtControl(comfy.controlnet.ControlNet):
         """The hint's latent for this batch, (B, C, h, w), in the model's scale."""
         size = (x_noisy.shape[-2], x_noisy.shape[-1])
         if size not in self._hints:
-            self._hints[size] = self._encode(*size)
+            self._hints[size] = self._encode(*size).to(x_noisy.device)
         hint = comfy.controlnet.broadcast_image_to(self._hints[size], x_noisy.shape[0], batched_number)
         return hint.expand(x_noisy.shape[0], -1, -1, -1)
 
@@ -177,3 +215,8 @@ class PixArtControl(comfy.controlnet.ControlNet):
                 "rest is cut off. PixArtCropToSize brings it to the picture's size.",
                 image.shape[-1], image.shape[-2], width, height,
             )  # fmt: skip
+
+
+def _network_of(model: Any) -> Any:
+    """The transformer in the host's model, also within torch.compile's wrapper."""
+    return getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES, Detection, prepare, read_checkpoint
 from . import quantized
 from .dtypes import DTYPES
+from .noise_levels import watch_noise_levels
 from .supported import model_config
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def load_model(path: str, variant: str, weight_dtype: str, disable_dynamic: bool
     # With dynamic VRAM the tensors stay mapped to the file, so they become the parameters.
     assign = {"assign": True} if hasattr(patcher, "is_dynamic") and patcher.is_dynamic() else {}
     model.load_model_weights(state_dict, "", **assign)
+    watch_noise_levels(patcher)
     patcher.cached_patcher_init = (load_model, (path, variant, weight_dtype))
     return patcher
 

@@ -12,8 +12,10 @@ from ...pixart.errors import InputError
 from ...pixart.text.embeddings import TextEmbeddings
 from ...pixart.text.prompt_file import load_prompts, save_prompts
 from .family import caption_width_of
+from .files import walk
 from .tokens import PROMPT_KEY
 
+DEFAULT_NAME = "prompt"
 FOLDER = "prompts"  # under input/ and output/
 ENDING = ".safetensors"
 KEPT = {"attention_mask", "width", "height", "pooled_output", PROMPT_KEY}  # pooled_output: PixArt reads none
@@ -27,7 +29,8 @@ def choices() -> list[str]:
 def resolve(name: str) -> Path:
     """Path of a menu entry; raises InputError for a name that is not in the menu."""
     found = {**_files(folder_paths.get_output_directory(), " [output]"), **_files(folder_paths.get_input_directory(), "")}
-    if name not in found:
+    name = name.replace("\\", "/") if isinstance(name, str) else name
+    if not isinstance(name, str) or name not in found:
         raise InputError(
             f"{name!r} is no prompt file: expected a {ENDING} file in the folder {FOLDER} of ComfyUI's input or output. "
             "Put it there and refresh the page (key R)."
@@ -55,9 +58,17 @@ def save(conditioning: list, prefix: str, prompt: str) -> Path:
         states, _mask(states, values.get("attention_mask")), (note.get("count", states.shape[1]),) * rows,
         (note.get("cut", ""),) * rows, size=size,
     )  # fmt: skip
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(f"{FOLDER}/{prefix}", folder_paths.get_output_directory())
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(_inside(prefix), folder_paths.get_output_directory())
     path = next(p for n in range(counter, 10**6) if not (p := Path(folder) / f"{name}_{n:05}{ENDING}").exists())
     return save_prompts(path, embeddings, (prompt or note.get("prompt", ""),) * rows, note.get("encoder", ""))
+
+
+def _inside(prefix: str) -> str:
+    """The prefix under output/prompts, where PixArtLoadPrompt looks; raises InputError for one that leads out of it."""
+    parts = [part for part in prefix.replace("\\", "/").split("/") if part.strip() not in ("", ".")]
+    if ".." in parts:
+        raise InputError(f"filename_prefix is {prefix!r}, which lies outside output/{FOLDER}; expected a name in it, or sub/name.")
+    return "/".join([FOLDER, *(parts or [DEFAULT_NAME])])
 
 
 def load(path: Path, model: Any | None) -> tuple[list, str]:
@@ -107,5 +118,5 @@ def _files(base: str, mark: str) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     inside = folder.resolve()
-    found = sorted(path for path in folder.rglob(f"*{ENDING}") if path.is_file() and path.resolve().is_relative_to(inside))
+    found = [path for path in walk(folder) if path.suffix == ENDING and path.is_file() and path.resolve().is_relative_to(inside)]
     return {path.relative_to(folder).as_posix() + mark: path for path in found}

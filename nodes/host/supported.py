@@ -3,11 +3,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 import comfy.conds
 import comfy.model_base
+import comfy.model_management as management
 import comfy.supported_models
 import torch
 from torch import Tensor
@@ -18,11 +21,13 @@ from ...pixart.config import TransformerConfig, get_variant, variant_names
 from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.model import PIXELS_PER_LATENT
 from .conds import CaptionStates, PicturePositions, caption_mask
+from .dtypes import computing_dtype
 from .transformer import HostTransformer
 from .vae_hint import refiner_warning, vae_warning
 
 log = logging.getLogger(__name__)
 FAR_AREA, FAR_RATIO = 1.6, 1.5  # factors from the nearest bin beyond which pictures visibly suffer
+RESIDUALS = "pixart_residuals"  # name of the count among a conditioning's shapes
 _FIELDS = {field.name for field in fields(TransformerConfig)}
 
 
@@ -67,6 +72,20 @@ class PixArtModel(comfy.model_base.PixArt):
                 "used. Set the picture's size on the latent."
             )
         return out
+
+    def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
+        """For `memory_required`: how many residuals a PixArt ControlNet on this conditioning holds at once."""
+        out = super().extra_conds_shapes(**kwargs)
+        held = getattr(kwargs.get("control"), "residuals_held", None)
+        return out if held is None else {**out, RESIDUALS: [held()]}
+
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: Mapping[str, Any] = MappingProxyType({})) -> float:
+        """Bytes for a prediction on latents of `input_shape`: the host's estimate, and a ControlNet's residuals beside it."""
+        held = max((count for (count,) in cond_shapes.get(RESIDUALS, ())), default=0)
+        patch, width = self.diffusion_model.patch_size, self.diffusion_model.config.hidden_size
+        tokens = math.prod(-(-side // patch) for side in input_shape[2:])
+        residuals = held * input_shape[0] * tokens * width * management.dtype_size(computing_dtype(self))
+        return super().memory_required(input_shape, cond_shapes=cond_shapes) + residuals
 
     def _captions(self, states: Tensor | None) -> Tensor:
         expected = self.diffusion_model.config.caption_channels

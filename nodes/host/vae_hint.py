@@ -35,13 +35,17 @@ def vae_kind(name: str) -> str | None:
 def vae_warning(wanted: str) -> str | None:
     """What to tell the user about the VAE of the running graph, if anything.
 
-    wanted: "sd1", "sdxl" or "demo". α is warned about unless the graph names an SD1 VAE, since most VAEs at
-    hand are SDXL's; the others only where a name says that the VAE is wrong.
+    wanted: "sd1", "sdxl" or "demo". α is warned about unless the graph names an SD1 VAE, or takes one from a checkpoint
+    that may be SD1's, since most VAEs at hand are SDXL's; the others only where a name says that the VAE is wrong.
     """
     names = list(_running_vaes())
     kinds = {vae_kind(name) for name in names}
     if wanted in kinds or (wanted != "sd1" and kinds <= {None}):
         return None
+    others = list(_other_vaes())
+    if wanted == "sd1" and any(vae_kind(name) in (None, wanted) for name in others):
+        return None  # from a whole checkpoint, or another pack's loader: most are SD1's
+    names += others
     found = f" This graph loads {', '.join(map(repr, names))}." if names else ""
     return f"{ADVICE[wanted]}.{found} Choose it in VAELoader."
 
@@ -110,6 +114,17 @@ def _running_vaes() -> Iterator[str]:
             yield CONSISTENCY_DECODER  # whatever the user calls the file
         elif node.get("class_type") == "VAELoader" and isinstance(name, str):
             yield name
+
+
+def _other_vaes() -> Iterator[str]:
+    """What the VAEs that come from anything but a VAE loader are called: their checkpoint's file, or the node's class."""
+    for graph in _running_graphs():
+        for number in {source for node in graph.values() for source in _sources(graph, node, "vae")}:
+            loader = graph[number]
+            if loader.get("class_type") not in ("VAELoader", "PixArtConsistencyDecoder"):
+                inputs = loader.get("inputs", {})
+                named = (inputs.get(key) for key in ("vae_name", "ckpt_name"))
+                yield next((name for name in named if isinstance(name, str)), str(loader.get("class_type")))
 
 
 def _running_graphs() -> list[Graph]:

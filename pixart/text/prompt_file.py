@@ -3,8 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +52,17 @@ def save_prompts(
         "settings": json.dumps(settings, sort_keys=True),
     }
     tensors = {STATES: embeddings.states.detach().cpu().contiguous(), MASK: embeddings.mask.cpu().to(torch.uint8).contiguous()}
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
+    unfinished = path.parent / f".prompt-{uuid.uuid4().hex}"
     try:
-        save_file(tensors, name, metadata)
-        Path(name).replace(path)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # as the umask says; the writer makes files that only their owner may read
+        save_file(tensors, unfinished, metadata)
+        unfinished.chmod(mode)
+        unfinished.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} can't be written ({error}); is the disk full?") from None
     finally:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return path
 
 

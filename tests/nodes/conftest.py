@@ -24,6 +24,15 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """input/ and output/ of the host, empty."""
+    for kind in ("input", "output"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def sigma_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Σ in a safetensors file."""

@@ -265,7 +265,7 @@ def test_nothing_of_a_run_is_kept(sigma, control) -> None:
     positive, negative = applied(control)
     sample(sigma, positive, negative, steps=1)
     used = positive[0][1]["control"]
-    assert used._model is None and used._hints == {} and used.model_sampling_current is None
+    assert used._running is None and used._hints == {} and used.model_sampling_current is None
     assert not [name for name, value in vars(control.control_model).items() if isinstance(value, torch.Tensor)]
 
 

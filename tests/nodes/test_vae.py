@@ -1,6 +1,10 @@
 """The consistency decoder, and the demo's autoencoder, through the host's VAE nodes."""
 from __future__ import annotations
 
+import logging
+from types import SimpleNamespace
+
+import comfy.model_management as management
 import numpy as np
 import pytest
 import torch
@@ -13,6 +17,7 @@ from tests.support import host
 from tests.support.tiny_consistency import tiny_decoder, write_decoder
 
 errors = host.pack_module("pixart.errors")
+consistency = host.pack_module("nodes.host.consistency")
 
 
 @pytest.fixture
@@ -82,6 +87,75 @@ def test_encoding_for_inpainting(vae, size: tuple[int, int]) -> None:
     torch.testing.assert_close(found["samples"], encoded(grey[:, top : top + 32, left : left + 48]))
     assert torch.equal(found["noise_mask"][0], mask[:, top : top + 32, left : left + 48])
     assert vae.downscale_ratio == 8
+
+
+class TestShortOfMemory:
+    """Cards with too little room for a whole picture, or for the decoder itself."""
+
+    @staticmethod
+    def shrink(vae, monkeypatch, largest: int) -> list[int]:
+        """No picture of more latents than `largest` fits; the list collects what was tried."""
+        tried: list[int] = []
+
+        def limited(original, pixels_per_latent: int):
+            def call(tensor):
+                tried.append(tensor.shape[-2] * tensor.shape[-1] // pixels_per_latent**2)
+                if tried[-1] > largest:
+                    raise management.OOM_EXCEPTION("CUDA out of memory")
+                return original(tensor)
+
+            return call
+
+        monkeypatch.setattr(vae.vae, "decode", limited(vae.vae.decode, 1))
+        monkeypatch.setattr(vae.vae, "encode", limited(vae.vae.encode, 8))
+        return tried
+
+    @pytest.mark.parametrize(("largest", "tile"), [(6 * 8, 8), (4 * 4, 4)])
+    def test_decoding_goes_on_in_tiles(self, vae, monkeypatch, caplog, largest: int, tile: int) -> None:
+        monkeypatch.setattr(consistency, "TILES", (8, 4))
+        samples = latent(6, 12)
+        expected = vae.decode_tiled(samples, tile, tile, tile // 4)
+        tried = self.shrink(vae, monkeypatch, largest)
+        with caplog.at_level(logging.WARNING):
+            found = host_nodes.VAEDecode().decode(vae, {"samples": samples})[0]
+        assert tried[0] == 6 * 12 and torch.equal(found, expected)
+        assert [message for message in caplog.messages if "in tiles" in message] == [
+            "PixArt consistency decoder: no memory left for decoding the whole picture, going on in tiles."]  # fmt: skip
+
+    def test_encoding_too(self, vae, monkeypatch, caplog) -> None:
+        monkeypatch.setattr(consistency, "TILES", (8, 4))
+        pixels = picture(51, 96)
+        expected = vae.encode_tiled(pixels, 64, 64, 16)
+        self.shrink(vae, monkeypatch, 6 * 8)
+        found = host_nodes.VAEEncode().encode(vae, pixels)[0]["samples"]
+        assert found.shape == (1, 4, 6, 12) and torch.equal(found, expected)
+        assert sum("encoding the whole picture" in message for message in caplog.messages) == 1
+
+    def test_where_nothing_fits_the_host_is_told(self, vae, monkeypatch) -> None:
+        self.shrink(vae, monkeypatch, 0)
+        with pytest.raises(management.OOM_EXCEPTION):
+            vae.decode(latent())
+
+    def test_other_errors_are_not_tried_again(self, vae, caplog) -> None:
+        with pytest.raises(errors.InputError, match="expected .batch, 4"):
+            vae.decode(torch.zeros(1, 16, 4, 4))
+        assert "tiles" not in caplog.text
+
+    def test_all_of_the_decoder_is_brought_in(self, vae, monkeypatch) -> None:
+        """The host can't cast diffusers' layers one by one: half a decoder on the card is a crash, or the CPU's speed."""
+        asked, loaded = {}, []
+        monkeypatch.setattr(management, "load_models_gpu", lambda models, **options: asked.update(options))
+        monkeypatch.setattr(vae.patcher, "load", lambda device, **options: loaded.append((device, options)))
+        vae.decode(latent())
+        assert asked["force_full_load"] is True and loaded == []
+        narrow = asked["memory_required"]
+        vae.vae.module.half()
+        vae._load(24)
+        assert 0 < asked["memory_required"] == narrow // 2  # of activations in the decoder's dtype
+        card = SimpleNamespace(type="cuda")
+        vae.device = card  # where a host that loads in part, whatever it is asked, has left the weights behind
+        vae._load(24)
+        assert loaded == [(card, {"full_load": True})]
 
 
 def test_names_outside_the_folder_are_refused(models) -> None:

@@ -52,6 +52,26 @@ def test_when_it_warns(wanted: str, names: list[str], warned: bool, graph) -> No
         assert "VAELoader" in text and all(name in text for name in names)
 
 
+@pytest.mark.parametrize(
+    ("kind", "inputs", "warned"),
+    [("CheckpointLoaderSimple", {"ckpt_name": "v1-5-pruned-emaonly.safetensors"}, False),
+     ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"}, True),
+     ("CheckpointLoaderSimple", {"ckpt_name": ["3", 0]}, False),
+     ("VAELoaderKJ", {"vae_name": "vae-ft-mse-840000-ema-pruned.safetensors"}, False),
+     ("VAELoaderKJ", {"vae_name": "sdxl_vae.safetensors"}, True),
+     ("UnknownLoader", {}, False)],
+)  # fmt: skip
+def test_alphas_vae_from_a_checkpoint_or_another_packs_loader(kind: str, inputs: dict, warned: bool, graph) -> None:
+    """Only where one is used: many graphs load a checkpoint for something else."""
+    graph(checkpoint=(kind, inputs), decode=("VAEDecode", {"vae": ["checkpoint", 2]}))
+    text = hint.vae_warning("sd1")
+    assert bool(text) is warned and (not warned or "xl" in text)
+    graph(checkpoint=(kind, inputs), decode=("KSampler", {"model": ["checkpoint", 0]}))
+    assert hint.vae_warning("sd1")
+    graph("sdxl_vae.safetensors", checkpoint=(kind, inputs), decode=("KSampler", {"model": ["checkpoint", 0]}))
+    assert "sdxl_vae" in hint.vae_warning("sd1")
+
+
 def test_logged_once_per_model(sigma, graph, caplog) -> None:
     graph("vae-ft-mse-840000-ema-pruned.safetensors")
     with caplog.at_level(logging.WARNING):

@@ -1,5 +1,6 @@
 """Prompt files: what is written comes back, anything else is refused by name; many at once, and again."""
 import json
+import os
 
 import pytest
 import torch
@@ -39,6 +40,20 @@ def test_there_and_back(tmp_path, encoder, dtype):
     assert back.embeddings.size == (512, 768) and back.embeddings.source == str(path)
     assert back.prompts == ("Red circle above", "ä 画") and back.encoder == encoder.fingerprint and back.settings == {"max_tokens": 3}
     assert [file.name for file in path.parent.iterdir()] == ["p.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX")
+def test_others_may_read_it_as_the_umask_says(tmp_path):
+    """As pictures: a container or a share has other users too. Nothing else is left in the folder."""
+    given = TextEmbeddings(torch.zeros(1, 2, 4), torch.ones(1, 2) > 0)
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            path = save_prompts(tmp_path / f"{mode:o}.safetensors", given)
+        finally:
+            os.umask(before)
+        assert path.stat().st_mode & 0o777 == mode
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_fingerprint_names_weights_and_precision(folder, tmp_path, encoder):
