@@ -1,6 +1,7 @@
 """Text to pictures: prompts -> T5 -> transformer and DPM-Solver++ -> VAE -> pictures of the wanted size."""
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from numbers import Real
@@ -18,6 +19,7 @@ from .errors import InputError
 from .guidance import PerturbedGuidance
 from .kv_compress import KVCompression
 from .model import PIXELS_PER_LATENT, PixArtTransformer
+from .habits import described, plain_number, unknown_arguments
 from .sampling import Callback, check_scheduler, denoise, initial_noise, make_scheduler
 from .text.captions import prepare
 from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_encoder
@@ -111,7 +113,7 @@ class Pipeline:
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         steps: int = 20,
         guidance: float = 4.5,
         width: int | None = None,
@@ -120,8 +122,8 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         images_per_prompt: int = 1,
         latents: Tensor | None = None,
-        prompt_embeds: TextEmbeddings | str | Path | None = None,
-        negative_prompt_embeds: TextEmbeddings | str | Path | None = None,
+        prompt_embeds: TextEmbeddings | Tensor | str | Path | None = None,
+        negative_prompt_embeds: TextEmbeddings | Tensor | str | Path | None = None,
         lower_case: bool = True,
         clean_caption: bool = False,
         output: str = "pil",
@@ -129,22 +131,34 @@ class Pipeline:
         progress: bool = True,
         kv_compression: KVCompression | Sequence[KVCompression] | None = (),
         perturbed: PerturbedGuidance | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        **unknown: Any,
     ) -> Any:
         """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Σ pipeline.
 
         width, height: wanted pixels (default: the model's base size); with use_bins the nearest trained
         size is drawn, then resized and cropped. guidance <= 1 runs without the negative prompt.
         seed: one for the whole batch, or one a picture. latents: initial noise (B, C, h, w), unit variance.
-        prompt_embeds, negative_prompt_embeds: from `encode`, or a prompt file, in place of prompts.
+        prompt_embeds, negative_prompt_embeds: from `encode`, a prompt file, or states (B, M, C) as diffusers gives them, with
+        their mask (B, M) in the argument of that name (default: every token is real). None for a prompt is the empty one.
         clean_caption: by the reference's rules (`pip install ftfy beautifulsoup4`); they lower-case too.
         callback(step, timestep, latents): returning False ends sampling there.
         kv_compression: training-free, an approximation that makes large pictures cheaper; see `kv_compress`.
         perturbed: perturbed-attention or skip-layer guidance; one more forward per step.
         output: "pil" -> list of pictures, "np" -> (B, H, W, 3) and "pt" -> (B, 3, H, W) in 0..1,
-        "latent" -> (B, C, h, w) in the model's latent space. Raises InputError.
+        "latent" -> (B, C, h, w) in the model's latent space. Numbers may be numpy's. Raises InputError, also for an argument
+        that it doesn't have.
         """
+        if unknown:
+            raise InputError(unknown_arguments(unknown, inspect.signature(self.__call__).parameters))
+        steps, images_per_prompt, guidance = (plain_number(value) for value in (steps, images_per_prompt, guidance))
         self._check(steps, guidance, images_per_prompt, output)
-        embeds = [self._from_file(given) for given in (prompt_embeds, negative_prompt_embeds)]
+        given = {
+            "prompt_embeds": (prompt_embeds, prompt_attention_mask),
+            "negative_prompt_embeds": (negative_prompt_embeds, negative_prompt_attention_mask),
+        }
+        embeds = [self._embeddings(name, *parts) for name, parts in given.items()]
         positive, negative = self._embed(prompt, negative_prompt, *embeds, guidance > 1, (lower_case, clean_caption))
         batch = positive.states.shape[0] * images_per_prompt
         canvas = self._canvas(width, height, use_bins, latents)
@@ -232,7 +246,7 @@ class Pipeline:
         if guided:
             negative = negative_embeds
             if negative is None:
-                negative = self.encode(negative_prompt, None, *preparation)
+                negative = self.encode("" if negative_prompt is None else negative_prompt, None, *preparation)
         for name, part in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
             self._check_embeddings(name, part)
         count = positive.states.shape[0]
@@ -242,9 +256,22 @@ class Pipeline:
             negative = negative.repeat(count)
         return positive, negative
 
-    def _from_file(self, given: TextEmbeddings | str | Path | None) -> TextEmbeddings | None:
-        is_path = isinstance(given, (str, Path))
-        return load_prompts(given, self.transformer.config.caption_channels).embeddings if is_path else given
+    def _embeddings(self, name: str, given: Any, mask: Tensor | None) -> TextEmbeddings | None:
+        """What was given in place of a prompt; raises InputError for anything that is none of these."""
+        if mask is not None and not isinstance(given, Tensor):
+            raise InputError(f"A mask was given, but {name} is {type(given).__name__}; expected a tensor of states beside it.")
+        if given is None or isinstance(given, TextEmbeddings):
+            return given
+        if isinstance(given, (str, Path)):
+            return load_prompts(given, self.transformer.config.caption_channels).embeddings
+        if isinstance(given, Tensor) and given.ndim == 3 and given.is_floating_point():
+            mask = torch.ones(given.shape[:2], dtype=torch.bool) if mask is None else mask
+            if mask.ndim == 2:  # a mask of another size is refused with both sizes
+                return TextEmbeddings(given, mask.to(given.device) != 0)
+        raise InputError(
+            f"{name} is {described(given)}{'' if mask is None else f' with a mask {tuple(mask.shape)}'}; expected what encode() returns, "
+            "a prompt file, or states (prompts, tokens, width) with a mask (prompts, tokens)."
+        )
 
     def _check_embeddings(self, name: str, part: TextEmbeddings | None) -> None:
         width = self.transformer.config.caption_channels

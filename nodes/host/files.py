@@ -153,6 +153,11 @@ def _folders(kind: str, parts: dict[str, list[str]], config: str) -> Iterator[Pa
 
 def _not_found(kind: str, name: Any, menu: list[str], vanished: bool) -> str:
     places = ", ".join(folder_paths.get_folder_paths(kind))
+    if str(name).lower().endswith(".gguf"):
+        return (
+            f"{name!r} is a GGUF file, which this node doesn't read: load it with ComfyUI-GGUF's nodes (CLIPLoaderGGUF with type pixart "
+            "for T5, UnetLoaderGGUF), whose CLIP and MODEL fit here, or choose a .safetensors file."
+        )
     if vanished:
         return f"{name!r} was in the folder {kind} and is gone, or its link leads nowhere; expected under {places}. Put it back."
     wanted = _posix(str(name)).lower()
