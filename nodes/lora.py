@@ -27,9 +27,10 @@ class PixArtLoraLoader(io.ComfyNode):
             node_id="PixArtLoraLoader",
             display_name="PixArt LoRA Loader",
             category="PixArt",
-            description="Applies a LoRA, LoHa, LoKr or DoRA trained on PixArt: files of diffusers, PEFT, kohya, OneTrainer, "
-            "SimpleTuner and LyCORIS, and PEFT folders. Says how many of its keys were applied, and which were not.",
-            search_aliases=["lora", "load lora", "lycoris", "dora", "peft", "onetrainer"],
+            description="Applies a LoRA, LoHa, LoKr, DoRA, OFT, BOFT or (IA)^3 trained on PixArt: files of diffusers, PEFT, kohya, "
+            "OneTrainer, SimpleTuner, LyCORIS and ComfyUI's TrainLoraNode, and PEFT folders. It is applied whole, or refused with "
+            "the list of what can't be.",
+            search_aliases=["lora", "load lora", "lycoris", "dora", "oft", "peft", "onetrainer"],
             inputs=[
                 io.Model.Input("model", tooltip="From PixArtModelLoader, or another PixArt loader."),
                 io.Combo.Input(
@@ -44,7 +45,7 @@ class PixArtLoraLoader(io.ComfyNode):
                 io.Clip.Input("clip", optional=True, tooltip="Only for a LoRA with T5 layers (OneTrainer's lora_te)."),
                 io.Float.Input(
                     "strength_clip", default=1.0, min=-LARGEST, max=LARGEST, step=0.01, optional=True,
-                    tooltip="Of the change of T5, where a CLIP is connected.",
+                    tooltip="Of the change of T5. Without a CLIP, 0 leaves the T5 layers of a LoRA out.",
                 ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(tooltip="Empty where no CLIP is connected.")],

@@ -185,16 +185,19 @@ class Pipeline:
         )
         return found if output == "latent" else to_output(self._decode(found, canvas), output)
 
-    def load_lora(self, path: str | Path, strength: float = 1.0) -> str:
-        """Merges a LoRA, LoHa, LoKr or DoRA into the loaded weights, of T5 too if it has such layers; files stay as they are.
+    def load_lora(self, path: str | Path, strength: float = 1.0, text_strength: float | None = None) -> str:
+        """Merges an adapter (LoRA, LoHa, LoKr, DoRA, OFT ...) into the loaded weights, of T5 too if it has such layers; files stay as they are.
 
         path: a file of any trainer, or a PEFT folder. strength: 1 as trained, negative for the opposite; several add
-        up. Returns one line, which is logged too: how many keys were applied, and which were not. To take a LoRA off
-        exactly, load the pipeline anew. Raises CheckpointError and InputError, and then changes nothing.
+        up. text_strength: of the layers of T5, as `strength` if None; 0 leaves them out. Returns one line, which is
+        logged too: how much was applied, and what was left out because nothing is lost without it. To take an adapter
+        off exactly, load the pipeline anew. Raises CheckpointError and InputError, and then changes nothing: an
+        adapter is applied whole or not at all.
         """
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= MAX_STRENGTH:
-            raise InputError(f"strength is {strength!r}; expected a number from -{MAX_STRENGTH} to {MAX_STRENGTH}, usually 0 to 1.")
-        fit = merge_file(path, strength, self.transformer, getattr(self.text_encoder, "model", None))
+        for name, value in (("strength", strength), ("text_strength", strength if text_strength is None else text_strength)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_STRENGTH:
+                raise InputError(f"{name} is {value!r}; expected a number from -{MAX_STRENGTH} to {MAX_STRENGTH}, usually 0 to 1.")
+        fit = merge_file(path, strength, self.transformer, getattr(self.text_encoder, "model", None), text_strength)
         logger.log(logging.WARNING if fit.left else logging.INFO, "LoRA %s", fit.describe())
         return fit.describe()
 

@@ -1,4 +1,4 @@
-"""Adapters as patches of the host's MODEL and CLIP: its own weight adapters where they compute the right sum, ours for DoRA."""
+"""Adapters as patches of the host's MODEL and CLIP: its own weight adapters for products of matrices, ours for the rest."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -11,8 +11,10 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
-from ...pixart.adapters import Fit, Layer, fit_adapter, load_adapter
+from ...pixart.adapters import Fit, Layer, Shapes, fit_adapter, load_adapter
+from ...pixart.adapters.matrices import MATRIX_ROLES
 from ...pixart.adapters.names import TRANSFORMER, Place
+from ...pixart.adapters.rotation import Rotation
 from ...pixart.errors import InputError
 
 Patches = dict[Any, Any]  # as ModelPatcher.add_patches takes them
@@ -24,21 +26,23 @@ MODEL_PREFIX, T5_PREFIX = "diffusion_model.", "t5xxl.transformer."
 def apply_lora(model: Any, clip: Any, path: Path, strength_model: float, strength_clip: float) -> tuple[Any, Any, Fit]:
     """Clones of MODEL and CLIP (or None) with the adapter's patches, and what fitted.
 
-    Raises CheckpointError where the file fits neither, InputError for a MODEL that is no PixArt.
+    Without CLIP, strength_clip 0 leaves the layers of T5 out. Raises CheckpointError where the file doesn't fit both as a
+    whole, InputError for a MODEL that is no PixArt.
     """
     if not isinstance(model.model, comfy.model_base.PixArt):
         raise InputError(f"This MODEL is {type(model.model).__name__}, no PixArt. Use LoraLoaderModelOnly for it.")
-    text_shapes = None if clip is None else _shapes(clip.cond_stage_model, T5_PREFIX)
-    fit = fit_adapter(load_adapter(path), _shapes(model.model, MODEL_PREFIX), text_shapes)
+    shapes = _shapes(model.model, MODEL_PREFIX)
+    text_shapes = {} if clip is None else _shapes(clip.cond_stage_model, T5_PREFIX)
+    fit = fit_adapter(load_adapter(path), shapes, None if clip is None else text_shapes, leave_text=strength_clip == 0)
     patched = model.clone()
-    patched.add_patches(_patches(fit.layers, MODEL_PREFIX), strength_model)
+    patched.add_patches(_patches(fit.layers, MODEL_PREFIX, shapes), strength_model)
     if clip is not None:
         clip = clip.clone()
-        clip.add_patches(_patches(fit.text_layers, T5_PREFIX), strength_clip)
+        clip.add_patches(_patches(fit.text_layers, T5_PREFIX, text_shapes), strength_clip)
     return patched, clip, fit
 
 
-def _shapes(model: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
+def _shapes(model: nn.Module, prefix: str) -> Shapes:
     """Native parameter names -> shapes; of linear layers by their sizes, since quantized weights are packed."""
     found = {}
     for name, module in model.named_modules():
@@ -54,30 +58,30 @@ def _shapes(model: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _patches(layers: tuple[Layer, ...], prefix: str) -> Patches:
+def _patches(layers: tuple[Layer, ...], prefix: str, shapes: Shapes) -> Patches:
     patches: Patches = {}
     for layer in layers:
+        place = layer.place
+        weight = shapes.get(place.weight)
+        piece = (weight[0] // place.parts, *weight[1:]) if weight else ()
         if layer.has_weight:
-            patches[_target(layer, prefix, "weight")] = DoraAdapter.of(layer) if layer.is_dora else host_patch(layer)
-        bias = layer.bias_change()
-        if bias is not None:
-            patches[_target(layer, prefix, "bias")] = ("diff", (bias,))
+            patch = host_patch(layer) if layer.is_product else LayerAdapter.of(layer, of_bias=False)
+            patches[_target(layer, prefix + place.weight, piece[0])] = patch
+        if layer.touches(shapes.get(place.bias), piece):
+            rows = shapes[place.bias][0] // place.parts
+            patches[_target(layer, prefix + place.bias, rows)] = LayerAdapter.of(layer, of_bias=True)
     return patches
 
 
-def _target(layer: Layer, prefix: str, name: str) -> Any:
+def _target(layer: Layer, key: str, rows: int) -> Any:
     """Key of a patch; of a fused weight's piece with (axis, start, length)."""
-    place, key = layer.place, f"{prefix}{layer.place.module}.{name}"
-    if place.parts == 1:
-        return key
-    rows = layer.shape()[0] if layer.has_weight else layer.bias_change().shape[0]
-    return key, (0, place.part * rows, rows)
+    return key if layer.place.parts == 1 else (key, (0, layer.place.part * rows, rows))
 
 
 def host_patch(layer: Layer) -> Any:
-    """The host's own adapter of a layer without DoRA."""
+    """The host's own adapter of a product of matrices."""
     name = "layer"
-    tensors = {f"{name}.{HOST_ROLES.get(role, role)}": tensor for role, tensor in layer.tensors.items()}
+    tensors = {f"{name}.{HOST_ROLES.get(role, role)}": tensor for role, tensor in layer.tensors.items() if role in MATRIX_ROLES}
     if layer.rank:
         tensors[f"{name}.alpha"] = torch.tensor(layer.scale * layer.rank, dtype=torch.float64)
     elif layer.scale != 1.0:  # LoKr of two whole factors: the host knows no scale there
@@ -85,20 +89,22 @@ def host_patch(layer: Layer) -> Any:
     return comfy.lora.load_lora(tensors, {name: name}, log_missing=False)[name]
 
 
-class DoraAdapter(WeightAdapterBase):
-    """DoRA by the core's formula; the host's takes the norm of the weight without the change (0.3.64 .. 0.33.0)."""
+class LayerAdapter(WeightAdapterBase):
+    """A layer by the core's formulas, where the host has none, or computes another sum (0.3.64 .. 0.33.0): its DoRA takes the norm
+    of the weight without the change, its OFT takes the strength twice and no factors of rows."""
 
-    name = "dora"
+    name = "pixart"
 
     def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
-        """weights: scale, roles and the tensors of `Layer`, in a plain tuple: newer hosts make adapters anew of these two."""
+        """weights: parts of `Layer` and its tensors, in a plain tuple: newer hosts make adapters anew of these two."""
         self.loaded_keys = loaded_keys
         self.weights = weights
 
     @classmethod
-    def of(cls, layer: Layer) -> DoraAdapter:
-        """The adapter of one layer."""
-        return cls(set(layer.keys), (layer.scale, tuple(layer.tensors), *layer.tensors.values()))
+    def of(cls, layer: Layer, of_bias: bool) -> LayerAdapter:
+        """The adapter of a layer's weight, or of its bias."""
+        roles = {role: tensor for role, tensor in layer.tensors.items() if role != "reshape_weight"}
+        return cls(set(layer.keys), (of_bias, layer.scale, tuple(layer.rotation), tuple(roles), *roles.values()))
 
     def calculate_weight(
         self,
@@ -112,7 +118,8 @@ class DoraAdapter(WeightAdapterBase):
         original_weight: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Adds to `weight`, in place, as the host's adapters do; it may be a piece of a fused weight."""
-        scale, roles, *tensors = self.weights
-        layer = Layer(Place(TRANSFORMER, key), dict(zip(roles, tensors)), scale, ())
-        weight += function((strength * layer.change(weight)).to(weight.dtype))
+        of_bias, scale, rotation, roles, *tensors = self.weights
+        layer = Layer(Place(TRANSFORMER, key), dict(zip(roles, tensors)), scale, (), Rotation(*rotation))
+        change = layer.bias_change(weight) if of_bias else layer.change(weight)
+        weight += function((strength * change).to(weight.dtype))
         return weight

@@ -12,16 +12,20 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..checkpoints.read import read_checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
 from ..json_files import read_json
-from .foreign import no_adapter
-from .layer import Layer, rank_of
-from .names import TEXT, TRANSFORMER, Place, find_place, is_text, split_key
+from .foreign import name_method, no_adapter
+from .layer import Layer
+from .matrices import MATRICES, is_nothing, rank_of
+from .names import TEXT, TRANSFORMER, Place, find_place, is_text, split_key, without_effect
+from .rotation import Rotation, generator_norm, rows_of
 from .settings import CONFIG_NAME, METADATA_KEY, Settings, settings_from_config, settings_from_metadata
 
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 # Why a key is not applied.
 NOT_PIXART, OTHER_TEXT, UNKNOWN = "no layer of PixArt", "for another text encoder than T5", "of no supported kind"
+NOTHING = "for layers that this model doesn't have, all zero"
+Entries = Mapping[str, tuple[str, Tensor]]  # role -> key in the file, tensor
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,12 @@ class Adapter:
     source: str
     layers: tuple[Layer, ...]
     total: int  # keys in the file
-    left: Mapping[str, str] = field(default_factory=dict)  # key -> why it can't be applied
+    unfit: Mapping[str, str] = field(default_factory=dict)  # key -> why it can't be applied
+    left: Mapping[str, str] = field(default_factory=dict)  # key -> why nothing is lost without it
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Reads LoRA, LoHa, LoKr or DoRA from a file (.safetensors, or .pt weights only) or a PEFT folder.
+    """Reads an adapter of any of `layer.METHODS` from a file (.safetensors, or .pt weights only) or a PEFT folder.
 
     Raises CheckpointError naming the file, what was found and what to do; UnsupportedError for other PEFT methods.
     """
@@ -65,60 +70,114 @@ def _metadata(file: Path, container: str) -> Mapping[str, str]:
 
 def build_adapter(tensors: Mapping[str, Any], source: str, settings: Mapping[str, Settings] | None = None) -> Adapter:
     """Groups tensors into layers. settings: of TRANSFORMER and TEXT, where alpha is not among the tensors."""
-    modules, left, problems = _group(tensors)
-    if not modules:
+    modules, unfit, left, problems = _group(tensors)
+    if not settings and {role for entries in modules.values() for role in entries} <= {"whole", "whole_bias"}:
         raise CheckpointError(no_adapter(source, list(map(str, tensors))))
-    layers = []
+    layers, unclear = [], []
     for module, entries in modules.items():
         place = find_place(module)
         if place is None:
-            left.update({key: OTHER_TEXT if is_text(module) else NOT_PIXART for key, _ in entries.values()})
+            found = dict.fromkeys((key for key, _ in entries.values()), OTHER_TEXT if is_text(module) else NOT_PIXART)
+            nothing = is_nothing({role: tensor for role, (_, tensor) in entries.items()})
+            (left if nothing else unfit).update(dict.fromkeys(found, NOTHING) if nothing else found)
             continue
         of_model = (settings or {}).get(place.model)
         layer = _layer(module, place, entries, of_model)
         layers.append(layer)
-        problems += _problems(module, layer)
-        if of_model is not None and of_model.dora and layer.rank and not layer.is_dora:
-            problems.append(f"{module}: its settings say DoRA, but the magnitude is missing")
+        unclear += _unclear(module, layer, entries, of_model)
+        problems += _problems(module, layer, of_model)
     problems += _twice(layers)
+    if unclear:
+        raise UnsupportedError(
+            f"{source}: what {len(unclear)} layer(s) mean can't be told, so nothing was applied:\n  " + "\n  ".join(unclear[:5]) + "\n"
+            "Merge it with the program that trained it, or save it anew from there."
+        )
     if problems:
         raise CheckpointError(f"{source}: damaged, {len(problems)} problem(s); download it again:\n  " + "\n  ".join(problems))
-    return Adapter(source, tuple(layers), len(tensors), left)
+    return Adapter(source, tuple(layers), len(tensors), unfit, left)
 
 
-def _group(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, tuple[str, Tensor]]], dict[str, str], list[str]]:
-    """Module -> role -> (key, tensor); keys of no known algorithm; and roles that two keys claim, as of two adapters in a file."""
+def _group(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, tuple[str, Tensor]]], dict[str, str], dict[str, str], list[str]]:
+    """Module -> role -> (key, tensor); keys of no known method; keys without effect; and roles that two keys claim."""
     modules: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    unfit: dict[str, str] = {}
     left: dict[str, str] = {}
     twice: list[str] = []
     for key, tensor in tensors.items():
-        found = split_key(str(key)) if isinstance(tensor, Tensor) else None
+        key = str(key)
+        if without_effect(key):
+            left[key] = without_effect(key)
+            continue
+        if isinstance(tensor, (int, float)) and not isinstance(tensor, bool):
+            tensor = torch.tensor(float(tensor))
+        method = name_method(key)
+        found = split_key(key) if isinstance(tensor, Tensor) and not method else None
         if found is None:
-            left[str(key)] = UNKNOWN
+            unfit[key] = f"of {method}, which is not supported" if method else UNKNOWN
             continue
         module, role = found
         first, _ = modules.setdefault(module, {}).setdefault(role, (key, tensor))
         if first != key:
             twice.append(f"{first} and {key} are the same matrix; expected one adapter in a file")
-    strange = {key.rpartition(".")[0] for key in left}
+    strange = {key.rpartition(".")[0]: reason for key, reason in unfit.items()}
+    strange |= {module.rpartition(".")[0]: reason for module, reason in strange.items()}
     for module in [module for module, roles in modules.items() if set(roles) == {"alpha"} and module in strange]:
-        left[modules.pop(module)["alpha"][0]] = UNKNOWN  # of an algorithm that isn't known, such as OFT
-    return modules, left, twice
+        unfit[modules.pop(module)["alpha"][0]] = strange[module]  # beside matrices of a method that isn't known
+    return modules, unfit, left, twice
 
 
-def _layer(module: str, place: Place, entries: Mapping[str, tuple[str, Tensor]], settings: Settings | None) -> Layer:
+def _layer(module: str, place: Place, entries: Entries, settings: Settings | None) -> Layer:
     tensors = {role: tensor for role, (_, tensor) in entries.items()}
+    keys = tuple(key for key, _ in entries.values())
     alpha, rank = tensors.pop("alpha", None), rank_of(tensors)
-    if alpha is not None:
-        scale = (float(alpha.flatten()[0]) if alpha.numel() else math.nan) / rank if rank else 1.0
+    number = None if alpha is None else _alpha(alpha)
+    if number is not None:
+        scale = number / rank if rank else number if not math.isfinite(number) else 1.0
     else:
         scale = settings.scale(module, rank) if settings else 1.0
-    return Layer(place, tensors, scale, tuple(key for key, _ in entries.values()))
+    if "on_input" in tensors and "whole" in tensors:  # LyCORIS' (IA)^3
+        on_input, change = bool(tensors.pop("on_input").any()), tensors.pop("whole").float().flatten()
+        tensors["ia3_weight"] = 1 + (change[None] if on_input else change[:, None])
+    rotation = settings.rotation if settings else Rotation()
+    if "oft_blocks" in tensors and number:
+        rotation = Rotation(number if _is_norm(module, tensors["oft_blocks"]) else number * rows_of(tensors["oft_blocks"]))
+    return Layer(place, tensors, scale, keys, rotation)
 
 
-def _problems(module: str, layer: Layer) -> list[str]:
+def _alpha(alpha: Tensor) -> float:
+    return float(alpha.flatten()[0]) if alpha.numel() else math.nan
+
+
+def _is_norm(module: str, blocks: Tensor) -> bool:
+    """Whether alpha of OFT bounds the norm itself, as ComfyUI's trainer means it, and not the norm for each row, as LyCORIS and kohya do.
+
+    ComfyUI's trainer writes names with dots; LyCORIS and kohya write names without.
+    """
+    return "." in module and blocks.ndim == 3
+
+
+def _unclear(module: str, layer: Layer, entries: Entries, settings: Settings | None) -> list[str]:
+    """Layers that can be read in two ways."""
+    if "oft_R" in layer.tensors and settings is None:
+        return [f"{module}: PEFT's OFT without its {CONFIG_NAME}; expected both in one folder"]
+    packed = [f"{role} {t.dtype}" for role, t in layer.tensors.items() if role != "reshape_weight" and not t.is_floating_point()]
+    if packed:
+        return [f"{module}: stored as integers ({', '.join(packed)}); expected floating-point numbers"]
+    blocks = layer.tensors.get("oft_blocks")
+    if blocks is None or "alpha" not in entries or not _is_norm(module, blocks) or blocks.shape[-1] <= blocks.shape[0]:
+        return []
+    alpha, norm = _alpha(entries["alpha"][1]), generator_norm(blocks)
+    if not 0 < alpha < norm:
+        return []
+    return [
+        f"{module}: OFT whose alpha of {alpha:g} bounds either a norm, here {norm:.3g}, as ComfyUI's trainer has it, or the norm for each "
+        f"row, as LyCORIS and kohya have it. ComfyUI's trainer makes no {blocks.shape[0]} blocks of {blocks.shape[-1]} rows, the others no such names"
+    ]
+
+
+def _problems(module: str, layer: Layer, settings: Settings | None) -> list[str]:
     """What makes a layer unusable by itself, whatever the model."""
-    broken = [key for key in layer.tensors if not bool(torch.isfinite(layer.tensors[key].float()).all())]
+    broken = [role for role, tensor in layer.tensors.items() if not bool(torch.isfinite(tensor.float()).all())]
     if broken:
         return [f"{module}: NaN or infinite values in {', '.join(broken)}"]
     empty = [f"{role} {tuple(tensor.shape)}" for role, tensor in layer.tensors.items() if not tensor.numel()]
@@ -126,10 +185,13 @@ def _problems(module: str, layer: Layer) -> list[str]:
         return [f"{module}: rank 0, or no values: {', '.join(empty)}; it would change nothing"]
     if not math.isfinite(layer.scale):
         return [f"{module}: alpha is no finite number"]
-    if not layer.has_weight:
-        return [] if layer.bias_change() is not None else [f"{module}: only {', '.join(layer.tensors) or 'alpha'} is there"]
+    if settings is not None and settings.dora and layer.rank and not layer.is_dora:
+        return [f"{module}: its settings say DoRA, but the magnitude is missing"]
+    if layer.lonely:
+        return [f"{module}: only {', '.join(layer.tensors) or 'alpha'} is there"]
     try:
-        layer.shape()
+        if any(role in MATRICES for role in layer.tensors):
+            layer.shape()
     except KeyError as error:
         return [f"{module}: {error.args[0]} is missing"]
     except (RuntimeError, IndexError) as error:

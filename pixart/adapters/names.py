@@ -8,42 +8,75 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ..checkpoints.keys import BLOCK_MODULES, MODULES, PREFIXES, without_wrappers
+from ..checkpoints.keys import BLOCK_MODULES, BLOCK_TENSORS, MODULES, POSITION_KEY, PREFIXES, TENSORS, without_wrappers
 
 TRANSFORMER, TEXT = "transformer", "text"
 
 
 class Place(NamedTuple):
-    """A weight, native name without `.weight`; piece `part` of `parts` along its first axis."""
+    """A layer, or a table that is a parameter by itself; piece `part` of `parts` along the first axis of its weight."""
 
     model: str  # TRANSFORMER or TEXT
-    module: str
+    module: str  # native name; of a table the parameter's own
     part: int = 0
     parts: int = 1
+    table: bool = False
+
+    @property
+    def weight(self) -> str:
+        """Name of the parameter that is changed."""
+        return self.module if self.table else f"{self.module}.weight"
+
+    @property
+    def bias(self) -> str:
+        """Name of the layer's bias."""
+        return f"{self.module}.bias"
 
 
-# End of a key -> role. kohya, PEFT, diffusers and LyCORIS name the same matrices differently.
+# End of a key -> role. kohya, PEFT, diffusers, LyCORIS and ComfyUI name the same matrices differently.
 ROLES = {
     ".lora_up.weight": "lora_up", ".lora_down.weight": "lora_down", ".lora_mid.weight": "lora_mid",
     ".lora_B.weight": "lora_up", ".lora_A.weight": "lora_down", ".lora_B": "lora_up", ".lora_A": "lora_down",
-    ".lora.up.weight": "lora_up", ".lora.down.weight": "lora_down",
+    ".lora.up.weight": "lora_up", ".lora.down.weight": "lora_down", "_lora.up.weight": "lora_up", "_lora.down.weight": "lora_down",
     ".lora_linear_layer.up.weight": "lora_up", ".lora_linear_layer.down.weight": "lora_down",
     ".lora_B.bias": "lora_bias", ".alpha": "alpha",
-    ".dora_scale": "dora_scale", ".lora_magnitude_vector": "dora_scale", ".lora_magnitude_vector.weight": "dora_scale",
-    ".diff": "diff", ".diff_b": "diff_b",
+    ".dora_scale": "dora_scale", ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
+    ".diff": "diff", ".diff_b": "diff_b", ".w_norm": "diff", ".b_norm": "diff_b",
+    ".set_weight": "whole", ".weight": "whole", ".bias": "whole_bias", ".reshape_weight": "reshape_weight",
+    ".oft_R.weight": "oft_R", ".boft_R": "boft_R", ".boft_s": "boft_s", ".ia3_l": "ia3_l", ".on_input": "on_input",
     **{f".{name}": name for name in (
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
-        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "oft_blocks", "rescale",
     )},
 }  # fmt: skip
-# PEFT in memory puts the adapter's name into the key: lora_A.default.weight, hada_w1_a.default
-_NAMED = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+?|lokr_\w+?)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$")
+_ENDINGS = sorted(ROLES, key=len, reverse=True)
+_TABLE = re.compile(r"(?:^|\.)(?:scale_shift_table|y_embedding)$")  # parameters without a layer, stored whole under their own name
+# PEFT in memory puts the adapter's name into the key: lora_A.default.weight, hada_w1_a.default, modules_to_save.default.weight
+_NAMED = re.compile(
+    r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+?|lokr_\w+?|oft_R|boft_[Rs]|ia3_l)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$"
+)
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
+_ORIGINAL = re.compile(r"\.original_module\.")  # PEFT's copy of a layer that it saves whole
+_BASE_COPY = re.compile(  # bitsandbytes' constants of a frozen base model's weights
+    r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format)$"
+)
+_POSITIONS = re.compile(rf"(?:^|\.){POSITION_KEY}$")
+COPY_OF_BASE, POSITIONS = "copies of the base model's own weights", "positions, which are computed"
+
+
+def without_effect(key: str) -> str:
+    """Why a tensor that belongs to no change may be left out, or "" if it may not."""
+    if _ORIGINAL.search(key) or _BASE_COPY.search(key):
+        return COPY_OF_BASE
+    return POSITIONS if _POSITIONS.search(key) else ""
 
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(module as the file names it, role), or None for a tensor of no known algorithm."""
-    key = _NAMED.sub(r".\1\2", without_wrappers(key))
-    ending = next((end for end in sorted(ROLES, key=len, reverse=True) if key.endswith(end)), None)
+    key = _NAMED.sub(r".\1\2", without_wrappers(_SAVED.sub(".", key)))
+    if _TABLE.search(key):
+        return key, "whole"
+    ending = next((end for end in _ENDINGS if key.endswith(end)), None)
     return None if ending is None else (key[: -len(ending)], ROLES[ending])
 
 
@@ -51,16 +84,19 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _flattened(table: dict[str, tuple[str, ...]]) -> dict[str, Place]:
+def _flattened(layers: dict[str, tuple[str, ...]], tables: dict[str, tuple[str, ...]]) -> dict[str, Place]:
     """Flat names of both layouts -> place."""
-    found = {_flat(native): Place(TRANSFORMER, native) for native in table}
-    for native, sources in table.items():
-        found.update({_flat(source): Place(TRANSFORMER, native, i, len(sources)) for i, source in enumerate(sources)})
+    found = {}
+    for native, sources in {**layers, **tables}.items():
+        place = Place(TRANSFORMER, native, table=native in tables)
+        found[_flat(native)] = place
+        found.update({_flat(source): place._replace(part=i, parts=len(sources)) for i, source in enumerate(sources)})
     return found
 
 
-_PLACES = _flattened(MODULES)
-_BLOCK_PLACES = _flattened(BLOCK_MODULES)
+_PLACES = _flattened(MODULES, TENSORS)
+_BLOCK_PLACES = _flattened(BLOCK_MODULES, BLOCK_TENSORS)
+_PROCESSOR = re.compile(r"(attn[12]_)processor_(to_out(?=$)|to_[qkv]$)")  # diffusers, until 2023: attn1.processor.to_q_lora.up
 _BLOCK = re.compile(r"^(?:transformer_)?blocks_(\d+)_(.+)$")
 _PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_", "lora_", *map(_flat, PREFIXES))
 _TEXT_PREFIX = re.compile(r"^(?:lora_te\d*_|(?:lora_|lycoris_)?text_encoders?_|(?:lora_)?te\d?_)")
@@ -69,7 +105,7 @@ _T5 = re.compile(r"(?:^|_)encoder_block_(\d+)_layer_([01])_(SelfAttention|DenseR
 
 def find_place(module: str) -> Place | None:
     """The weight that a module's name means, or None if it is no layer of PixArt or T5."""
-    flat = _flat(module)
+    flat = _PROCESSOR.sub(lambda name: name[1] + name[2].replace("to_out", "to_out_0"), _flat(module))
     text = _T5.search(flat)
     if text:
         block, layer, kind, name = text.groups()

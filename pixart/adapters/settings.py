@@ -10,11 +10,20 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from .names import TEXT, TRANSFORMER
+from .rotation import Rotation
 
 CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # of diffusers, in a safetensors header
-KINDS = ("LORA", "LOHA", "LOKR")
+KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
+# Beginnings of init_lora_weights, which change the base model's own weights too; and settings that no tensor tells of.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+UNTOLD = (
+    "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+    "monteclora_config", "trainable_token_indices",
+)  # fmt: skip
 _COMPONENTS = {TRANSFORMER: ("transformer.", "unet."), TEXT: ("text_encoder.",)}
+MOST_TERMS = 100
+SERIES_SINCE = (0, 18)  # the version of PEFT whose terms are those of `rotation`
 _NO_PATTERN = re.compile(r"[\w.]+")
 
 
@@ -28,6 +37,7 @@ class Settings:
     ranks: Mapping[str, float] = field(default_factory=dict)
     rank_stabilized: bool = False  # arXiv:2312.03732: alpha / sqrt(rank)
     dora: bool = False  # every layer has a magnitude
+    rotation: Rotation = Rotation()  # of OFT
 
     def scale(self, module: str, rank: int | None) -> float:
         """alpha / rank for a layer; `rank` is that of its matrices, None if they don't tell."""
@@ -43,19 +53,36 @@ def settings_from_config(config: Mapping[str, Any], source: str) -> Settings:
     kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights")
     if kind not in KINDS:
         raise UnsupportedError(f"{source}: a PEFT adapter of type {kind}; expected one of {', '.join(KINDS)}. Merge it with PEFT instead.")
-    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise UnsupportedError(
             f"{source}: init_lora_weights is {start!r}: such an adapter changes the base model's own weights too. Save it from "
             "PEFT as a plain LoRA (path_initial_model_for_weight_conversion) and load that."
         )
+    untold = [f"{name} is {config[name]!r}" for name in UNTOLD if config.get(name)]
+    if untold:
+        raise UnsupportedError(f"{source}: {', '.join(untold)}: only PEFT itself can run that. Merge it with PEFT instead.")
     return Settings(
         alpha=_number(config, "lora_alpha" if kind == "LORA" else "alpha", source),
-        rank=_rank(config, "r", source),
+        rank=None if kind in ("OFT", "BOFT", "IA3") else _rank(config, "r", source),
         alphas=_patterns(config, "alpha_pattern", source, _number),
         ranks=_patterns(config, "rank_pattern", source, _rank),
         rank_stabilized=_flag(config, "use_rslora", source),
         dora=_flag(config, "use_dora", source),
+        rotation=_rotation(config, source) if kind == "OFT" else Rotation(),
     )
+
+
+def _rotation(config: Mapping[str, Any], source: str) -> Rotation:
+    """How PEFT's OFT makes rotations, with PEFT's defaults."""
+    series, bounded = _flag({"use_cayley_neumann": True, **config}, "use_cayley_neumann", source), _flag(config, "coft", source)
+    terms, radius = _number(config, "num_cayley_neumann_terms", source), _number(config, "eps", source)
+    terms = 5 if terms is None else terms
+    version = tuple(map(int, re.findall(r"\d+", str(config.get("peft_version")))[:2]))
+    if "oft_block_size" not in config or series and version < SERIES_SINCE:
+        raise UnsupportedError(f"{source}: OFT of a PEFT before 0.18, which computed it otherwise. Merge it with the PEFT that trained it.")
+    if series and not 1 <= terms <= MOST_TERMS:
+        raise CheckpointError(f"{source}: num_cayley_neumann_terms is {terms!r}; expected 1 to {MOST_TERMS}.")
+    return Rotation(None, int(terms) if series else None, (6e-5 if radius is None else float(radius)) if bounded else None)
 
 
 def settings_from_metadata(text: str | None, source: str) -> dict[str, Settings]:

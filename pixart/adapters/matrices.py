@@ -1,0 +1,61 @@
+"""Changes that are a product of small matrices: LoRA, LoHa, LoKr, and whole differences."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+MATRICES = {"lora_up": "LoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "diff": "difference"}  # role -> method
+# Further matrices of each method; where one lies alone, its partner is missing.
+PARTNERS = ("lora_down", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_w1_b")
+
+_CAN_BE_ZERO = frozenset({"lora_up", "lora_down", "diff", "diff_b", "lora_bias"})
+MATRIX_ROLES = frozenset({*MATRICES, *PARTNERS, "lora_mid", "hada_t1", "hada_t2", "lokr_t2"})
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
+    """Rank by which alpha is divided (LyCORIS: of the second factor, if that one is decomposed)."""
+    inner = next((tensors[role] for role in ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if role in tensors), None)
+    return None if inner is None or inner.ndim == 0 else inner.shape[0]
+
+
+def product(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The change without its scale, (rows, ...); kernels may be flattened. KeyError for a missing matrix.
+
+    LoRA: up @ down (arXiv:2106.09685). LoHa: (a1 b1) * (a2 b2) elementwise (arXiv:2108.06098). LoKr: Kronecker
+    product of two factors, each whole or decomposed (LyCORIS, arXiv:2309.14859).
+    """
+    if "diff" in tensors:
+        return tensors["diff"]
+    if "hada_w1_a" in tensors:
+        first = _factor(tensors["hada_w1_a"], tensors["hada_w1_b"], tensors.get("hada_t1"))
+        return first * _factor(tensors["hada_w2_a"], tensors["hada_w2_b"], tensors.get("hada_t2"))
+    if "lokr_w1" in tensors or "lokr_w1_a" in tensors:
+        first, second = _whole(tensors, "lokr_w1"), _whole(tensors, "lokr_w2")
+        return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second)
+    up, core = tensors["lora_up"], tensors.get("lora_mid")
+    return _factor(up if core is None else up.flatten(1).T, tensors["lora_down"], core)
+
+
+def is_nothing(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the change is zero whatever the weight is, as trainers store layers that they didn't train."""
+    if not tensors.keys() <= _CAN_BE_ZERO | {"alpha", "lora_mid"}:
+        return False
+    of_weight = [tensors[role] for role in ("lora_up", "lora_down") if role in tensors]
+    of_bias = [tensors[role] for role in ("diff", "diff_b", "lora_bias") if role in tensors]
+    zero = [not bool(tensor.float().any()) for tensor in of_weight]
+    return (not zero or any(zero)) and not any(bool(tensor.float().any()) for tensor in of_bias) and bool(of_weight or of_bias)
+
+
+def _whole(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name in tensors:
+        return tensors[name]
+    return _factor(tensors[f"{name}_a"], tensors[f"{name}_b"], tensors.get(name.replace("w", "t")))
+
+
+def _factor(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
+    """a @ b, kernels flattened; with a Tucker core (r, r, ...): a (r, rows), b (r, columns)."""
+    if core is None:
+        return a.flatten(1) @ b.flatten(1)
+    return torch.einsum("ij...,ip,jr->pr...", core, a, b.flatten(1))
