@@ -12,7 +12,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ...pixart.adapters import Fit, Layer, Shapes, fit_adapter, load_adapter
-from ...pixart.adapters.matrices import MATRIX_ROLES
+from ...pixart.adapters.matrices import MATRICES
 from ...pixart.adapters.names import TRANSFORMER, Place
 from ...pixart.adapters.rotation import Rotation
 from ...pixart.errors import InputError
@@ -65,7 +65,8 @@ def _patches(layers: tuple[Layer, ...], prefix: str, shapes: Shapes) -> Patches:
         weight = shapes.get(place.weight)
         piece = (weight[0] // place.parts, *weight[1:]) if weight else ()
         if layer.has_weight:
-            patch = host_patch(layer) if layer.is_product else LayerAdapter.of(layer, of_bias=False)
+            hosts = layer.is_product and "lokr_t2" not in layer.tensors
+            patch = host_patch(layer) if hosts else LayerAdapter.of(layer, of_bias=False)
             patches[_target(layer, prefix + place.weight, piece[0])] = patch
         if layer.touches(shapes.get(place.bias), piece):
             rows = shapes[place.bias][0] // place.parts
@@ -81,7 +82,7 @@ def _target(layer: Layer, key: str, rows: int) -> Any:
 def host_patch(layer: Layer) -> Any:
     """The host's own adapter of a product of matrices."""
     name = "layer"
-    tensors = {f"{name}.{HOST_ROLES.get(role, role)}": tensor for role, tensor in layer.tensors.items() if role in MATRIX_ROLES}
+    tensors = {f"{name}.{HOST_ROLES.get(role, role)}": tensor for role, tensor in layer.tensors.items() if role in MATRICES and role != "lora_bias"}
     if layer.rank:
         tensors[f"{name}.alpha"] = torch.tensor(layer.scale * layer.rank, dtype=torch.float64)
     elif layer.scale != 1.0:  # LoKr of two whole factors: the host knows no scale there
@@ -90,8 +91,11 @@ def host_patch(layer: Layer) -> Any:
 
 
 class LayerAdapter(WeightAdapterBase):
-    """A layer by the core's formulas, where the host has none, or computes another sum (0.3.64 .. 0.33.0): its DoRA takes the norm
-    of the weight without the change, its OFT takes the strength twice and no factors of rows."""
+    """A layer by the core's formulas, where the host has none, or not the right ones (0.3.64 .. 0.33.0).
+
+    Its DoRA takes the norm of the weight without the change, its OFT takes the strength twice and no factors of rows, and
+    it fails at LoKr with a core, which it only logs.
+    """
 
     name = "pixart"
 

@@ -120,8 +120,8 @@ def _mismatches(layer: Layer, shapes: Shapes) -> list[str]:
             return [f"{key} makes the weight {_by(layer.tensors['reshape_weight'].int().tolist())} large, it has {_by(piece)}"]
         try:
             layer.on(META).change(torch.empty(piece, device=META))
-        except RuntimeError as error:
-            return [f"{key}: {str(error).splitlines()[0]}"]
+        except (RuntimeError, IndexError, KeyError) as error:
+            return [f"{key}: {str(error).splitlines()[0]}{' is missing' if isinstance(error, KeyError) else ''}"]
     bias = _piece(shapes.get(place.bias), place.parts)
     if layer.has_bias and prod(bias) != layer.bias_size:
         return [f"{key}: {layer.bias_size} numbers for a bias of {prod(bias)}"]

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .matrices import MATRICES, PARTNERS, product, rank_of
+from .matrices import MATRICES, product, rank_of
 from .names import Place
 from .rotation import ROTATIONS, Rotation, rotated
 
@@ -31,11 +31,15 @@ class Layer:
     @property
     def algorithm(self) -> str:
         """Name of the method, with "DoRA" where a magnitude is given."""
-        name = next((name for role, name in METHODS.items() if role in self.tensors), "")
+        name = next(iter(self.methods), "whole layer" if "whole" in self.tensors else "bias")
         if name == "OFT" and self.tensors.get("oft_blocks", torch.empty(0)).ndim == 4:
             name = "BOFT"
-        name = name or ("whole layer" if "whole" in self.tensors else "bias")
         return f"DoRA ({name})" if self.is_dora else name
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Methods of which the file has tensors for this layer; more than one can't be."""
+        return tuple(dict.fromkeys(METHODS[role] for role in self.tensors if role in METHODS))
 
     @property
     def is_dora(self) -> bool:
@@ -75,11 +79,6 @@ class Layer:
     def on(self, device: torch.device) -> Layer:
         """The same layer with its tensors on a device; on "meta" without their numbers."""
         return replace(self, tensors={role: tensor.to(device) for role, tensor in self.tensors.items()})
-
-    @property
-    def lonely(self) -> bool:
-        """Whether only half of what a method needs is there, and nothing else changes the weight or the bias."""
-        return not self._has(METHODS) and (self._has(PARTNERS) or not (self.has_weight or self.has_bias))
 
     def shape(self) -> tuple[int, int]:
         """(rows, all other axes) of a product; RuntimeError where the matrices don't fit each other."""

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..json_files import read_json
 from .foreign import name_method, no_adapter
 from .layer import Layer
-from .matrices import MATRICES, is_nothing, rank_of
+from .matrices import is_nothing, rank_of
 from .names import TEXT, TRANSFORMER, Place, find_place, is_text, split_key, without_effect
 from .rotation import Rotation, generator_norm, rows_of
 from .settings import CONFIG_NAME, METADATA_KEY, Settings, settings_from_config, settings_from_metadata
@@ -25,6 +25,7 @@ WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_
 # Why a key is not applied.
 NOT_PIXART, OTHER_TEXT, UNKNOWN = "no layer of PixArt", "for another text encoder than T5", "of no supported kind"
 NOTHING = "for layers that this model doesn't have, all zero"
+WHOLE = ("whole", "whole_bias")  # what whole checkpoints have too
 Entries = Mapping[str, tuple[str, Tensor]]  # role -> key in the file, tensor
 
 
@@ -71,7 +72,7 @@ def _metadata(file: Path, container: str) -> Mapping[str, str]:
 def build_adapter(tensors: Mapping[str, Any], source: str, settings: Mapping[str, Settings] | None = None) -> Adapter:
     """Groups tensors into layers. settings: of TRANSFORMER and TEXT, where alpha is not among the tensors."""
     modules, unfit, left, problems = _group(tensors)
-    if not settings and {role for entries in modules.values() for role in entries} <= {"whole", "whole_bias"}:
+    if not settings and all(split_key(key) is None or split_key(key)[1] in WHOLE for key in map(str, tensors)):
         raise CheckpointError(no_adapter(source, list(map(str, tensors))))
     layers, unclear = [], []
     for module, entries in modules.items():
@@ -139,7 +140,9 @@ def _layer(module: str, place: Place, entries: Entries, settings: Settings | Non
         on_input, change = bool(tensors.pop("on_input").any()), tensors.pop("whole").float().flatten()
         tensors["ia3_weight"] = 1 + (change[None] if on_input else change[:, None])
     rotation = settings.rotation if settings else Rotation()
-    if "oft_blocks" in tensors and number:
+    if "set" in tensors:
+        tensors["whole"] = tensors.pop("set")
+    if number and "oft_blocks" in tensors and tensors["oft_blocks"].ndim in (3, 4):
         rotation = Rotation(number if _is_norm(module, tensors["oft_blocks"]) else number * rows_of(tensors["oft_blocks"]))
     return Layer(place, tensors, scale, keys, rotation)
 
@@ -187,10 +190,12 @@ def _problems(module: str, layer: Layer, settings: Settings | None) -> list[str]
         return [f"{module}: alpha is no finite number"]
     if settings is not None and settings.dora and layer.rank and not layer.is_dora:
         return [f"{module}: its settings say DoRA, but the magnitude is missing"]
-    if layer.lonely:
+    if not layer.has_weight and not layer.has_bias:
         return [f"{module}: only {', '.join(layer.tensors) or 'alpha'} is there"]
+    if len(layer.methods) > 1:
+        return [f"{module}: matrices of {' and '.join(layer.methods)} together; expected one adapter in a file"]
     try:
-        if any(role in MATRICES for role in layer.tensors):
+        if layer.is_matrices:
             layer.shape()
     except KeyError as error:
         return [f"{module}: {error.args[0]} is missing"]

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-MATRICES = {"lora_up": "LoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "diff": "difference"}  # role -> method
-# Further matrices of each method; where one lies alone, its partner is missing.
-PARTNERS = ("lora_down", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_w1_b")
-
-_CAN_BE_ZERO = frozenset({"lora_up", "lora_down", "diff", "diff_b", "lora_bias"})
-MATRIX_ROLES = frozenset({*MATRICES, *PARTNERS, "lora_mid", "hada_t1", "hada_t2", "lokr_t2"})
+MATRICES = {  # role -> method
+    **dict.fromkeys(("lora_up", "lora_down", "lora_mid", "lora_bias"), "LoRA"),
+    **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), "LoHa"),
+    **dict.fromkeys(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), "LoKr"),
+    "diff": "difference",
+}
+_CAN_BE_ZERO = frozenset({"lora_up", "lora_down", "lora_mid", "lora_bias", "diff", "diff_b", "alpha"})
 
 
 def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
@@ -26,21 +27,22 @@ def product(tensors: Mapping[str, Tensor]) -> Tensor:
     LoRA: up @ down (arXiv:2106.09685). LoHa: (a1 b1) * (a2 b2) elementwise (arXiv:2108.06098). LoKr: Kronecker
     product of two factors, each whole or decomposed (LyCORIS, arXiv:2309.14859).
     """
-    if "diff" in tensors:
+    method = next(MATRICES[role] for role in tensors if role in MATRICES)
+    if method == "difference":
         return tensors["diff"]
-    if "hada_w1_a" in tensors:
+    if method == "LoHa":
         first = _factor(tensors["hada_w1_a"], tensors["hada_w1_b"], tensors.get("hada_t1"))
         return first * _factor(tensors["hada_w2_a"], tensors["hada_w2_b"], tensors.get("hada_t2"))
-    if "lokr_w1" in tensors or "lokr_w1_a" in tensors:
+    if method == "LoKr":
         first, second = _whole(tensors, "lokr_w1"), _whole(tensors, "lokr_w2")
-        return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second)
+        return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
     up, core = tensors["lora_up"], tensors.get("lora_mid")
     return _factor(up if core is None else up.flatten(1).T, tensors["lora_down"], core)
 
 
 def is_nothing(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the change is zero whatever the weight is, as trainers store layers that they didn't train."""
-    if not tensors.keys() <= _CAN_BE_ZERO | {"alpha", "lora_mid"}:
+    if not tensors.keys() <= _CAN_BE_ZERO:
         return False
     of_weight = [tensors[role] for role in ("lora_up", "lora_down") if role in tensors]
     of_bias = [tensors[role] for role in ("diff", "diff_b", "lora_bias") if role in tensors]

@@ -42,7 +42,7 @@ ROLES = {
     ".lora_B.bias": "lora_bias", ".alpha": "alpha",
     ".dora_scale": "dora_scale", ".lora_magnitude_vector": "magnitude", ".lora_magnitude_vector.weight": "magnitude",
     ".diff": "diff", ".diff_b": "diff_b", ".w_norm": "diff", ".b_norm": "diff_b",
-    ".set_weight": "whole", ".weight": "whole", ".bias": "whole_bias", ".reshape_weight": "reshape_weight",
+    ".set_weight": "set", ".weight": "whole", ".bias": "whole_bias", ".reshape_weight": "reshape_weight",
     ".oft_R.weight": "oft_R", ".boft_R": "boft_R", ".boft_s": "boft_s", ".ia3_l": "ia3_l", ".on_input": "on_input",
     **{f".{name}": name for name in (
         "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",

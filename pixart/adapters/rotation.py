@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROTATIONS = {"oft_blocks": "OFT", "oft_R": "OFT", "boft_R": "BOFT"}  # role -> method
+ROTATIONS = {"oft_blocks": "OFT", "rescale": "OFT", "oft_R": "OFT", "boft_R": "BOFT", "boft_s": "BOFT"}  # role -> method
 
 
 class Rotation(NamedTuple):
@@ -19,14 +19,16 @@ class Rotation(NamedTuple):
 
 
 def rotated(weight: Tensor, tensors: Mapping[str, Tensor], rotation: Rotation) -> Tensor:
-    """The turned weight, of the shape of `weight` (rows, ...); RuntimeError where sizes don't fit.
+    """The turned weight, of the shape of `weight` (rows, ...); RuntimeError where sizes don't fit, KeyError for a missing tensor.
 
     OFT (arXiv:2306.07280) turns blocks of neighbouring rows (LyCORIS) or columns (PEFT); BOFT (arXiv:2311.06243) is a
     product of such turns of ever wider neighbourhoods.
     """
     flat = weight.flatten(1)
-    if "oft_blocks" in tensors:
+    if "oft_blocks" in tensors or "rescale" in tensors:
         blocks = tensors["oft_blocks"]
+        if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
+            raise RuntimeError(f"oft_blocks {tuple(blocks.shape)} are no square blocks")
         turn = _turn_rows if blocks.ndim == 3 else _turn_rows_in_stages
         turned = turn(flat, _cayley(_bounded(blocks - blocks.mT, rotation.bound)))
         if "rescale" in tensors:

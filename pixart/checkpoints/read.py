@@ -25,6 +25,7 @@ from .shards import WEIGHTS_NAME, is_index, weight_files
 # Names of the weights in a checkpoint that holds several, the first wins; "" are those that lie beside the others.
 WEIGHT_NAMES = ("state_dict", "model", "model_state_dict", "module", "", "params", "net", "network", "transformer", "dit", "generator", "student")
 LAST_NAMES = ("teacher", "fake", "critic", "discriminator", "real", "guidance", "optimizer")  # never chosen beside another
+ALPHA = ".alpha"  # of an adapter's layer: a number that counts
 DEEPEST = 3  # dicts within dicts
 
 
@@ -181,7 +182,8 @@ def _candidates(loaded: Mapping[Any, Any], name: str = "", depth: int = 0) -> It
     inner = {key: value for key, value in loaded.items() if isinstance(value, Mapping)}
     if any(isinstance(value, Tensor) for value in loaded.values()):
         plain = (int, float, str, bytes, bool, type(None), Mapping) if inner or depth else (int, float, bool, type(None))
-        yield name, {key: value for key, value in loaded.items() if not isinstance(value, plain) and key != NOTE_KEY}
+        state = {key: value for key, value in loaded.items() if not isinstance(value, plain) or str(key).endswith(ALPHA)}
+        yield name, {key: value for key, value in state.items() if key != NOTE_KEY}
     for key, value in inner.items() if depth < DEEPEST else ():
         yield from _candidates(value, f"{name}.{key}" if name else str(key), depth + 1)
 

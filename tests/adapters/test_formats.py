@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from pixart.adapters import fit_adapter, load_adapter, merge_layers, parameter_shapes
 from pixart.checkpoints import load_transformer
-from pixart.errors import CheckpointError
+from pixart.errors import CheckpointError, UnsupportedError
 from tests.support import adapter_factory, checkpoint_factory
 
 FORMATS = tuple(adapter_factory.FORMATS)
@@ -87,25 +87,138 @@ def test_torch_files_and_other_precisions(model, weights, tmp_path):
     assert max(float((model.state_dict()[c.key] - halved.merged(weights, 1.0)[c.key]).abs().max()) for c in halved.changes) < 5e-3
 
 
-def test_keys_that_do_not_fit_are_named(model, weights, tmp_path):
+UP_AND_DOWN = {"lora_up.weight": torch.ones(144, 4), "lora_down.weight": torch.ones(4, 144)}
+
+
+def matrices(module, change=1.0, ends=UP_AND_DOWN):
+    return {f"{module}.{end}": change * tensor for end, tensor in ends.items()}
+
+
+STRAY = {
+    "other blocks": (  # the model has two
+        {k: t for i in (7, 8) for k, t in matrices(f"lora_transformer_transformer_blocks_{i}_attn1_to_q").items()},
+        "4 for layers that this model doesn't have, or keeps quantized: lora_transformer_transformer_blocks_*_attn1_to_q.lora_down.weight "
+        "(2 times)",
+    ),
+    "T5": (
+        {k: t for i in range(3) for k, t in matrices(f"lora_te_encoder_block_{i}_layer_0_SelfAttention_q").items()},
+        "6 for T5, and no text encoder is given: lora_te_encoder_block_*_layer_0_SelfAttention_q.lora_down.weight (3 times)",
+    ),
+    "CLIP": (
+        {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)},
+        "1 for another text encoder than T5: lora_te1_text_model_encoder_layers_*_mlp_fc1.alpha",
+    ),
+    "another model": (matrices("lora_unet_mid_block_attentions_0"), "2 no layer of PixArt: lora_unet_mid_block_attentions_0"),
+    "GLoRA": (
+        {f"lycoris_blocks_1_mlp_fc2.{end}": torch.ones(2, 2) for end in ("a1.weight", "a2.weight", "b1.weight", "b2.weight")}
+        | {"lycoris_blocks_1_mlp_fc2.alpha": torch.ones(1)},
+        "5 of GLoRA, which is not supported: lycoris_blocks_*_mlp_fc2.a1.weight",
+    ),
+    "VeRA": ({"base_model.model.proj_out.vera_lambda_b": torch.ones(2)}, "1 of VeRA, which is not supported"),
+    "FourierFT": ({"base_model.model.proj_out.fourierft_spectrum": torch.ones(2)}, "1 of FourierFT, which is not supported"),
+    "old OFT": ({"base_model.model.proj_out.oft_r": torch.ones(2, 4, 4)}, "1 of OFT of PEFT before 0.16, which is not supported"),
+    "bundled embedding": ({"bundle_emb.<me>.t5_out": torch.ones(2)}, "embeddings bundled by OneTrainer"),
+    "fp8 with scales": ({"lora_transformer_proj_out.scale_weight": torch.ones(1)}, "1 of scaled fp8, which is not supported"),
+    "unknown": ({"lora_transformer_proj_out.something": torch.ones(1)}, "1 of no supported kind: lora_transformer_proj_out.something"),
+}
+
+
+@pytest.mark.parametrize("case", STRAY)
+def test_one_stray_key_refuses_the_whole_adapter_and_is_named(case, model, weights, tmp_path):
+    """A part of an adapter is another picture than the one it was trained for."""
+    stray, message = STRAY[case]
     sample = adapter_factory.make("onetrainer", weights)
-    matrices = {"lora_up.weight": torch.randn(144, 4), "lora_down.weight": torch.randn(4, 144)}
-    for i in (7, 8):  # the model has two blocks
-        sample.tensors.update({f"lora_transformer_transformer_blocks_{i}_attn1_to_q.{end}": m.clone() for end, m in matrices.items()})
-    for i in range(3):
-        sample.tensors[f"lora_te_encoder_block_{i}_layer_0_SelfAttention_q.lora_up.weight"] = torch.randn(32, 2)
-        sample.tensors[f"lora_te_encoder_block_{i}_layer_0_SelfAttention_q.lora_down.weight"] = torch.randn(2, 32)
-    sample.tensors["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
-    sample.tensors["lora_transformer_transformer_blocks_0_attn1_to_q.oft_blocks"] = torch.randn(2, 2)
-    fit = merge(save(sample.tensors, tmp_path), model)
+    total = len(sample.tensors) + len(stray)
+    with pytest.raises(CheckpointError, match=rf"{len(stray)} of {total} keys can't be applied, so none was") as raised:
+        merge(save({**sample.tensors, **stray}, tmp_path), model)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert_equal(model, weights)
+
+
+HARMLESS = {
+    "zero": (
+        matrices("lora_te1_text_model_encoder_layers_0_mlp_fc1", 0.0) | matrices("lora_unet_blocks_9_attn_qkv", 0.0),
+        "4 for layers that this model doesn't have, all zero",
+    ),
+    "positions": ({"transformer.pos_embed.pos_embed": torch.ones(1, 4, 144)}, "1 positions, which are computed"),
+    "quantized copies": (
+        {f"transformer.proj_out.base_layer.weight.{end}": torch.ones(2) for end in ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")},
+        "3 copies of the base model's own weights",
+    ),
+    "originals": ({"base_model.model.proj_out.original_module.weight": torch.ones(2, 2)}, "1 copies of the base model's own weights"),
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_changes_nothing_may_lie_beside_and_is_told(case, model, weights, tmp_path):
+    stray, message = HARMLESS[case]
+    sample = adapter_factory.make("onetrainer", weights)
+    fit = merge(save({**sample.tensors, **stray}, tmp_path), model)
     assert_equal(model, sample.merged(weights, 1.0))
-    line = fit.describe()
-    assert f"{len(sample.tensors) - 12} of {len(sample.tensors)} keys applied ({len(sample.changes)} layers, LoRA, rank 4)" in line
-    assert "4 for layers that this model doesn't have, or keeps quantized: lora_transformer_transformer_blocks_*_attn1_to_q" in line
-    assert "lora_te_encoder_block_*_layer_0_SelfAttention_q.lora_up.weight (3 times)" in line and "no text encoder is given" in line
-    assert "1 for another text encoder than T5: lora_te1_text_model_encoder_layers_*_mlp_fc1.alpha" in line
-    assert "1 of no supported kind: lora_transformer_transformer_blocks_*_attn1_to_q.oft_blocks" in line
-    assert "\n" not in line and len(fit.left) == 12
+    assert set(fit.left) == set(stray) and f"; not applied: {message}" in fit.describe()
+
+
+def test_tables_are_changed_like_layers(model, weights, tmp_path):
+    """ComfyUI names a difference of a parameter after it; a trainer may store it whole, under either layout's name."""
+    tables = ["blocks.0.scale_shift_table", "blocks.1.scale_shift_table", "final_layer.scale_shift_table", "y_embedder.y_embedding"]
+    changed = {key: torch.randn_like(weights[key]) for key in tables}
+    up, down = torch.randn(6, 2), torch.randn(2, 144)
+    tensors = {
+        "diffusion_model.blocks.0.scale_shift_table.diff": changed[tables[0]],
+        "diffusion_model.blocks.1.scale_shift_table.lora_up.weight": up,
+        "diffusion_model.blocks.1.scale_shift_table.lora_down.weight": down,
+        "transformer.scale_shift_table": changed[tables[2]],
+        "diffusion_model.y_embedder.y_embedding.set_weight": changed[tables[3]],
+    }
+    merge(save(tensors, tmp_path), model, 0.5)
+    expected = {**weights, tables[0]: weights[tables[0]] + changed[tables[0]] / 2, tables[1]: weights[tables[1]] + up @ down / 2}
+    assert_equal(model, expected | {key: (weights[key] + changed[key]) / 2 for key in tables[2:]})
+
+
+def test_biases_are_changed_with_their_layers(model, weights, tmp_path):
+    """A piece of a fused one, one for all of it, and one by itself."""
+    key, piece, whole = "blocks.0.attn.qkv.bias", torch.randn(144), torch.randn(144)
+    tensors = matrices("transformer.transformer_blocks.0.attn1.to_k", ends={"lora_B.weight": torch.zeros(144, 2), "lora_A.weight": torch.ones(2, 144)})
+    tensors |= {"transformer.transformer_blocks.0.attn1.to_k.diff_b": piece, "diffusion_model.blocks.1.attn.proj.bias": whole}
+    merge(save(tensors, tmp_path), model, -1.0)
+    expected = {**weights, key: weights[key].clone(), "blocks.1.attn.proj.bias": 2 * weights["blocks.1.attn.proj.bias"] - whole}
+    expected[key][144:288] -= piece
+    assert_equal(model, expected)
+
+
+NAMES = {
+    "torch.compile": "transformer._orig_mod.transformer_blocks.0._orig_mod.attn1.to_out.0",
+    "DDP, checkpoints": "module.transformer_blocks.0._checkpoint_wrapped_module.attn1.to_out.0",
+    "early diffusers": "unet.transformer_blocks.0.attn1.processor.to_out",
+    "kohya": "lora_unet_blocks_0_attn_proj",
+    "LyCORIS of diffusers": "lycoris_transformer_blocks_0_attn1_to_out_0",
+    "ComfyUI": "model.diffusion_model.blocks.0.attn.proj",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_every_trainer_find_their_layer(name, model, weights, tmp_path):
+    up, down = torch.randn(144, 2), torch.randn(2, 144)
+    ends = ("_lora.up.weight", "_lora.down.weight") if "early" in name else (".lora_up.weight", ".lora_down.weight")
+    merge(save({NAMES[name] + ends[0]: up, NAMES[name] + ends[1]: down}, tmp_path), model)
+    assert_equal(model, {**weights, "blocks.0.attn.proj.weight": weights["blocks.0.attn.proj.weight"] + up @ down})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_adapters_stored_in_few_bits(dtype, model, weights, tmp_path):
+    sample = adapter_factory.make("kohya-split", weights)
+    stored = {key: tensor if key.endswith("alpha") else tensor.to(dtype) for key, tensor in sample.tensors.items()}
+    merge(save(stored, tmp_path), model)
+    widened = save({key: tensor.float() for key, tensor in stored.items()}, tmp_path, "wide.safetensors")
+    merge(widened, model, -1.0)
+    assert_equal(model, weights)
+
+
+def test_alpha_may_be_a_plain_number(model, weights, tmp_path):
+    sample = adapter_factory.make("kohya-fused", weights)
+    torch.save({key: float(t) if key.endswith("alpha") else t for key, t in sample.tensors.items()}, tmp_path / "style.pt")
+    merge(tmp_path / "style.pt", model)
+    assert_equal(model, sample.merged(weights, 1.0))
 
 
 FOREIGN = {
@@ -147,7 +260,7 @@ def test_a_lora_of_t5_alone_asks_for_a_text_encoder(model, tmp_path):
 
 
 BROKEN = {
-    "up missing": ({"blocks.0.attn.proj.lora_down.weight": torch.randn(2, 144)}, "only lora_down is there"),
+    "up missing": ({"blocks.0.attn.proj.lora_down.weight": torch.randn(2, 144)}, "lora_up is missing"),
     "down missing": ({"blocks.0.attn.proj.lora_up.weight": torch.randn(144, 2)}, "lora_down is missing"),
     "ranks differ": (
         {"blocks.0.attn.proj.lora_down.weight": torch.randn(3, 144), "blocks.0.attn.proj.lora_up.weight": torch.randn(144, 2)},
@@ -176,6 +289,24 @@ BROKEN = {
         {f"blocks.0.attn.proj.lora_{side}.{name}.weight": torch.randn(144, 144) for side in "AB" for name in ("default", "other")},
         "lora_A.default.weight and .*lora_A.other.weight are the same matrix",
     ),
+    "two methods": (
+        {
+            "blocks.0.attn.proj.lora_down.weight": torch.randn(2, 144), "blocks.0.attn.proj.lora_up.weight": torch.randn(144, 2),
+            "blocks.0.attn.proj.hada_w1_a": torch.randn(144, 2),
+        },
+        "matrices of (LoRA and LoHa|LoHa and LoRA) together",
+    ),
+    "no blocks": ({"blocks.0.attn.proj.rescale": torch.ones(144, 1)}, "oft_blocks' is missing"),
+    "blocks of another size": ({"blocks.0.attn.proj.oft_blocks": torch.randn(2, 7, 7)}, "another model.*oft_blocks"),
+    "new size": (
+        {
+            "blocks.0.attn.proj.lora_down.weight": torch.randn(2, 144), "blocks.0.attn.proj.lora_up.weight": torch.randn(144, 2),
+            "blocks.0.attn.proj.reshape_weight": torch.tensor([144, 288]),
+        },
+        "makes the weight 144 x 288 large, it has 144 x 144",
+    ),
+    "bias": ({"blocks.0.attn.proj.diff_b": torch.randn(5)}, "5 numbers for a bias of 144"),
+    "whole": ({"blocks.0.attn.proj.set_weight": torch.randn(288, 144)}, "has 288 x 144 numbers, the weight has 144 x 144"),
     "alone": ({"blocks.0.attn.proj.alpha": torch.tensor(1.0)}, "only alpha is there"),
     "twice": ({f"{p}blocks.0.attn.proj.diff": torch.randn(144, 144) for p in ("", "transformer.")}, "change the same weight"),
     "magnitude": (
@@ -188,22 +319,37 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_damaged_files_are_refused_whole(case, model, weights, tmp_path):
     tensors, message = BROKEN[case]
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
         merge(save({**adapter_factory.make("difference", weights).tensors, **tensors}, tmp_path), model)
     assert_equal(model, weights)
 
 
-def test_an_algorithm_that_is_not_known_is_no_damage(model, weights, tmp_path):
-    """LyCORIS' OFT: blocks and an alpha."""
-    tensors = {}
-    for module in ("lycoris_blocks_0_attn_qkv", "lycoris_blocks_1_mlp_fc1"):
-        tensors |= {f"{module}.oft_blocks": torch.randn(4, 36, 36), f"{module}.alpha": torch.tensor(0.0)}
-    with pytest.raises(CheckpointError, match="of no supported kind.*lycoris_blocks_0_attn_qkv.*expected LoRA, LoHa, LoKr or DoRA"):
-        merge(save(tensors, tmp_path), model)
-    good = adapter_factory.make("native", weights)
-    fit = merge(save({**good.tensors, **tensors}, tmp_path), model)
-    assert_equal(model, good.merged(weights, 1.0))
-    assert "4 of no supported kind" in fit.describe()
+@pytest.mark.parametrize("norm", [0.5, 3.0])
+def test_a_bound_of_oft_that_means_two_things_is_refused_where_it_counts(norm, model, weights, tmp_path):
+    """ComfyUI's names, but blocks as only kohya makes them: alpha 1 is the largest norm, or 144 times as much."""
+    blocks = torch.randn(2, 72, 72)
+    blocks *= norm / (blocks - blocks.mT).norm()
+    tensors = {"diffusion_model.blocks.0.attn.proj.oft_blocks": blocks, "diffusion_model.blocks.0.attn.proj.alpha": torch.tensor(1.0)}
+    tensors["diffusion_model.blocks.0.attn.proj.diff_b"] = torch.randn(144)
+    path = save(tensors, tmp_path)
+    if norm > 1:
+        with pytest.raises(UnsupportedError, match="alpha of 1 bounds either a norm, here 3"):
+            merge(path, model)
+        assert_equal(model, weights)
+    else:
+        assert merge(path, model).describe().endswith("3 of 3 keys applied (1 layers, OFT)")
+
+
+def test_methods_that_are_not_known_are_named(tmp_path):
+    for end, name in (("a1.weight", "GLoRA"), ("vera_lambda_d", "VeRA"), ("hra_u", "HRA"), ("lambda_layer", "T-LoRA")):
+        with pytest.raises(CheckpointError, match=f"{name}, which is not supported.*expected LoRA, LoHa, LoKr, DoRA, OFT"):
+            load_adapter(save({f"lycoris_blocks_0_attn_qkv.{end}": torch.randn(2, 2)}, tmp_path))
+
+
+def test_integers_without_a_scale_are_refused(tmp_path):
+    stored = {key: tensor.char() for key, tensor in matrices("blocks.0.attn.proj").items()}
+    with pytest.raises(UnsupportedError, match="stored as integers .lora_down torch.int8, lora_up torch.int8"):
+        load_adapter(save(stored, tmp_path))
 
 
 def test_whole_checkpoints_are_no_lora(file, tmp_path):

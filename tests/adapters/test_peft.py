@@ -11,6 +11,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("diffusers")
 
 from pixart.adapters import fit_adapter, load_adapter, merge_layers, parameter_shapes
+from pixart.adapters.rotation import Rotation, rotated
 from pixart.adapters.settings import settings_from_config
 from pixart.checkpoints import load_transformer
 from pixart.errors import CheckpointError, UnsupportedError
@@ -18,6 +19,9 @@ from tests.support import checkpoint_factory as factory
 
 CONFIG = factory.diffusers_config(hidden=72, depth=2)
 TARGETS = ["attn1.to_q", "attn1.to_v", "attn2.to_k", "attn2.to_out.0", "ff.net.0.proj", "adaln_single.linear", "proj_out"]
+OFFICIAL = [
+    "to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "proj", "linear", "linear_1", "linear_2"
+]  # fmt: skip
 SOME = {"transformer_blocks.1.attn1.to_v": 3, "attn2.to_k": 5}
 CASES = {
     "lora": lambda: peft.LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS),
@@ -30,6 +34,25 @@ CASES = {
     "loha": lambda: peft.LoHaConfig(r=4, alpha=6, target_modules=TARGETS),
     "lokr": lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=TARGETS),
     "lokr-whole": lambda: peft.LoKrConfig(r=64, alpha=32, target_modules=TARGETS),
+    "loha-tucker": lambda: peft.LoHaConfig(r=3, alpha=6, use_effective_conv2d=True, target_modules=[*TARGETS, "pos_embed.proj"]),
+    "lokr-tucker": lambda: peft.LoKrConfig(
+        r=2, alpha=3, use_effective_conv2d=True, decompose_both=True, target_modules=[*TARGETS, "pos_embed.proj"]
+    ),
+    "modules-to-save": lambda: peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["attn1.to_q", "attn1.to_v"], modules_to_save=["proj_out", "caption_projection", "attn2.to_k"]
+    ),
+    "biases-of-layers": lambda: peft.LoraConfig(r=4, lora_alpha=2, bias="lora_only", target_modules=TARGETS),
+    "biases": lambda: peft.LoraConfig(r=4, lora_alpha=2, bias="all", use_dora=True, target_modules=TARGETS),
+    # The targets and options of PixArt's own training script
+    "dora-official": lambda: peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", use_dora=True, target_modules=OFFICIAL),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=TARGETS),
+    "oft-inverse": lambda: peft.OFTConfig(oft_block_size=8, use_cayley_neumann=False, bias="oft_only", target_modules=TARGETS),
+    "oft-shared": lambda: peft.OFTConfig(oft_block_size=4, block_share=True, num_cayley_neumann_terms=3, target_modules=TARGETS),
+    "oft-bounded": lambda: peft.OFTConfig(oft_block_size=4, coft=True, eps=0.5, target_modules=TARGETS),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=[*TARGETS, "pos_embed.proj"]),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["attn1.to_k", "attn2.to_v", "ff.net.2", "proj_out", "pos_embed.proj"], feedforward_modules=["ff.net.2"]
+    ),
 }
 
 
@@ -38,8 +61,8 @@ def randomized(config):
     model = peft.get_peft_model(factory.reference_model(CONFIG), config)
     order = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if any(part in name for part in ("lora_", "hada_", "lokr_")):
-            size = 1.0 if "magnitude" in name else 0.0
+        if parameter.requires_grad:
+            size = 1.0 if any(part in name for part in ("magnitude", "boft_s", "ia3_l")) else 0.0
             parameter.data = size + 0.2 * torch.randn(parameter.shape, generator=order)
     return model
 
@@ -61,8 +84,7 @@ def test_a_folder_of_peft_merges_as_peft_merges_it(case, tmp_path):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     fit = fit_adapter(load_adapter(tmp_path / "adapter"), parameter_shapes(model))
     merge_layers(model, fit.layers, 1.0)
-    left = {key for key in fit.left if not key.endswith("base_layer.bias")}  # PEFT stores the base model's biases too
-    assert not left and len(fit.layers) >= 4
+    assert not fit.left and len(fit.layers) >= 4
     changed = 0
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
@@ -92,7 +114,11 @@ def test_the_file_inside_the_folder_and_diffusers_header_say_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"peft_type": "IA3"}, "type IA3"),
+        ({"peft_type": "VERA"}, "type VERA"),
+        ({"peft_type": "OFT", "oft_block_size": 4, "peft_version": "0.17.1"}, "PEFT before 0.18"),
+        ({"peft_type": "OFT", "r": 8, "use_cayley_neumann": False}, "PEFT before 0.18"),
+        ({"target_parameters": ["scale_shift_table"]}, "target_parameters is .'scale_shift_table'."),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's own weights"),
         ({"alpha_pattern": {"(a+)+$": 1}}, "pattern"),
     ],
@@ -138,3 +164,19 @@ def test_folders_without_weights_or_config_are_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="found adapter_config.json; expected a PEFT folder"):
         load_adapter(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("stages", [1, 3])
+def test_butterflies_of_several_stages(stages):
+    """PEFT trains them on a card only; its own permutations tell here which columns each stage mixes."""
+    size, number, columns = 4, 8, 32
+    order = torch.Generator().manual_seed(0)
+    parameters, weight = 0.3 * torch.randn(stages, number, size, size, generator=order), torch.randn(5, columns, generator=order)
+    layer = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(columns, 5)), peft.BOFTConfig(boft_block_size=size, target_modules=["0"]))
+    theirs = layer.base_model.model[0]
+    turn = torch.eye(columns)
+    for stage, blocks in enumerate(parameters):
+        gather = theirs.perm2mat(theirs.block_butterfly_perm(columns, number // 2**stage, size // 2, stages - 1))
+        turn = gather @ torch.block_diag(*theirs.cayley_batch(blocks)) @ gather.T @ turn
+    torch.testing.assert_close(rotated(weight, {"boft_R": parameters}, Rotation()), weight @ turn.T, rtol=1e-4, atol=1e-5)

@@ -55,15 +55,31 @@ def test_pictures_and_weights_are_those_of_a_merge_by_hand(parts, pipe, tmp_path
     assert float((draw(pipe) - plain).norm() / plain.norm()) < 1e-4
 
 
-def test_without_text_encoder_its_part_is_reported(parts, tmp_path, caplog):
+def test_without_text_encoder_its_part_is_left_out_only_on_request(parts, tmp_path, caplog):
     pipe = Pipeline.from_files(transformer=parts.folder)
-    sample = adapter_factory.make("peft", original_keys(parts.transformer.state_dict(), 2))
+    weights = original_keys(parts.transformer.state_dict(), 2)
+    sample = adapter_factory.make("peft", weights)
     flat = "lora_te_" + T5_LAYER.replace(".", "_")
     text = {f"{flat}.lora_up.weight": torch.randn(32, 2), f"{flat}.lora_down.weight": torch.randn(2, 32)}
     save_file({**sample.tensors, **text}, tmp_path / "style.safetensors")
-    line = pipe.load_lora(str(tmp_path / "style.safetensors"))
+    with pytest.raises(CheckpointError, match="2 of 26 keys can't be applied, so none was; give a text encoder .* text_strength"):
+        pipe.load_lora(str(tmp_path / "style.safetensors"))
+    assert all(torch.equal(pipe.transformer.get_parameter(change.key), weights[change.key]) for change in sample.changes)
+    line = pipe.load_lora(str(tmp_path / "style.safetensors"), text_strength=0)
     assert "24 of 26 keys applied (12 layers, LoRA, rank 4); not applied: 2 for T5, and no text encoder is given" in line
     assert line in caplog.text
+
+
+def test_t5_has_a_strength_of_its_own(parts, pipe, tmp_path):
+    up, down = torch.randn(32, 2), torch.randn(2, 32)
+    sample = adapter_factory.make("peft", original_keys(parts.transformer.state_dict(), 2))
+    text = {f"text_encoder.{T5_LAYER}.lora_B.weight": up, f"text_encoder.{T5_LAYER}.lora_A.weight": down}
+    save_file({**sample.tensors, **text}, tmp_path / "style.safetensors")
+    before = pipe.text_encoder.model.get_parameter(f"{T5_LAYER}.weight").detach().clone()
+    pipe.load_lora(tmp_path / "style.safetensors", 0.7, text_strength=0)
+    assert torch.equal(pipe.text_encoder.model.get_parameter(f"{T5_LAYER}.weight"), before)
+    pipe.load_lora(tmp_path / "style.safetensors", 0, text_strength=2)
+    torch.testing.assert_close(pipe.text_encoder.model.get_parameter(f"{T5_LAYER}.weight").data, before + 2 * up @ down)
 
 
 def test_errors_change_nothing(pipe, tmp_path):

@@ -130,11 +130,11 @@ def test_a_summary_is_shown_and_logged(sigma, models: Path, caplog: pytest.LogCa
         shown = Loader.execute(sigma, name, 1.0).ui.as_dict()["text"][0]
     assert shown == f"style.safetensors: {count} of {count} keys applied (12 layers, LoRA, rank 4)"
     assert any(shown in record.getMessage() and record.levelno == logging.INFO for record in caplog.records)
-    adapter.tensors["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
+    adapter.tensors["transformer.pos_embed.pos_embed"] = torch.ones(1, 4, 144)
     save(adapter, models)
     with caplog.at_level(logging.INFO):
         shown = Loader.execute(sigma, name, 1.0).ui.as_dict()["text"][0]
-    assert shown.endswith("not applied: 1 for another text encoder than T5: lora_te1_text_model_encoder_layers_*_mlp_fc1.alpha")
+    assert shown.endswith("not applied: 1 positions, which are computed: transformer.pos_embed.pos_embed")
     assert any(shown in record.getMessage() and record.levelno == logging.WARNING for record in caplog.records)
 
 
@@ -170,8 +170,11 @@ class TestTextEncoder:
         change = adapter[f"{name}.lora_up.weight"] @ adapter[f"{name}.lora_down.weight"] / 2
         torch.testing.assert_close(found[key].float(), before[key].float() - 0.5 * change, rtol=1e-3, atol=1e-3)
 
-    def test_is_reported_where_it_is_not(self, sigma, adapter: dict) -> None:
-        output = Loader.execute(sigma, "text.safetensors", 1.0)
+    def test_is_left_out_only_on_request(self, sigma, adapter: dict) -> None:
+        with pytest.raises(errors.CheckpointError, match="6 of .* keys can't be applied, so none was; .*connect a CLIP.*strength_clip. 0"):
+            Loader.execute(sigma, "text.safetensors", 1.0)
+        assert not sigma.patches
+        output = Loader.execute(sigma, "text.safetensors", 1.0, None, 0.0)
         assert output.result[1] is None
         shown = output.ui.as_dict()["text"][0]
         assert "6 for T5, and no text encoder is given: lora_te_encoder_block_*_layer_" in shown and "SelfAttention_v.lora_up" in shown

@@ -126,6 +126,88 @@ def difference(shape, order):
     return {".diff": change}, change
 
 
+def tucker_loha(shape, order):
+    """Two products of three, where the weight is a convolution's."""
+    if len(shape) == 2:
+        return loha(shape, order)
+    tensors, factors = {".alpha": torch.tensor(3.0)}, []
+    for i in (1, 2):
+        core, a, b = (random(*size, order=order) for size in ((RANK, RANK, *shape[2:]), (RANK, shape[0]), (RANK, shape[1])))
+        tensors |= {f".hada_t{i}": core, f".hada_w{i}_a": a, f".hada_w{i}_b": b}
+        factors.append(torch.einsum("mnxy,mo,ni->oixy", core, a, b))
+    return tensors, 3.0 / RANK * factors[0] * factors[1]
+
+
+def tucker_lokr(shape, order):
+    """Both factors decomposed, the second with a core where the weight is a convolution's."""
+    rank, kernel = 2, shape[2:]
+    w1a, w1b = random(4, rank, order=order), random(rank, 2, order=order)
+    rows, columns = shape[0] // 4, shape[1] // 2
+    tensors = {".lokr_w1_a": w1a, ".lokr_w1_b": w1b, ".alpha": torch.tensor(3.0)}
+    if kernel:
+        core, a, b = random(rank, rank, *kernel, order=order), random(rank, rows, order=order), random(rank, columns, order=order)
+        second = torch.einsum("mnxy,mo,ni->oixy", core, a, b)
+        tensors |= {".lokr_t2": core, ".lokr_w2_a": a, ".lokr_w2_b": b}
+        change = torch.stack([torch.stack([kron(w1a @ w1b, second[..., x, y]) for y in range(kernel[1])], -1) for x in range(kernel[0])], -2)
+    else:
+        a, b = random(rows, rank, order=order), random(rank, columns, order=order)
+        tensors |= {".lokr_w2_a": a, ".lokr_w2_b": b}
+        change = kron(w1a @ w1b, a @ b)
+    return tensors, 3.0 / rank * change
+
+
+def cayley(blocks: Tensor, largest: float) -> Tensor:
+    """Dense rotation of all blocks; their antisymmetric parts together have at most this norm."""
+    skew = [block - block.T for block in blocks]
+    norm = torch.cat([q.flatten() for q in skew]).norm()
+    skew = [q * min(1.0, largest / float(norm)) for q in skew]
+    return torch.block_diag(*[torch.linalg.solve(torch.eye(len(q)) - q, torch.eye(len(q)) + q, left=False) for q in skew])
+
+
+def oft(shape, order, alpha: float, per_row: bool):
+    """Blocks of four rows turned; alpha bounds the norm, or the norm for each row."""
+    blocks = random(shape[0] // 4, 4, 4, order=order)
+    turn = cayley(blocks, alpha * shape[0] if per_row else alpha)
+    return {".oft_blocks": blocks, ".alpha": torch.tensor(alpha)}, lambda weight: _on_rows(turn.T, weight) - weight
+
+
+def lycoris_oft(shape, order):
+    """With a bound that counts, and a factor for each row."""
+    tensors, change = oft(shape, order, 0.01, per_row=True)
+    factors = 1 + random(shape[0], *[1] * (len(shape) - 1), order=order)
+    return {**tensors, ".rescale": factors}, lambda weight: factors * (change(weight) + weight) - weight
+
+
+def boft(shape, order):
+    """Two stages: neighbours, then rows that lie four apart."""
+    size, rows = 4, shape[0]
+    stages, turn = random(2, rows // size, size, size, order=order), torch.eye(rows)
+    for i, blocks in enumerate(stages):
+        half = 2**i * size // 2
+        places = sorted(range(rows), key=lambda row: (row // (2 * half), row % half, row // half % 2))
+        gather = torch.eye(rows)[places]
+        bound = 0.01 * rows * float((blocks - blocks.mT).norm() / (stages - stages.mT).norm())  # the bound is of all stages together
+        turn = gather.T @ cayley(blocks, bound) @ gather @ turn
+    return {".oft_blocks": stages, ".alpha": torch.tensor(0.01)}, lambda weight: _on_rows(turn, weight) - weight
+
+
+def ia3(shape, order):
+    """What comes out of a linear layer, and what goes into a convolution, is scaled."""
+    on_input = len(shape) > 2
+    factors = random(1, shape[1], 1, 1, order=order) if on_input else random(shape[0], order=order)
+    return {".weight": factors, ".on_input": torch.tensor(int(on_input))}, lambda weight: weight * (factors if on_input else factors[:, None])
+
+
+def replaced(shape, order):
+    """The host's set_weight: the weight itself."""
+    weight = random(*shape, order=order)
+    return {".set_weight": weight}, lambda old: weight - old
+
+
+def _on_rows(turn: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("or,r...->o...", turn, weight)
+
+
 FORMATS: dict[str, tuple[str, dict, Callable]] = {  # name -> prefix, layers, algorithm
     "diffusers": ("transformer.", SPLIT, peft),
     "peft": ("base_model.model.", SPLIT, peft),
@@ -140,6 +222,14 @@ FORMATS: dict[str, tuple[str, dict, Callable]] = {  # name -> prefix, layers, al
     "lokr": ("lycoris_", SPLIT, lokr),
     "lokr-whole": ("lycoris_", FUSED, whole_lokr),
     "difference": ("diffusion_model.", FUSED, difference),
+    "loha-tucker": ("lycoris_", FUSED, tucker_loha),
+    "lokr-tucker": ("lycoris_", FUSED, tucker_lokr),
+    "oft-lycoris": ("lycoris_", FUSED, lycoris_oft),
+    "oft-split": ("lora_transformer_", SPLIT, partial(oft, alpha=0.01, per_row=True)),
+    "oft-comfyui": ("diffusion_model.", FUSED, partial(oft, alpha=1.0, per_row=False)),
+    "boft": ("lycoris_", FUSED, boft),
+    "ia3": ("lycoris_", FUSED, ia3),
+    "replaced": ("diffusion_model.", FUSED, replaced),
     "dora-peft": ("base_model.model.", SPLIT, peft),
     "dora-rows": ("lora_transformer_", SPLIT, kohya),
     "dora-columns": ("lycoris_", FUSED, loha),
@@ -154,13 +244,13 @@ def make(name: str, weights: Weights, seed: int = 0) -> Sample:
     for layer, (key, part, parts) in layers.items():
         rows = weights[key].shape[0] // parts
         tensors, change = algorithm((rows, *weights[key].shape[1:]), order)
-        function = partial(_same, change=change)
+        function = change if callable(change) else partial(_same, change=change)
         if name in MAGNITUDES:
             columns = name == "dora-columns"
             size = weights[key].shape[1] if columns else rows
             magnitude = torch.rand(size, generator=order) + 0.5
             others = [1] * (weights[key].ndim - 2)
-            shape = (size,) if name == "dora-peft" else (1, size, *others) if columns else (size, 1, *others)
+            shape = ((1, size, *others) if others else (size,)) if name == "dora-peft" else (1, size, *others) if columns else (size, 1, *others)
             tensors[MAGNITUDES[name]] = magnitude.reshape(shape)
             function = partial(_dora, change=change, magnitude=magnitude, columns=columns)
         flat = layer.replace(".", "_") if prefix.endswith("_") else layer
