@@ -35,6 +35,7 @@ class TransformerConfig:
     null_caption: bool = True  # whether `y_embedder.y_embedding` is in the weights
     compressed_blocks: tuple[tuple[int, int], ...] = field(default=())  # (block, ratio) of trained KV compression
     compression_mode: str = "conv"  # of all these blocks; only "conv" has weights of its own
+    qk_norm: bool = False  # LayerNorm over queries and keys of self-attention, an option of the reference's training code
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -68,11 +69,12 @@ class Variant:
     family: str  # "alpha" | "sigma"
     base_size: int  # pixels; the bins of this size were trained
     max_tokens: int
-    latent_scale: float  # model latent = VAE latent x this
-    vae: str  # "sd1" | "sdxl" | "demo"
+    latent_scale: float  # model latent = (VAE latent - latent_shift) x this
+    vae: str  # "sd1" | "sdxl" | "sd3" | "flux" | "demo"
     transformer: TransformerConfig
     files: tuple[str, ...] = ()
     note: str = ""
+    latent_shift: float = 0.0
 
 
 def from_fields(kind: type, values: dict, source: str):

@@ -114,7 +114,8 @@ class CaptionEmbedder(nn.Module):
         super().__init__()
         self.y_proj = CaptionProjection(caption_channels, hidden_size, operations, **factory)
         null = torch.zeros(max_tokens, caption_channels, **factory) if null_caption else None
-        self.register_buffer("y_embedding", null)  # None keeps the key out of state dicts that lack it
+        # Not trained, as in the reference; a parameter, so that hosts merge it. None keeps the key out of state dicts that lack it
+        self.register_parameter("y_embedding", None if null is None else nn.Parameter(null, requires_grad=False))
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, M, caption_channels) -> (B, M, D)."""

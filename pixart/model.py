@@ -54,7 +54,7 @@ class PixArtTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             PixArtBlock(
                 size, config.num_heads, config.mlp_hidden, attention, operations,
-                ratio=ratios.get(i, 1), mode=config.compression_mode, **factory,
+                ratio=ratios.get(i, 1), mode=config.compression_mode, qk_norm=config.qk_norm, **factory,
             )  # fmt: skip
             for i in range(config.depth)
         )

@@ -95,7 +95,7 @@ class Pipeline:
         encoder = load_text_encoder(text_encoder, tokenizer, dtype, device, text_precision) if text_encoder else None
         # The SDXL VAE overflows in fp16.
         vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        decoder = load_vae(vae, found.latent_scale, vae_dtype, device) if vae else None
+        decoder = load_vae(vae, found.latent_scale, vae_dtype, device, found.latent_shift) if vae else None
         base = found.base_size or get_variant(found.variant).base_size
         return cls(model, encoder, decoder, base_size=base, max_tokens=found.max_tokens)
 

@@ -18,6 +18,7 @@ from . import quantized
 from .dtypes import DTYPES
 from .noise_levels import watch_noise_levels
 from .supported import model_config
+from .tables import follow_patches
 
 log = logging.getLogger(__name__)
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {**DTYPES, "fp8_e5m2": torch.float8_e5m2}
@@ -44,6 +45,7 @@ def load_model(path: str, variant: str, weight_dtype: str, disable_dynamic: bool
     assign = {"assign": True} if hasattr(patcher, "is_dynamic") and patcher.is_dynamic() else {}
     model.load_model_weights(state_dict, "", **assign)
     watch_noise_levels(patcher)
+    follow_patches(patcher)
     patcher.cached_patcher_init = (load_model, (path, variant, weight_dtype))
     return patcher
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import comfy.conds
+import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as management
 import comfy.supported_models
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from ...pixart.bins import MAX_SIDE, Bin, base_sizes, nearest_bin
 from ...pixart.checkpoints.detect import Detection
+from ...pixart.checkpoints.notes import NOTE_TENSOR, saving_note
 from ...pixart.config import TransformerConfig, get_variant, variant_names
 from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.model import PIXELS_PER_LATENT
 from .conds import CaptionStates, PicturePositions, caption_mask
 from .dtypes import computing_dtype
+from .silent_nodes import silent_warnings
 from .transformer import HostTransformer
 from .vae_hint import refiner_warning, vae_warning
 
@@ -62,6 +65,8 @@ class PixArtModel(comfy.model_base.PixArt):
         self._check_size(width, height)
         self._warn_once(vae_warning(self.detection.vae))
         self._warn_once(refiner_warning(self.detection.family))
+        for text in silent_warnings():
+            self._warn_once(text)
         wanted = (kwargs.get("height") or height, kwargs.get("width") or width)
         if self.diffusion_model.config.micro_condition:
             # int, which the host doesn't cast: bf16 rounds 1400 to 1408
@@ -151,10 +156,18 @@ def _is_far(width: int, height: int, fit: Bin) -> bool:
     return not 1 / FAR_AREA <= area <= FAR_AREA or not 1 / FAR_RATIO <= ratio <= FAR_RATIO
 
 
+WIDE_FORMATS = {"sd3": comfy.latent_formats.SD3, "flux": comfy.latent_formats.Flux}  # of 16 channels
+
+
 class _Supported:
     """Builds PixArtModel; mixed into the host's configuration of each family."""
 
     detection: Detection
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Called by ModelSave and CheckpointSave: what the weights alone don't tell is kept in a note among them."""
+        note = saving_note(state_dict, self.detection)
+        return super().process_unet_state_dict_for_saving({**state_dict, **({NOTE_TENSOR: note} if note is not None else {})})
 
     def get_model(self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None) -> PixArtModel:
         """Called by the loader; the weights come later."""
@@ -177,6 +190,8 @@ def model_config(detection: Detection) -> SupportedSigma | SupportedAlpha:
     supported = SupportedAlpha if detection.family == "alpha" else SupportedSigma
     config = supported({**supported.unet_config, **detection.config.to_dict()})
     config.detection = detection
+    if detection.vae in WIDE_FORMATS:
+        config.latent_format = WIDE_FORMATS[detection.vae]()
     if config.latent_format.scale_factor != detection.latent_scale:
         raise InputError(
             f"{detection.variant}: latent scale {detection.latent_scale} differs from the host's "

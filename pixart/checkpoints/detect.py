@@ -14,10 +14,13 @@ from .keys import NULL_CAPTION_KEY, POSITION_KEY
 from .sizes import StoredPositions, main_dtype, read_sizes, read_stored_positions
 
 AUTO = "auto"
+CHANNELS = (4, 16)  # of latents whose VAE is known
 TOKENS_OF_FAMILY = {variant.family: variant.max_tokens for variant in map(get_variant, variant_names())}
 VAE_TITLES = {
     "sd1": "SD1 (scale 0.18215, e.g. sd-vae-ft-ema)",
     "sdxl": "SDXL (scale 0.13025)",
+    "sd3": "SD3 (16 channels, scale 1.5305, shift 0.0609)",
+    "flux": "Flux (16 channels, scale 0.3611, shift 0.1159: ae.safetensors)",
     "demo": "the demo's own (demo/weights/vae/pixart-demo-vae.safetensors)",
 }
 
@@ -32,7 +35,7 @@ class Detection:
     base_size: int | None  # pixels; None where neither weights nor their surroundings tell
     max_tokens: int
     latent_scale: float
-    vae: str  # "sd1" | "sdxl" | "demo"
+    vae: str  # "sd1" | "sdxl" | "sd3" | "flux" | "demo"
     dtype: str  # of most weights, e.g. "float16"
     parameters: int
     source: str
@@ -42,6 +45,7 @@ class Detection:
     ema: bool
     family_known: bool  # False: neither weights nor their surroundings tell, Σ was assumed
     reasons: tuple[str, ...]
+    latent_shift: float = 0.0
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
@@ -106,14 +110,22 @@ def examine(
     reasons = list(origin.notes)
     sizes = read_sizes(shapes, origin.source, reasons)
     rows = shapes[NULL_CAPTION_KEY][0] if len(shapes.get(NULL_CAPTION_KEY, ())) == 2 else None
+    if sizes["in_channels"] not in CHANNELS:
+        raise CheckpointError(
+            f"{origin.source}: reads latents of {sizes['in_channels']} channels; expected {' or '.join(map(str, CHANNELS))}: those of the "
+            "VAEs of SD1 and SDXL, or of SD3 and Flux. PixArt on another VAE isn't supported."
+        )
     table = read_stored_positions(state_dict.get(POSITION_KEY), sizes["hidden_size"])
     problems = hints.contradictions(sizes)
     sizes["compressed_blocks"], mode = _compression(sizes, hints, reasons, problems)
+    if variant == AUTO and hints.variant in variant_names():
+        variant = hints.variant
+        reasons.append(f"{hints.where} says that it was saved as {variant}.")
     if variant == AUTO:
         chosen, base, known = _choose(sizes, rows, table, hints, reasons)
     else:
         chosen, base, known = get_variant(variant), get_variant(variant).base_size, True
-        reasons.append(f"variant {variant} was asked for: family, size, VAE and positions are taken from it.")
+        reasons.append(f"variant {variant}: family, size, VAE and positions are taken from it.")
         problems += _contradictions(chosen, sizes, rows, reasons)
     heads = _heads(sizes["hidden_size"], chosen, hints, reasons)
     if heads is None:
@@ -134,7 +146,7 @@ def examine(
         latent_scale=chosen.latent_scale, vae=chosen.vae, dtype=main_dtype(t for key, t in state_dict.items() if key != POSITION_KEY),
         parameters=sum(math.prod(s) for key, s in shapes.items() if key != POSITION_KEY),
         source=origin.source, container=origin.container, format=origin.format, prefix=origin.prefix,
-        ema=origin.ema, family_known=known, reasons=tuple(reasons),
+        ema=origin.ema, family_known=known, reasons=tuple(reasons), latent_shift=chosen.latent_shift,
     )  # fmt: skip
     return detection, problems
 
@@ -163,6 +175,8 @@ def _choose(
     if all(sizes[name] == getattr(demo.transformer, name) for name in sizes if name != "compressed_blocks"):
         reasons.append("the sizes are exactly those of this project's demo model.")
         return demo, demo.base_size, True
+    if sizes["in_channels"] == 16:
+        return *_choose_wide(table, hints, reasons), True
     family, known = _choose_family(sizes, rows, hints, reasons)
     if sizes["micro_condition"]:
         return get_variant("alpha-1024"), 1024, True
@@ -173,12 +187,22 @@ def _choose(
     if sizes["depth"] == large.transformer.depth:
         reasons.append(f"depth {sizes['depth']}: the community's Σ 900M.")
         return large, base or large.base_size, known
-    by_base = {v.base_size: v for v in map(get_variant, variant_names()) if v.family == "sigma" and v.name not in ("demo", large.name)}
+    by_base = {v.base_size: v for v in map(get_variant, variant_names()) if v.family == "sigma" and v.vae == "sdxl" and v.name != large.name}
     if base is None:
         reasons.append(
             "the base size is not in the weights and every Σ has the same layers: 1024 px is assumed (variant= says otherwise)."
         )
     return by_base.get(base or 1024, by_base[1024]), base, known
+
+
+def _choose_wide(table: StoredPositions | None, hints: Hints, reasons: list[str]) -> tuple[Variant, int | None]:
+    """PixArts of the community on a VAE of 16 channels: which of the two is told by the pipeline's VAE alone."""
+    base = _choose_base(table, hints, reasons)
+    if hints.vae in ("sd3", "flux"):
+        reasons.append(f"latents of 16 channels; {hints.where} tells the VAE: {hints.vae}.")
+        return get_variant(f"sigma-{hints.vae}"), base
+    reasons.append("latents of 16 channels, as of SD3's and Flux's VAE, which weights can't tell apart: SD3's is assumed; choose variant sigma-flux for Flux's.")
+    return get_variant("sigma-sd3"), base
 
 
 def _choose_family(sizes: dict, rows: int | None, hints: Hints, reasons: list[str]) -> tuple[str, bool]:
@@ -252,6 +276,8 @@ def _contradictions(chosen: Variant, sizes: dict, rows: int | None, reasons: lis
             f"hidden size {sizes['hidden_size']} and captions {sizes['caption_channels']} wide; "
             f"the demo has {want.hidden_size} and {want.caption_channels}"
         )
+    if sizes["in_channels"] != want.in_channels:
+        problems.append(f"the file reads latents of {sizes['in_channels']} channels; {chosen.name} has {want.in_channels}")
     for name in ("hidden_size", "depth", "caption_channels", "out_channels"):
         if sizes[name] != getattr(want, name):
             reasons.append(f"{name} is {sizes[name]}, not the {getattr(want, name)} of {chosen.name}: the weights' is used.")

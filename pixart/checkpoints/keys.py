@@ -33,6 +33,8 @@ BLOCK_MODULES: dict[str, tuple[str, ...]] = {
     "attn.proj": ("attn1.to_out.0",),
     "attn.sr": ("attn1.sr",),  # KV compression; diffusers has no such layers, these names are ours
     "attn.norm": ("attn1.norm",),
+    "attn.q_norm": ("attn1.norm_q",),  # of a model trained with qk_norm; the names of diffusers' attention, whose PixArt has none
+    "attn.k_norm": ("attn1.norm_k",),
     "cross_attn.q_linear": ("attn2.to_q",),
     "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
     "cross_attn.proj": ("attn2.to_out.0",),

@@ -17,6 +17,7 @@ from .detect import AUTO, Detection, Origin, examine
 from .foreign import name_foreign, name_quantized
 from .hints import Hints
 from .keys import POSITION_KEY, find_prefixes, gather_native, is_known_prefix, key_layout, native_target, without_wrappers
+from .notes import take_note
 from .read import RawCheckpoint, read_checkpoint
 
 QUANTIZATION_SUFFIXES = (
@@ -67,6 +68,7 @@ def prepare(
     if variant != AUTO:
         get_variant(variant)
     tensors, prefix, dropped = _strip(state_dict, source)
+    hints = take_note(tensors, hints)
     layout = key_layout(tensors)
     problems: list[str] = []
     extras = _take_extras(tensors, layout, passthrough_suffixes, problems)
