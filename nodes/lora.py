@@ -28,7 +28,7 @@ class PixArtLoraLoader(io.ComfyNode):
             display_name="PixArt LoRA Loader",
             category="PixArt",
             description="Applies a LoRA, LoHa, LoKr or DoRA trained on PixArt: files of diffusers, PEFT, kohya, OneTrainer, "
-            "SimpleTuner and LyCORIS, and PEFT folders. Says how many of its keys were applied, and which were not.",
+            "SimpleTuner and LyCORIS, and PEFT folders. Applies all of it, or says what can't be.",
             search_aliases=["lora", "load lora", "lycoris", "dora", "peft", "onetrainer"],
             inputs=[
                 io.Model.Input("model", tooltip="From PixArtModelLoader, or another PixArt loader."),

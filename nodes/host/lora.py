@@ -1,4 +1,4 @@
-"""Adapters as patches of the host's MODEL and CLIP: its own weight adapters where they compute the right sum, ours for DoRA."""
+"""Adapters as patches of the host's MODEL and CLIP: its own weight adapters where they compute the right sum, ours elsewhere."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -12,12 +12,13 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ...pixart.adapters import Fit, Layer, fit_adapter, load_adapter
-from ...pixart.adapters.names import TRANSFORMER, Place
+from ...pixart.adapters.names import TABLES, TRANSFORMER, Place
 from ...pixart.errors import InputError
 
 Patches = dict[Any, Any]  # as ModelPatcher.add_patches takes them
 # The host's names of the roles that differ from ours.
 HOST_ROLES = {"lora_up": "lora_up.weight", "lora_down": "lora_down.weight", "lora_mid": "lora_mid.weight"}
+TUCKER = {"lokr_t2", "hada_t1", "hada_t2"}  # kernels in three factors, which not every host puts together as LyCORIS does
 MODEL_PREFIX, T5_PREFIX = "diffusion_model.", "t5xxl.transformer."
 
 
@@ -44,9 +45,13 @@ def _shapes(model: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
     for name, module in model.named_modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         foreign = type(module).__module__.startswith("bitsandbytes")  # packed, and out of reach of the host's patches
-        if not name.startswith(prefix) or not isinstance(weight, Tensor) or foreign:
+        if not name.startswith(prefix):
             continue
         name = name[len(prefix) :]
+        tables = {key: value for key, value in module.named_parameters(recurse=False) if f"{name}.{key}".endswith(TABLES)}
+        found |= {f"{name}.{key}": tuple(value.shape) for key, value in tables.items()}
+        if not isinstance(weight, Tensor) or foreign:
+            continue
         linear = hasattr(module, "in_features")
         found[f"{name}.weight"] = (module.out_features, module.in_features) if linear else tuple(weight.shape)
         if isinstance(bias, Tensor):
@@ -57,21 +62,21 @@ def _shapes(model: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
 def _patches(layers: tuple[Layer, ...], prefix: str) -> Patches:
     patches: Patches = {}
     for layer in layers:
+        bias = layer.of_bias()
         if layer.has_weight:
-            patches[_target(layer, prefix, "weight")] = DoraAdapter.of(layer) if layer.is_dora else host_patch(layer)
-        bias = layer.bias_change()
+            patches[_target(layer, prefix + layer.place.weight)] = host_patch(layer) if layer.is_sum and not TUCKER & set(layer.tensors) else OwnAdapter.of(layer)
         if bias is not None:
-            patches[_target(layer, prefix, "bias")] = ("diff", (bias,))
+            key = _target(bias, f"{prefix}{layer.place.module}.bias")
+            patches[key] = ("diff", (bias.tensors["diff"].float(),)) if bias.is_sum else OwnAdapter.of(bias)
     return patches
 
 
-def _target(layer: Layer, prefix: str, name: str) -> Any:
+def _target(layer: Layer, key: str) -> Any:
     """Key of a patch; of a fused weight's piece with (axis, start, length)."""
-    place, key = layer.place, f"{prefix}{layer.place.module}.{name}"
-    if place.parts == 1:
+    if layer.place.parts == 1:
         return key
-    rows = layer.shape()[0] if layer.has_weight else layer.bias_change().shape[0]
-    return key, (0, place.part * rows, rows)
+    rows = layer.shape()[0]
+    return key, (0, layer.place.part * rows, rows)
 
 
 def host_patch(layer: Layer) -> Any:
@@ -85,10 +90,11 @@ def host_patch(layer: Layer) -> Any:
     return comfy.lora.load_lora(tensors, {name: name}, log_missing=False)[name]
 
 
-class DoraAdapter(WeightAdapterBase):
-    """DoRA by the core's formula; the host's takes the norm of the weight without the change (0.3.64 .. 0.33.0)."""
+class OwnAdapter(WeightAdapterBase):
+    """What looks at the weight that it changes, by the core's formulas: DoRA, of which the host takes the norm of the weight without
+    the change (0.3.64 .. 0.33.0), OFT and BOFT, which it turns by the square of the strength, and whole weights."""
 
-    name = "dora"
+    name = "pixart"
 
     def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
         """weights: scale, roles and the tensors of `Layer`, in a plain tuple: newer hosts make adapters anew of these two."""
@@ -96,7 +102,7 @@ class DoraAdapter(WeightAdapterBase):
         self.weights = weights
 
     @classmethod
-    def of(cls, layer: Layer) -> DoraAdapter:
+    def of(cls, layer: Layer) -> OwnAdapter:
         """The adapter of one layer."""
         return cls(set(layer.keys), (layer.scale, tuple(layer.tensors), *layer.tensors.values()))
 

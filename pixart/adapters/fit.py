@@ -8,7 +8,7 @@ from math import prod
 from pathlib import PurePath
 
 from ..errors import CheckpointError
-from .foreign import looks_like
+from .foreign import looks_like, method_of
 from .layer import Layer, magnitude_axis
 from .load import Adapter
 from .names import TEXT, TRANSFORMER
@@ -56,8 +56,8 @@ def fit_adapter(adapter: Adapter, transformer: Shapes, text_encoder: Shapes | No
     """Chooses the layers that a model has.
 
     transformer, text_encoder: native parameter names (T5: those of transformers) -> shapes; None without T5.
-    Raises CheckpointError where nothing fits, and where a layer has another size than the model's: then the
-    file was made for another model, and a part of it would only spoil the picture.
+    Raises CheckpointError unless all of it can be applied: a part of an adapter would be another one. Only layers of T5 are left
+    where no text encoder is given.
     """
     left, fitting, problems = dict(adapter.left), {TRANSFORMER: [], TEXT: []}, []
     for layer in adapter.layers:
@@ -81,12 +81,18 @@ def fit_adapter(adapter: Adapter, transformer: Shapes, text_encoder: Shapes | No
             f"{name}: none of its {adapter.total} keys fit this PixArt model; {found}. "
             + ("Connect a CLIP, or choose" if only_text else "Choose") + " a LoRA that was trained on PixArt."
         )  # fmt: skip
+    refused = {key: reason for key, reason in left.items() if reason != NO_TEXT_ENCODER}
+    if refused:
+        raise CheckpointError(
+            f"{name}: {len(refused)} of its {adapter.total} keys{method_of([*refused])} can't be applied, and the rest alone would be another adapter"
+            f"{describe_left(refused)}. Choose one that was trained on this model, or merge it with the program that trained it."
+        )
     return Fit(adapter.source, tuple(fitting[TRANSFORMER]), tuple(fitting[TEXT]), adapter.total, left)
 
 
 def _has(layer: Layer, shapes: Shapes) -> bool:
-    wanted = [f"{layer.place.module}.weight"] * layer.has_weight
-    wanted += [f"{layer.place.module}.bias"] * (layer.bias_change() is not None)
+    wanted = [layer.place.weight] * layer.has_weight
+    wanted += [f"{layer.place.module}.bias"] * (layer.of_bias() is not None)
     return all(key in shapes for key in wanted)
 
 
@@ -94,8 +100,9 @@ def _mismatches(layer: Layer, shapes: Shapes) -> list[str]:
     """Sizes that differ from the model's own, for the piece of the weight that the layer changes."""
     place, problems = layer.place, []
     if layer.has_weight:
-        rows, *others = shapes[f"{place.module}.weight"]
+        rows, *others = shapes[place.weight]
         expected, found = (rows // place.parts, prod(others)), layer.shape()
+        found = (found[0], expected[1] if found[1] is None else found[1])
         if found != expected:
             problems.append(f"{layer.keys[0]} changes {found[0]} x {found[1]} numbers, the weight has {expected[0]} x {expected[1]}")
         if layer.is_dora:
@@ -103,7 +110,8 @@ def _mismatches(layer: Layer, shapes: Shapes) -> list[str]:
                 magnitude_axis(layer.tensors["dora_scale"], (expected[0], *others))
             except ValueError as error:
                 problems.append(f"{layer.keys[0]}: {error}")
-    bias = layer.bias_change()
-    if bias is not None and bias.numel() * place.parts != prod(shapes[f"{place.module}.bias"]):
-        problems.append(f"{layer.keys[0]}: {bias.numel()} numbers for a bias of {prod(shapes[f'{place.module}.bias']) // place.parts}")
+    bias = layer.of_bias()
+    size = 0 if bias is None else bias.shape()[0]
+    if bias is not None and size * place.parts != prod(shapes[f"{place.module}.bias"]):
+        problems.append(f"{layer.keys[0]}: {size} numbers for a bias of {prod(shapes[f'{place.module}.bias']) // place.parts}")
     return problems

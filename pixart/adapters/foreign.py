@@ -18,6 +18,10 @@ MODELS = (
     (("attention_qkv", "attention_to_q", "feed_forward_w1"), "Lumina or Z-Image"),
 )
 SHOWN = 3
+UNREAD = {  # ends or parts of keys -> methods that are not read here
+    ".a1.weight": "GLoRA", ".on_input": "(IA)3", "vera_lambda": "VeRA", ".oft_R": "PEFT's OFT", ".oft_r": "PEFT's OFT", ".boft_R": "PEFT's BOFT",
+    ".lora_E": "AdaLoRA", "fourierft": "FourierFT", ".hra_u": "HRA", "ia3_l": "(IA)3", ".lokr_t1": "LoKr with two Tucker cores",
+}  # fmt: skip
 
 
 def looks_like(keys: Sequence[str]) -> str:
@@ -27,14 +31,20 @@ def looks_like(keys: Sequence[str]) -> str:
     return f"it looks like one for {name}" if name else f"its keys begin with {', '.join(list(keys)[:SHOWN])}"
 
 
+def method_of(keys: Sequence[str]) -> str:
+    """" (GLoRA)" for keys of a known method that isn't read here; "" for others."""
+    found = sorted({name for part, name in UNREAD.items() if any(part in key for key in keys)})
+    return f" ({', '.join(found)})" if found else ""
+
+
 def no_adapter(source: str, keys: list[str]) -> str:
     """The message for a file without any adapter tensor."""
     pixart = bool(find_prefixes(keys))
     foreign = name_foreign(keys, has_pixart_layers=pixart)
     shown = ", ".join(keys[:SHOWN]) or "none"
-    if foreign is not None and foreign.kind == ADAPTER:
+    if method_of(keys) or (foreign is not None and foreign.kind == ADAPTER):
         return (
-            f"{source}: an adapter of no supported kind (its keys begin with {shown}); expected LoRA, LoHa, LoKr or DoRA. "
+            f"{source}: an adapter of no supported kind{method_of(keys)} (its keys begin with {shown}); expected LoRA, LoHa, LoKr, OFT, BOFT or DoRA. "
             "Merge it with the program that trained it, or choose another file."
         )
     kind = foreign.kind if foreign else "a whole PixArt transformer" if pixart else f"a file with the keys {shown}"

@@ -16,7 +16,7 @@ from ..errors import CheckpointError
 from ..json_files import read_json
 from .foreign import no_adapter
 from .layer import Layer, rank_of
-from .names import TEXT, TRANSFORMER, Place, find_place, is_text, split_key
+from .names import TEXT, TRANSFORMER, Place, find_place, is_text, split_key, whole_key
 from .settings import CONFIG_NAME, METADATA_KEY, Settings, settings_from_config, settings_from_metadata
 
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
@@ -35,7 +35,7 @@ class Adapter:
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Reads LoRA, LoHa, LoKr or DoRA from a file (.safetensors, or .pt weights only) or a PEFT folder.
+    """Reads LoRA, LoHa, LoKr, OFT, BOFT or DoRA from a file (.safetensors, or .pt weights only) or a PEFT folder.
 
     Raises CheckpointError naming the file, what was found and what to do; UnsupportedError for other PEFT methods.
     """
@@ -66,7 +66,7 @@ def _metadata(file: Path, container: str) -> Mapping[str, str]:
 def build_adapter(tensors: Mapping[str, Any], source: str, settings: Mapping[str, Settings] | None = None) -> Adapter:
     """Groups tensors into layers. settings: of TRANSFORMER and TEXT, where alpha is not among the tensors."""
     modules, left, problems = _group(tensors)
-    if not modules:
+    if all(set(entries) <= {"set", "set_b"} for entries in modules.values()):
         raise CheckpointError(no_adapter(source, list(map(str, tensors))))
     layers = []
     for module, entries in modules.items():
@@ -92,7 +92,7 @@ def _group(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, tuple[str, T
     left: dict[str, str] = {}
     twice: list[str] = []
     for key, tensor in tensors.items():
-        found = split_key(str(key)) if isinstance(tensor, Tensor) else None
+        found = (split_key(str(key)) or whole_key(str(key))) if isinstance(tensor, Tensor) else None
         if found is None:
             left[str(key)] = UNKNOWN
             continue
@@ -102,14 +102,16 @@ def _group(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, tuple[str, T
             twice.append(f"{first} and {key} are the same matrix; expected one adapter in a file")
     strange = {key.rpartition(".")[0] for key in left}
     for module in [module for module, roles in modules.items() if set(roles) == {"alpha"} and module in strange]:
-        left[modules.pop(module)["alpha"][0]] = UNKNOWN  # of an algorithm that isn't known, such as OFT
+        left[modules.pop(module)["alpha"][0]] = UNKNOWN  # of an algorithm that isn't known
     return modules, left, twice
 
 
 def _layer(module: str, place: Place, entries: Mapping[str, tuple[str, Tensor]], settings: Settings | None) -> Layer:
     tensors = {role: tensor for role, (_, tensor) in entries.items()}
     alpha, rank = tensors.pop("alpha", None), rank_of(tensors)
-    if alpha is not None:
+    if "oft_blocks" in tensors:
+        scale = float(alpha.flatten()[0]) if alpha is not None and alpha.numel() else 0.0
+    elif alpha is not None:
         scale = (float(alpha.flatten()[0]) if alpha.numel() else math.nan) / rank if rank else 1.0
     else:
         scale = settings.scale(module, rank) if settings else 1.0
@@ -127,12 +129,12 @@ def _problems(module: str, layer: Layer) -> list[str]:
     if not math.isfinite(layer.scale):
         return [f"{module}: alpha is no finite number"]
     if not layer.has_weight:
-        return [] if layer.bias_change() is not None else [f"{module}: only {', '.join(layer.tensors) or 'alpha'} is there"]
+        return [] if layer.of_bias() is not None else [f"{module}: only {', '.join(layer.tensors) or 'alpha'} is there"]
     try:
         layer.shape()
     except KeyError as error:
         return [f"{module}: {error.args[0]} is missing"]
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         shapes = ", ".join(f"{role} {tuple(tensor.shape)}" for role, tensor in layer.tensors.items())
         return [f"{module}: its matrices don't fit each other ({shapes}): {str(error).splitlines()[0]}"]
     return []

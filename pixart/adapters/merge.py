@@ -26,13 +26,12 @@ def merge_layers(model: nn.Module, layers: Iterable[Layer], strength: float) -> 
     """
     merged: dict[str, Tensor] = {}
     for layer in layers:
-        for name, change in (("weight", None), ("bias", layer.bias_change())):
-            if (name == "weight" and not layer.has_weight) or (name == "bias" and change is None):
+        for key, change in ((layer.place.weight, layer if layer.has_weight else None), (f"{layer.place.module}.bias", layer.of_bias())):
+            if change is None:
                 continue
-            key = f"{layer.place.module}.{name}"
             whole = merged[key] if key in merged else model.get_parameter(key).detach().to(torch.float32, copy=True)
             piece = whole.chunk(layer.place.parts, dim=0)[layer.place.part]  # a view
-            piece += strength * (layer.change(piece) if change is None else change.to(piece.device).reshape(piece.shape))
+            piece += strength * change.change(piece)
             merged[key] = whole
     for key, value in merged.items():
         module, _, name = key.rpartition(".")

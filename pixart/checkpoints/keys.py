@@ -60,7 +60,7 @@ PREFIXES = (
 _WRAPPERS = re.compile(r"(?<=\.)(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|_fpw_module|module|base_layer)\.)+")
 _OUTERMOST = re.compile(  # the first name that is PixArt's own; what stands before it is a prefix
     r"(?:^|\.)(?:x_embedder|t_embedder|t_block|y_embedder|csize_embedder|ar_embedder|pos_embed|blocks|final_layer|"
-    r"adaln_single|caption_projection|transformer_blocks|controlnet|controlnet_blocks)\."
+    r"adaln_single|caption_projection|transformer_blocks|proj_out|controlnet|controlnet_blocks)\."
 )
 _ANCHORS = (  # layers that only PixArt and its cousins have, in either layout
     "t_block.1", "y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2", "cross_attn.kv_linear",

@@ -96,16 +96,28 @@ def test_keys_that_do_not_fit_are_named(model, weights, tmp_path):
         sample.tensors[f"lora_te_encoder_block_{i}_layer_0_SelfAttention_q.lora_up.weight"] = torch.randn(32, 2)
         sample.tensors[f"lora_te_encoder_block_{i}_layer_0_SelfAttention_q.lora_down.weight"] = torch.randn(2, 32)
     sample.tensors["lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"] = torch.tensor(1.0)
-    sample.tensors["lora_transformer_transformer_blocks_0_attn1_to_q.oft_blocks"] = torch.randn(2, 2)
+    sample.tensors["lora_transformer_transformer_blocks_0_attn1_to_q.a1.weight"] = torch.randn(2, 2)
+    with pytest.raises(CheckpointError) as caught:
+        merge(save(sample.tensors, tmp_path), model)
+    assert_equal(model, weights)
+    line = str(caught.value)
+    assert f"6 of its {len(sample.tensors)} keys (GLoRA) can't be applied" in line and "\n" not in line
+    assert "4 for layers that this model doesn't have, or keeps quantized: lora_transformer_transformer_blocks_*_attn1_to_q" in line
+    assert "1 for another text encoder than T5: lora_te1_text_model_encoder_layers_*_mlp_fc1.alpha" in line
+    assert "1 of no supported kind: lora_transformer_transformer_blocks_*_attn1_to_q.a1.weight" in line
+
+
+def test_layers_of_t5_are_left_and_named_where_no_text_encoder_is_given(model, weights, tmp_path):
+    sample = adapter_factory.make("onetrainer", weights)
+    for i in range(3):
+        sample.tensors[f"lora_te_encoder_block_{i}_layer_0_SelfAttention_q.lora_up.weight"] = torch.randn(32, 2)
+        sample.tensors[f"lora_te_encoder_block_{i}_layer_0_SelfAttention_q.lora_down.weight"] = torch.randn(2, 32)
     fit = merge(save(sample.tensors, tmp_path), model)
     assert_equal(model, sample.merged(weights, 1.0))
     line = fit.describe()
-    assert f"{len(sample.tensors) - 12} of {len(sample.tensors)} keys applied ({len(sample.changes)} layers, LoRA, rank 4)" in line
-    assert "4 for layers that this model doesn't have, or keeps quantized: lora_transformer_transformer_blocks_*_attn1_to_q" in line
+    assert f"{len(sample.tensors) - 6} of {len(sample.tensors)} keys applied ({len(sample.changes)} layers, LoRA, rank 4)" in line
     assert "lora_te_encoder_block_*_layer_0_SelfAttention_q.lora_up.weight (3 times)" in line and "no text encoder is given" in line
-    assert "1 for another text encoder than T5: lora_te1_text_model_encoder_layers_*_mlp_fc1.alpha" in line
-    assert "1 of no supported kind: lora_transformer_transformer_blocks_*_attn1_to_q.oft_blocks" in line
-    assert "\n" not in line and len(fit.left) == 12
+    assert "\n" not in line and len(fit.left) == 6
 
 
 FOREIGN = {
@@ -178,6 +190,8 @@ BROKEN = {
     ),
     "alone": ({"blocks.0.attn.proj.alpha": torch.tensor(1.0)}, "only alpha is there"),
     "twice": ({f"{p}blocks.0.attn.proj.diff": torch.randn(144, 144) for p in ("", "transformer.")}, "change the same weight"),
+    "blocks": ({"blocks.0.attn.proj.oft_blocks": torch.randn(4, 36, 30)}, "expected square blocks"),
+    "rescale": ({"blocks.0.attn.proj.oft_blocks": torch.randn(4, 36, 36), "blocks.0.attn.proj.rescale": torch.ones(7, 1)}, "7 factors of rescale for 144 rows"),
     "magnitude": (
         {"blocks.0.mlp.fc1.diff": torch.randn(576, 144), "blocks.0.mlp.fc1.dora_scale": torch.ones(5, 1)},
         r"magnitude has shape \(5, 1\)",
@@ -193,17 +207,20 @@ def test_damaged_files_are_refused_whole(case, model, weights, tmp_path):
     assert_equal(model, weights)
 
 
-def test_an_algorithm_that_is_not_known_is_no_damage(model, weights, tmp_path):
-    """LyCORIS' OFT: blocks and an alpha."""
-    tensors = {}
-    for module in ("lycoris_blocks_0_attn_qkv", "lycoris_blocks_1_mlp_fc1"):
-        tensors |= {f"{module}.oft_blocks": torch.randn(4, 36, 36), f"{module}.alpha": torch.tensor(0.0)}
-    with pytest.raises(CheckpointError, match="of no supported kind.*lycoris_blocks_0_attn_qkv.*expected LoRA, LoHa, LoKr or DoRA"):
-        merge(save(tensors, tmp_path), model)
-    good = adapter_factory.make("native", weights)
-    fit = merge(save({**good.tensors, **tensors}, tmp_path), model)
-    assert_equal(model, good.merged(weights, 1.0))
-    assert "4 of no supported kind" in fit.describe()
+UNREAD = {
+    "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"), "(IA)3": ("on_input",), "VeRA": ("vera_lambda_b", "vera_lambda_d"),
+    "PEFT's OFT": ("oft_R.weight",), "PEFT's BOFT": ("boft_R", "boft_s"), "AdaLoRA": ("lora_E", "lora_X"), "HRA": ("hra_u",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", UNREAD)
+def test_a_method_that_is_not_read_is_named_alone_and_beside_a_lora(method, model, weights, tmp_path):
+    tensors = {f"base_model.model.blocks.{i}.attn.proj.{end}": torch.randn(4, 4) for i in range(2) for end in UNREAD[method]}
+    for given in (tensors, {**adapter_factory.make("native", weights).tensors, **tensors}):
+        with pytest.raises(CheckpointError) as caught:
+            merge(save(given, tmp_path), model)
+        assert method in str(caught.value) and "blocks" in str(caught.value)
+        assert_equal(model, weights)
 
 
 def test_whole_checkpoints_are_no_lora(file, tmp_path):

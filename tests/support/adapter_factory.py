@@ -126,6 +126,15 @@ def difference(shape, order):
     return {".diff": change}, change
 
 
+def tucker_lokr(shape, order):
+    """The second factor of a kernel as a Tucker decomposition."""
+    first, core = random(4, 1, order=order), random(RANK, RANK, *shape[2:], order=order)
+    a, b = random(RANK, shape[0] // 4, order=order), random(RANK, shape[1], order=order)
+    second = torch.einsum("rs...,ri,sj->ij...", core, a, b)
+    tensors = {".lokr_w1": first, ".lokr_w2_a": a, ".lokr_w2_b": b, ".lokr_t2": core, ".alpha": torch.tensor(2.0)}
+    return tensors, 2.0 / RANK * kron(first, second.flatten(1)).reshape(shape)
+
+
 FORMATS: dict[str, tuple[str, dict, Callable]] = {  # name -> prefix, layers, algorithm
     "diffusers": ("transformer.", SPLIT, peft),
     "peft": ("base_model.model.", SPLIT, peft),
@@ -139,6 +148,7 @@ FORMATS: dict[str, tuple[str, dict, Callable]] = {  # name -> prefix, layers, al
     "loha": ("lycoris_", SPLIT, loha),
     "lokr": ("lycoris_", SPLIT, lokr),
     "lokr-whole": ("lycoris_", FUSED, whole_lokr),
+    "lokr-tucker": ("lycoris_", {"x_embedder.proj": FUSED["x_embedder.proj"]}, tucker_lokr),
     "difference": ("diffusion_model.", FUSED, difference),
     "dora-peft": ("base_model.model.", SPLIT, peft),
     "dora-rows": ("lora_transformer_", SPLIT, kohya),
