@@ -51,7 +51,7 @@ def dense_attention(
 class SelfAttention(nn.Module):
     """Attention among picture tokens, with a fused `qkv`; `ratio` > 1 compresses keys and values as trained.
 
-    Trained compression (PixArt-Σ, section 3.2) is of K and V but not Q. Mode "conv": a depthwise convolution
+    Trained compression (PixArt-Sigma, section 3.2) is of K and V but not Q. Mode "conv": a depthwise convolution
     with kernel = stride = ratio over the 2-D token grid, then LayerNorm. The others have no weights, see
     `select_tokens`. A rest that the ratio doesn't divide is floored away, as in the reference.
     """

@@ -1,4 +1,4 @@
-"""ControlNet-Transformer (PixArt-δ, section 4): copies of the first blocks, whose outputs join the base's.
+"""ControlNet-Transformer (PixArt-delta, section 4): copies of the first blocks, whose outputs join the base's.
 
 Base block 0 runs first. Copy 0 sees its output plus the projected hint, every later copy the one before
 it; the projected output of copy i is added to the output of base block i. `ControlledTransformer` does
@@ -22,7 +22,7 @@ from .model import PixArtTransformer
 
 @dataclass(frozen=True)
 class ControlNetConfig:
-    """Sizes of one ControlNet; the defaults are δ's."""
+    """Sizes of one ControlNet; the defaults are delta's."""
 
     hidden_size: int = 1152
     depth: int = 13  # copied blocks

@@ -55,7 +55,7 @@ class Mlp(nn.Module):
 
 
 class PixArtBlock(nn.Module):
-    """adaLN-single block (PixArt-α, section 2.3): gated self-attention, cross-attention, gated MLP."""
+    """adaLN-single block (PixArt-alpha, section 2.3): gated self-attention, cross-attention, gated MLP."""
 
     def __init__(
         self, hidden_size, num_heads, mlp_hidden, attention: AttentionFunction, operations, ratio=1, mode="conv", qk_norm=False, **factory

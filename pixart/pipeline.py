@@ -18,6 +18,7 @@ from .config import get_variant
 from .errors import InputError
 from .guidance import PerturbedGuidance
 from .kv_compress import KVCompression
+from .logs import get_logger
 from .model import PIXELS_PER_LATENT, PixArtTransformer
 from .habits import described, plain_number, unknown_arguments
 from .sampling import Callback, check_scheduler, denoise, initial_noise, make_scheduler
@@ -26,7 +27,7 @@ from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_en
 from .text.prompt_file import load_prompts, save_prompts
 from .vae import Vae, load_vae
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 MAX_STEPS = 1000  # timesteps of the training schedule
@@ -135,7 +136,7 @@ class Pipeline:
         negative_prompt_attention_mask: Tensor | None = None,
         **unknown: Any,
     ) -> Any:
-        """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Σ pipeline.
+        """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Sigma pipeline.
 
         width, height: wanted pixels (default: the model's base size); with use_bins the nearest trained
         size is drawn, then resized and cropped. guidance <= 1 runs without the negative prompt.

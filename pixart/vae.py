@@ -1,7 +1,6 @@
 """The picture's autoencoder: diffusers' AutoencoderKL and AutoencoderTiny, in the model's latent space."""
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
@@ -13,15 +12,16 @@ from .checkpoints.read import read_tensors
 from .checkpoints.shards import WEIGHTS_NAME
 from .errors import CheckpointError, InputError, UnsupportedError
 from .json_files import read_json
+from .logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PREFIXES = ("", "first_stage_model.", "vae.")
 REMEDIES = {
-    0.18215: "an SD1 VAE, e.g. stabilityai/sd-vae-ft-ema, as α needs",
+    0.18215: "an SD1 VAE, e.g. stabilityai/sd-vae-ft-ema, as alpha needs",
     1.5305: "SD3's VAE, of 16 channels",
     0.3611: "Flux's VAE, of 16 channels",
-    0.13025: "the SDXL VAE, e.g. PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers, as Σ needs",
+    0.13025: "the SDXL VAE, e.g. PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers, as Sigma needs",
 }
 # LDM's names of AutoencoderKL -> diffusers'; `decoder.up` counts from the other end, see _to_diffusers
 LDM_NAMES = (

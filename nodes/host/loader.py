@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES, Detection, prepare, read_checkpoint
+from ...pixart.logs import get_logger
 from . import quantized
 from .dtypes import DTYPES
 from .noise_levels import watch_noise_levels
 from .supported import model_config
 from .tables import follow_patches
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {**DTYPES, "fp8_e5m2": torch.float8_e5m2}
 
 

@@ -64,7 +64,8 @@ def _patches(layers: tuple[Layer, ...], prefix: str) -> Patches:
     for layer in layers:
         bias = layer.of_bias()
         if layer.has_weight:
-            patches[_target(layer, prefix + layer.place.weight)] = host_patch(layer) if layer.is_sum and not TUCKER & set(layer.tensors) else OwnAdapter.of(layer)
+            by_host = layer.is_sum and not TUCKER & set(layer.tensors)
+            patches[_target(layer, prefix + layer.place.weight)] = host_patch(layer) if by_host else OwnAdapter.of(layer)
         if bias is not None:
             key = _target(bias, f"{prefix}{layer.place.module}.bias")
             patches[key] = ("diff", (bias.tensors["diff"].float(),)) if bias.is_sum else OwnAdapter.of(bias)

@@ -1,7 +1,6 @@
 """The host's model classes for PixArt, with the core's transformer inside."""
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -21,6 +20,7 @@ from ...pixart.checkpoints.detect import Detection
 from ...pixart.checkpoints.notes import NOTE_TENSOR, saving_note
 from ...pixart.config import TransformerConfig, get_variant, variant_names
 from ...pixart.errors import InputError, TextEncoderError
+from ...pixart.logs import get_logger
 from ...pixart.model import PIXELS_PER_LATENT
 from .conds import CaptionStates, PicturePositions, caption_mask
 from .dtypes import computing_dtype
@@ -28,7 +28,7 @@ from .silent_nodes import silent_warnings
 from .transformer import HostTransformer
 from .vae_hint import refiner_warning, vae_warning
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 FAR_AREA, FAR_RATIO = 1.6, 1.5  # factors from the nearest bin beyond which pictures visibly suffer
 RESIDUALS = "pixart_residuals"  # name of the count among a conditioning's shapes
 _FIELDS = {field.name for field in fields(TransformerConfig)}
@@ -50,7 +50,7 @@ class PixArtModel(comfy.model_base.PixArt):
         self._warned: set[str] = set()
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """Captions with their mask, positions, and for α-1024 the picture's size, (height, width) in pixels.
+        """Captions with their mask, positions, and for alpha-1024 the picture's size, (height, width) in pixels.
 
         All on the sampling device: the host asks once for a run, but would copy them there in every step.
         """
@@ -73,7 +73,7 @@ class PixArtModel(comfy.model_base.PixArt):
             out["size"] = comfy.conds.CONDRegular(torch.tensor([wanted], dtype=torch.int32, device=device))
         elif wanted != (height, width):
             self._warn_once(
-                "This PixArt has no size conditioning (only α-1024 has): width and height of the conditioning are not "
+                "This PixArt has no size conditioning (only alpha-1024 has): width and height of the conditioning are not "
                 "used. Set the picture's size on the latent."
             )
         return out
@@ -175,11 +175,11 @@ class _Supported:
 
 
 class SupportedSigma(_Supported, comfy.supported_models.PixArtSigma):
-    """Σ: latents of the SDXL VAE."""
+    """Sigma: latents of the SDXL VAE."""
 
 
 class SupportedAlpha(_Supported, comfy.supported_models.PixArtAlpha):
-    """α: latents of the SD1 VAE."""
+    """alpha: latents of the SD1 VAE."""
 
 
 def model_config(detection: Detection) -> SupportedSigma | SupportedAlpha:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +18,7 @@ from ...pixart.checkpoints.content import SAFETENSORS, content_of
 from ...pixart.checkpoints.read import safetensors_header
 from ...pixart.checkpoints.shards import SAFE_SUFFIXES
 from ...pixart.errors import TextEncoderError, UnsupportedError
+from ...pixart.logs import get_logger
 from ...pixart.text.names import FP8, STORED_PRECISIONS
 from ...pixart.text.prompt_file import fingerprint
 from ...pixart.text.quantize import check_range, choose_precision
@@ -28,7 +28,7 @@ from .dtypes import DEFAULT, DTYPES
 from .quantized_t5 import FINGERPRINT, quantized_clip_class, resident_estimate
 from .tokenizer import tokenizer_class
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 PRECISIONS = (*DTYPES, *STORED_PRECISIONS)
 DEVICES = (DEFAULT, "cpu")
 XXL_KEY = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"  # UMT5-XXL, which doesn't fit, has it too, but 256384 rows of tokens
@@ -65,7 +65,8 @@ def load_t5_patcher(path: str, precision: str, device: str, disable_dynamic: boo
 
 def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynamic: bool) -> Any | None:
     """The host's own loader, for XXL files that it knows."""
-    if not Path(path).is_file() or Path(path).suffix.lower() not in SAFE_SUFFIXES or content_of(Path(path), TextEncoderError) != SAFETENSORS:
+    named = Path(path).is_file() and Path(path).suffix.lower() in SAFE_SUFFIXES
+    if not named or content_of(Path(path), TextEncoderError) != SAFETENSORS:
         return None  # the host goes by the suffix
     shapes = {name: tuple(entry["shape"]) for name, entry in safetensors_header(Path(path), TextEncoderError)[0].items()}
     is_xxl = shapes.get(XXL_KEY, (0,))[0] == XXL["d_ff"] and shapes.get("shared.weight", (0,))[0] == XXL["vocab_size"]

@@ -127,7 +127,7 @@ class HostTransformer(PixArtTransformer):
         return replace(inputs, hidden=hidden)
 
     def _padded(self, x: Tensor, timesteps: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The latent in whole patches, and the size of the picture before that, for α-1024."""
+        """The latent in whole patches, and the size of the picture before that, for alpha-1024."""
         if size is None and self.config.micro_condition:
             size = pixel_size(timesteps, *x.shape[-2:])
         return comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size,) * 2, padding_mode="replicate"), size

@@ -16,11 +16,12 @@ KINDS = (
     ("sd1", r"consistency|vae-ft|ft-mse|ft-ema|840000|560000|sd-vae|sd-?1|sd-?2|kl-f8|^taesd$"),
 )
 ADVICE = {
-    "sd1": "PixArt-α pictures are decoded by an SD1 VAE (scale 0.18215: sd-vae-ft-ema, vae-ft-mse-840000-ema-pruned); "
+    "sd1": "PixArt-alpha pictures are decoded by an SD1 VAE (scale 0.18215: sd-vae-ft-ema, vae-ft-mse-840000-ema-pruned); "
     "with an SDXL VAE they are washed out or noise",
-    "sdxl": "PixArt-Σ pictures are decoded by the SDXL VAE (scale 0.13025: sdxl_vae.safetensors); with another VAE they "
+    "sdxl": "PixArt-Sigma pictures are decoded by the SDXL VAE (scale 0.13025: sdxl_vae.safetensors); with another VAE they "
     "have wrong colours or are noise",
-    "sd3": "this PixArt's pictures are decoded by SD3's VAE, of 16 channels; with another they are noise (with Flux's, choose variant sigma-flux)",
+    "sd3": "this PixArt's pictures are decoded by SD3's VAE, of 16 channels; with another they are noise (with Flux's, choose the "
+    "variant sigma-flux)",
     "flux": "this PixArt's pictures are decoded by Flux's VAE (ae.safetensors), of 16 channels; with another they are noise",
     "demo": "the demo's pictures are decoded by its own VAE, pixart-demo-vae.safetensors; with another they are noise",
 }
@@ -39,7 +40,7 @@ def vae_kind(name: str) -> str | None:
 def vae_warning(wanted: str) -> str | None:
     """What to tell the user about the VAE of the running graph, if anything.
 
-    wanted: "sd1", "sdxl", "sd3", "flux" or "demo". α is warned about unless the graph names an SD1 VAE, or takes one from a checkpoint
+    wanted: "sd1", "sdxl", "sd3", "flux" or "demo". alpha is warned about unless the graph names an SD1 VAE, or takes one from a checkpoint
     that may be SD1's, since most VAEs at hand are SDXL's; the others only where a name says that the VAE is wrong.
     """
     names = list(_running_vaes())
@@ -55,13 +56,13 @@ def vae_warning(wanted: str) -> str | None:
 
 
 def refiner_warning(family: str) -> str | None:
-    """For α before the SDXL refiner: their latents have the same shape, so nothing else would notice a direct link."""
+    """For alpha before the SDXL refiner: their latents have the same shape, so nothing else would notice a direct link."""
     names = [name for graph in running_graphs() for name in _refiners_on_pixart(graph)] if family == "alpha" else []
     if not names:
         return None
     return (
-        f"this graph hands PixArt-α's latent to {names[0]!r}, which reads SDXL latents: colours and shapes will be wrong. Put "
-        "VAEDecode (SD1 VAE) and VAEEncode (SDXL VAE) between them; PixArt-Σ's latents need no such step."
+        f"this graph hands PixArt-alpha's latent to {names[0]!r}, which reads SDXL latents: colours and shapes will be wrong. Put "
+        "VAEDecode (SD1 VAE) and VAEEncode (SDXL VAE) between them; PixArt-Sigma's latents need no such step."
     )
 
 

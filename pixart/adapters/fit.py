@@ -84,8 +84,8 @@ def fit_adapter(adapter: Adapter, transformer: Shapes, text_encoder: Shapes | No
     refused = {key: reason for key, reason in left.items() if reason != NO_TEXT_ENCODER}
     if refused:
         raise CheckpointError(
-            f"{name}: {len(refused)} of its {adapter.total} keys{method_of([*refused])} can't be applied, and the rest alone would be another adapter"
-            f"{describe_left(refused)}. Choose one that was trained on this model, or merge it with the program that trained it."
+            f"{name}: {len(refused)} of its {adapter.total} keys{method_of([*refused])} can't be applied, and the rest would be another "
+            f"adapter{describe_left(refused)}. Choose one that was trained on this model, or merge it with the program that trained it."
         )
     return Fit(adapter.source, tuple(fitting[TRANSFORMER]), tuple(fitting[TEXT]), adapter.total, left)
 

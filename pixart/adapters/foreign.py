@@ -19,7 +19,8 @@ MODELS = (
 )
 SHOWN = 3
 UNREAD = {  # ends or parts of keys -> methods that are not read here
-    ".a1.weight": "GLoRA", ".on_input": "(IA)3", "vera_lambda": "VeRA", ".oft_R": "PEFT's OFT", ".oft_r": "PEFT's OFT", ".boft_R": "PEFT's BOFT",
+    ".a1.weight": "GLoRA", ".on_input": "(IA)3", "vera_lambda": "VeRA", ".oft_R": "PEFT's OFT", ".oft_r": "PEFT's OFT",
+    ".boft_R": "PEFT's BOFT",
     ".lora_E": "AdaLoRA", "fourierft": "FourierFT", ".hra_u": "HRA", "ia3_l": "(IA)3", ".lokr_t1": "LoKr with two Tucker cores",
 }  # fmt: skip
 
@@ -44,7 +45,8 @@ def no_adapter(source: str, keys: list[str]) -> str:
     shown = ", ".join(keys[:SHOWN]) or "none"
     if method_of(keys) or (foreign is not None and foreign.kind == ADAPTER):
         return (
-            f"{source}: an adapter of no supported kind{method_of(keys)} (its keys begin with {shown}); expected LoRA, LoHa, LoKr, OFT, BOFT or DoRA. "
+            f"{source}: an adapter of no supported kind{method_of(keys)} (its keys begin with {shown}); expected LoRA, LoHa, LoKr, "
+            "OFT, BOFT or DoRA. "
             "Merge it with the program that trained it, or choose another file."
         )
     kind = foreign.kind if foreign else "a whole PixArt transformer" if pixart else f"a file with the keys {shown}"

@@ -12,7 +12,10 @@ def rotated(weight: Tensor, blocks: Tensor, constraint: float, rescale: Tensor |
     """
     turn = _cayley(blocks, constraint)
     flat = weight.flatten(1)
-    out = _butterfly(flat, turn) if blocks.ndim == 4 else torch.einsum("knm,knc->kmc", turn, flat.unflatten(0, turn.shape[:2])).flatten(0, 1)
+    if blocks.ndim == 4:
+        out = _butterfly(flat, turn)
+    else:
+        out = torch.einsum("knm,knc->kmc", turn, flat.unflatten(0, turn.shape[:2])).flatten(0, 1)
     if rescale is not None:
         out = out * rescale.reshape(-1, 1)
     return out.reshape(weight.shape)

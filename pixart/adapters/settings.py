@@ -49,7 +49,7 @@ def settings_from_config(config: Mapping[str, Any], source: str) -> Settings:
             "PEFT as a plain LoRA (path_initial_model_for_weight_conversion) and load that."
         )
     if _flag(config, "fan_in_fan_out", source):
-        raise UnsupportedError(f"{source}: fan_in_fan_out is true: its matrices are transposed, as PixArt's are not. Merge it with PEFT instead.")
+        raise UnsupportedError(f"{source}: fan_in_fan_out is true: its matrices are transposed. Merge it with PEFT instead.")
     return Settings(
         alpha=_number(config, "lora_alpha" if kind == "LORA" else "alpha", source),
         rank=_rank(config, "r", source),

@@ -1,4 +1,4 @@
-"""ControlNet files: δ's own keys, diffusers' and SimpleTuner's, with or without the base beside them."""
+"""ControlNet files: delta's own keys, diffusers' and SimpleTuner's, with or without the base beside them."""
 from __future__ import annotations
 
 import re

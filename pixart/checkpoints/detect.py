@@ -43,7 +43,7 @@ class Detection:
     format: str  # key names: "original" | "diffusers"
     prefix: str
     ema: bool
-    family_known: bool  # False: neither weights nor their surroundings tell, Σ was assumed
+    family_known: bool  # False: neither weights nor their surroundings tell, Sigma was assumed
     reasons: tuple[str, ...]
     latent_shift: float = 0.0
 
@@ -185,12 +185,13 @@ def _choose(
         return *_choose_alpha(base, table, hints, reasons), known
     large = get_variant("sigma-900m")
     if sizes["depth"] == large.transformer.depth:
-        reasons.append(f"depth {sizes['depth']}: the community's Σ 900M.")
+        reasons.append(f"depth {sizes['depth']}: the community's Sigma 900M.")
         return large, base or large.base_size, known
-    by_base = {v.base_size: v for v in map(get_variant, variant_names()) if v.family == "sigma" and v.vae == "sdxl" and v.name != large.name}
+    released = [v for v in map(get_variant, variant_names()) if v.family == "sigma" and v.vae == "sdxl" and v.name != large.name]
+    by_base = {v.base_size: v for v in released}
     if base is None:
         reasons.append(
-            "the base size is not in the weights and every Σ has the same layers: 1024 px is assumed (variant= says otherwise)."
+            "the base size is not in the weights and every Sigma has the same layers: 1024 px is assumed (variant= says otherwise)."
         )
     return by_base.get(base or 1024, by_base[1024]), base, known
 
@@ -201,13 +202,16 @@ def _choose_wide(table: StoredPositions | None, hints: Hints, reasons: list[str]
     if hints.vae in ("sd3", "flux"):
         reasons.append(f"latents of 16 channels; {hints.where} tells the VAE: {hints.vae}.")
         return get_variant(f"sigma-{hints.vae}"), base
-    reasons.append("latents of 16 channels, as of SD3's and Flux's VAE, which weights can't tell apart: SD3's is assumed; choose variant sigma-flux for Flux's.")
+    reasons.append(
+        "latents of 16 channels, as of SD3's and Flux's VAE, which weights can't tell apart: SD3's is assumed; choose variant sigma-flux "
+        "for Flux's."
+    )
     return get_variant("sigma-sd3"), base
 
 
 def _choose_family(sizes: dict, rows: int | None, hints: Hints, reasons: list[str]) -> tuple[str, bool]:
     if sizes["micro_condition"]:
-        reasons.append("csize_embedder / ar_embedder are present: α-1024, conditioned on size and aspect ratio.")
+        reasons.append("csize_embedder / ar_embedder are present: alpha-1024, conditioned on size and aspect ratio.")
         return "alpha", True
     for family, tokens in TOKENS_OF_FAMILY.items():
         if rows == tokens:
@@ -216,12 +220,12 @@ def _choose_family(sizes: dict, rows: int | None, hints: Hints, reasons: list[st
     if hints.family:
         reasons.append(f"{hints.family_reason}: family {hints.family}.")
         return hints.family, True
-    found = "y_embedding is absent" if rows is None else f"y_embedding has {rows} rows (α has 120, Σ 300)"
+    found = "y_embedding is absent" if rows is None else f"y_embedding has {rows} rows (alpha has 120, Sigma 300)"
     if hints.base_size == 256 and hints.position_range == 16:
-        reasons.append(f"{found}; the config's 256 px with position range 16 occur only in α-256: family alpha.")
+        reasons.append(f"{found}; the config's 256 px with position range 16 occur only in alpha-256: family alpha.")
         return "alpha", True
     reasons.append(
-        f"{found}: α and Σ can't be told apart by the weights, Σ is the default. "
+        f"{found}: alpha and Sigma can't be told apart by the weights, Sigma is the default. "
         "If pictures look washed out or noisy choose an alpha variant."
     )
     return "sigma", False
@@ -241,20 +245,20 @@ def _choose_base(table: StoredPositions | None, hints: Hints, reasons: list[str]
 
 
 def _choose_alpha(base: int | None, table: StoredPositions | None, hints: Hints, reasons: list[str]) -> tuple[Variant, int | None]:
-    """α-256 differs in its position range, so a 256-row table alone is not enough."""
+    """alpha-256 differs in its position range, so a 256-row table alone is not enough."""
     configured = hints.base_size == 256
     stored = base == 256 and table is not None and table.span is not None and abs(table.span - 16) < 0.1
     if configured or stored:
         if stored and not configured:
-            reasons.append("that pos_embed also counts positions to 16, as only α-256 does: α-256.")
+            reasons.append("that pos_embed also counts positions to 16, as only alpha-256 does: alpha-256.")
         return get_variant("alpha-256"), 256
     if base == 256:
         reasons.append(
-            "that pos_embed does not count to 16 as α-256's does: α-512 with range 32 is kept; variant=alpha-256 says otherwise."
+            "that pos_embed does not count to 16 as alpha-256's does: alpha-512 with range 32 is kept; variant=alpha-256 says otherwise."
         )
         base = None
     elif base is None:
-        reasons.append("α-256 and α-512 have the same layers: α-512 is the default; variant=alpha-256 says otherwise.")
+        reasons.append("alpha-256 and alpha-512 have the same layers: alpha-512 is the default; variant=alpha-256 says otherwise.")
     return get_variant("alpha-512"), base
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 from ..config import COMPRESSION_MODES, variant_names
 from ..errors import CheckpointError
 from ..json_files import read_json
+from ..logs import get_logger
 from ..model import PIXELS_PER_LATENT
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 TRANSFORMER_CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")
 FAMILY_OF_PIPELINE = {"PixArtAlphaPipeline": "alpha", "PixArtSigmaPipeline": "sigma"}
 FAMILY_OF_SCALE = {0.18215: "alpha", 0.13025: "sigma"}

@@ -57,7 +57,9 @@ PREFIXES = (
     "ema.", "model_ema.", "state_dict.", "net.", "unet.", "dit.",
 )
 # Names that wrappers put in between, anywhere: torch.compile, activation checkpoints, FSDP, DDP, DeepSpeed, PEFT.
-_WRAPPERS = re.compile(r"(?<=\.)(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|_fpw_module|module|base_layer)\.)+")
+_WRAPPERS = re.compile(
+    r"(?<=\.)(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|_fpw_module|module|base_layer)\.)+"
+)
 _OUTERMOST = re.compile(  # the first name that is PixArt's own; what stands before it is a prefix
     r"(?:^|\.)(?:x_embedder|t_embedder|t_block|y_embedder|csize_embedder|ar_embedder|pos_embed|blocks|final_layer|"
     r"adaln_single|caption_projection|transformer_blocks|proj_out|controlnet|controlnet_blocks)\."

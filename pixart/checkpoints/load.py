@@ -183,7 +183,7 @@ def _one_prefix(prefixes: list[str], keys: list[str], source: str) -> str:
     whole = [prefix for prefix in first if prefix and count[prefix] >= count[first[0]]]
     if len(whole) > 1:
         raise CheckpointError(
-            f"{source}: holds several transformers, under {', '.join(map(repr, whole))}; expected one. Save the one to use in a file of its own."
+            f"{source}: holds several transformers, under {', '.join(map(repr, whole))}; expected one. Save the one to use by itself."
         )
     return first[0]
 

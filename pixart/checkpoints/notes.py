@@ -43,7 +43,7 @@ def take_note(tensors: dict[str, Tensor], hints: Hints) -> Hints:
     if found is None or hints != Hints(ema=hints.ema):
         return hints
     if found.dtype != torch.uint8 or found.ndim != 1 or found.numel() > LONGEST:
-        raise CheckpointError(f"{NOTE_TENSOR} is {tuple(found.shape)} in {found.dtype}; expected the bytes of a note. Save the model again.")
+        raise CheckpointError(f"{NOTE_TENSOR} is {tuple(found.shape)} in {found.dtype}; expected a note's bytes. Save the model again.")
     read = hints_from_note(bytes(found.tolist()).decode("utf-8", errors="replace"))
     return replace(read, ema=hints.ema or read.ema)
 

@@ -107,7 +107,7 @@ class TestNegative:
         assert torch.equal(encode(clip, "a red circle")[0][0], before)  # the CLIP is as it was
 
     def test_padding_of_the_positive_doesn_t_count(self, clip, alpha_1024_file: Path) -> None:
-        """The Σ repository looks at the negative through the positive's mask; several prompts go by the longest."""
+        """The Sigma repository looks at the negative through the positive's mask; several prompts go by the longest."""
         mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0, 0]])
         padded = [[torch.zeros(1, 9, 32), {"attention_mask": mask}]]
         table = load_model(alpha_1024_file)
