@@ -7,8 +7,8 @@ from comfy_api.latest import io
 
 from ..pixart.checkpoints.detect import AUTO
 from ..pixart.config import variant_names
-from .host.files import choices, fingerprint, name_problem, resolve
 from .host.dtypes import DEFAULT
+from .host.files import choices, fingerprint, name_problem, resolve
 from .host.loader import WEIGHT_DTYPES, load_model
 from .host.menus import check_choice
 from .host.schema import schema

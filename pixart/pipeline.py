@@ -17,10 +17,10 @@ from .checkpoints.load import load_transformer
 from .config import get_variant
 from .errors import InputError
 from .guidance import PerturbedGuidance
+from .habits import described, plain_number, unknown_arguments
 from .kv_compress import KVCompression
 from .logs import get_logger
 from .model import PIXELS_PER_LATENT, PixArtTransformer
-from .habits import described, plain_number, unknown_arguments
 from .sampling import Callback, check_scheduler, denoise, initial_noise, make_scheduler
 from .text.captions import prepare
 from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_encoder

@@ -1,4 +1,5 @@
 """`python -m pixart` on consoles that aren't UTF-8, as Windows has them where output is piped."""
+
 from __future__ import annotations
 
 import io
@@ -17,12 +18,21 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo/weights/diffusion_models/pixart-demo-transformer.safetensors"
 
 
-@pytest.mark.parametrize(("encoding", "arguments"), [
-    ("cp1252", ["inspect", str(DEMO)]), ("ascii", ["inspect", "--json", str(DEMO)]), ("cp932", ["encode", "-h"]), ("ascii", ["encode", "-h"]),
-])
+@pytest.mark.parametrize(
+    ("encoding", "arguments"),
+    [
+        ("cp1252", ["inspect", str(DEMO)]),
+        ("ascii", ["inspect", "--json", str(DEMO)]),
+        ("cp932", ["encode", "-h"]),
+        ("ascii", ["encode", "-h"]),
+    ],
+)
 def test_everything_is_printed_on_any_code_page(encoding: str, arguments: list[str]) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pixart", *arguments], cwd=ROOT, capture_output=True, timeout=120,
+        [sys.executable, "-m", "pixart", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
         env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
     )
     assert run.returncode == 0, run.stderr
@@ -49,6 +59,8 @@ def test_logs_lose_nothing_and_print_no_traceback(encoding: str, monkeypatch: py
 
 def test_sources_name_the_family_in_ascii() -> None:
     """What they log and raise is printed on consoles that have no Greek letters."""
-    sources = [path for folder in ("pixart", "nodes", "configs") for path in (ROOT / folder).rglob("*.[pj]*") if path.suffix in (".py", ".json")]
+    sources = [
+        path for folder in ("pixart", "nodes", "configs") for path in (ROOT / folder).rglob("*.[pj]*") if path.suffix in (".py", ".json")
+    ]
     assert len(sources) > 50
     assert not [path.name for path in sources if re.search("[\u0370-\u03ff]", path.read_text(encoding="utf-8"))]

@@ -1,4 +1,5 @@
 """What users of diffusers write, given to pixart.Pipeline."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -17,7 +18,19 @@ def pipe(tmp_path_factory):
 
 
 def draw(pipe, **given):
-    return pipe(**{"prompt": "a red circle", "steps": 1, "width": 64, "height": 64, "use_bins": False, "seed": 0, "progress": False, "output": "latent", **given})
+    return pipe(
+        **{
+            "prompt": "a red circle",
+            "steps": 1,
+            "width": 64,
+            "height": 64,
+            "use_bins": False,
+            "seed": 0,
+            "progress": False,
+            "output": "latent",
+            **given,
+        }
+    )
 
 
 def test_none_is_no_negative_prompt(pipe) -> None:

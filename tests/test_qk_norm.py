@@ -1,4 +1,5 @@
 """`qk_norm`, an option of the reference's training code: exact beside diffusers' model with the norms put behind its projections."""
+
 from __future__ import annotations
 
 from pathlib import Path

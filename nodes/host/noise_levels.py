@@ -1,11 +1,12 @@
 """A word on runs that begin with too little noise: schedulers made for Stable Diffusion stop at a tenth of PixArt's."""
 from __future__ import annotations
 
-from ...pixart.logs import get_logger
 from typing import Any
 
 import comfy.patcher_extension
 from torch import Tensor
+
+from ...pixart.logs import get_logger
 
 log = get_logger(__name__)
 KEY = "pixart_noise_levels"

@@ -1,4 +1,5 @@
 """OFT, BOFT, whole weights, tables and biases against the formulas, row by row, and against what the host computes."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,5 @@
 """Merges, saved models and `diff` patches: every weight of the result is what was asked for, tables and null caption too."""
+
 from __future__ import annotations
 
 import importlib

@@ -1,4 +1,5 @@
 """Nodes that can't do anything on PixArt say so once; NAGuidance works on cross-attention."""
+
 from __future__ import annotations
 
 import importlib
@@ -43,7 +44,14 @@ def test_one_warning_that_names_the_node(sigma, running, kind: str, caplog) -> N
 
 
 def test_a_branch_of_another_model_is_none_of_ours(running) -> None:
-    running({"1": ("UNETLoader", {}), "2": ("HyperTile", {"model": ["1", 0]}), "3": ("PixArtModelLoader", {}), "4": ("KSampler", {"model": ["3", 0]})})
+    running(
+        {
+            "1": ("UNETLoader", {}),
+            "2": ("HyperTile", {"model": ["1", 0]}),
+            "3": ("PixArtModelLoader", {}),
+            "4": ("KSampler", {"model": ["3", 0]}),
+        }
+    )
     assert not list(silent.silent_warnings())
 
 

@@ -1,4 +1,5 @@
 """PixArts on a VAE of 16 channels, SD3's or Flux's: named, sampled in its space, and decoded in Python."""
+
 from __future__ import annotations
 
 import json
@@ -31,7 +32,9 @@ def write(folder: Path, channels: int = 16, scale: float | None = None) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("scale", "variant", "vae"), [(None, "auto", "sd3"), (0.3611, "auto", "flux"), (1.5305, "auto", "sd3"), (None, "sigma-flux", "flux")])
+@pytest.mark.parametrize(
+    ("scale", "variant", "vae"), [(None, "auto", "sd3"), (0.3611, "auto", "flux"), (1.5305, "auto", "sd3"), (None, "sigma-flux", "flux")]
+)
 def test_the_vae_is_named(tmp_path: Path, scale: float | None, variant: str, vae: str) -> None:
     report = core.inspect_file(write(tmp_path, scale=scale), variant=variant)
     assert report.vae == vae and report.config.in_channels == 16

@@ -1,4 +1,5 @@
 """Reading a T5's files: nothing stays mapped, in any precision; and no lack of memory is called damage."""
+
 from __future__ import annotations
 
 import errno

@@ -1,4 +1,5 @@
 """Where the tokenizer of a T5 is found, and which one can't belong to it."""
+
 from __future__ import annotations
 
 import logging
@@ -57,7 +58,14 @@ def test_where_none_fits_each_is_named_with_the_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size", "rows", "belongs"),
-    [(32000, 32128, True), (32100, 32128, True), (250100, 250112, True), (32100, 250112, False), (32100, 69328, False), (49408, 32128, False)],
+    [
+        (32000, 32128, True),
+        (32100, 32128, True),
+        (250100, 250112, True),
+        (32100, 250112, False),
+        (32100, 69328, False),
+        (49408, 32128, False),
+    ],
 )
 def test_a_vocabulary_and_an_embedding_that_belong_together(size: int, rows: int, belongs: bool) -> None:
     assert fits(size, rows) is belongs
@@ -74,7 +82,9 @@ def test_a_vocabulary_larger_than_the_tokenizer_is_refused(tmp_path: Path) -> No
         load_text_encoder(path)
 
 
-@pytest.mark.parametrize("text, words", [("a red 猫 on a 椅子", "猫 椅子"), ("красный круг", "красный круг"), ("a red circle", ""), ("a 🙂 cat", "🙂")])
+@pytest.mark.parametrize(
+    "text, words", [("a red 猫 on a 椅子", "猫 椅子"), ("красный круг", "красный круг"), ("a red circle", ""), ("a 🙂 cat", "🙂")]
+)
 def test_words_without_tokens_are_told(tmp_path: Path, text: str, words: str, caplog) -> None:
     encoder = load_text_encoder(save_t5_file(tiny_t5(), tmp_path / "t5.safetensors"))
     with caplog.at_level(logging.WARNING):
