@@ -1,4 +1,4 @@
-"""Full-size random PixArt-Σ files, loaded by PixArtModelLoader in each format; one KSampler step each.
+"""Full-size random PixArt-Sigma files, loaded by PixArtModelLoader in each format; one KSampler step each.
 
 `python -m benchmarks.full_size` measures every case in a fresh process of the host's own modules, on the CPU
 (Linux only: memory is read from /proc). COMFYUI_PATH chooses the host.

@@ -25,7 +25,7 @@ from tests.support.checkpoint_factory import diffusers_config, stored_positions
 
 CFG, TIMESTEP = 4.5, 500
 TOKENS = (60, 1)  # of the prompt and the empty negative prompt: unequal, as in use
-PADDED = 300  # tokens that diffusers' Σ pipeline always computes
+PADDED = 300  # tokens that diffusers' Sigma pipeline always computes
 OURS, CORE, COMPILED, NATIVE, DIFFUSERS = "ours", "core", "compiled", "comfyui", "diffusers"
 PEERS = (NATIVE, DIFFUSERS, COMPILED)  # that may be asked for
 XL_BLOCKS = 28
@@ -234,7 +234,7 @@ def diffusers_model(work: Workload) -> Any:
 
 
 def _diffusers_step(work: Workload, name: str) -> Callable[[], float]:
-    """diffusers' transformer as its Σ pipeline calls it: 300 tokens and a mask."""
+    """diffusers' transformer as its Sigma pipeline calls it: 300 tokens and a mask."""
     model = diffusers_model(work)
     context, mask = work.padded_captions(PADDED)
     added = {"resolution": None, "aspect_ratio": None}

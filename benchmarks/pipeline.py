@@ -1,6 +1,6 @@
 """From embeddings to latents or pictures: `python -m benchmarks pipeline --px 256,512`.
 
-pixart.Pipeline beside diffusers' Σ pipeline, and KSampler with this pack's MODEL beside ComfyUI's own. Few steps with a picture at
+pixart.Pipeline beside diffusers' Sigma pipeline, and KSampler with this pack's MODEL beside ComfyUI's own. Few steps with a picture at
 the end: `--px 1024 --guidance 1 --decode --compile`; the largest size: `--px 4096 --steps 20 --kv 28:4 --peers ""`; the default of
 PixArtKVCompress: `--kv 28:2 --kv-until 0.5`. On a card the peak of memory is measured too, weights included.
 """

@@ -3,12 +3,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .guidance import PixArtPAG
 from .controlnet import PixArtControlNetLoader, PixArtHED
 from .few_steps import PixArtOneStep, PixArtTimesteps
+from .guidance import PixArtPAG
 from .host.demo_models import offer_demo_models
-from .lora import PixArtLoraLoader
 from .kv_compress import PixArtKVCompress
+from .lora import PixArtLoraLoader
 from .model import PixArtModelLoader
 from .prompts import PixArtLoadPrompt, PixArtNegative, PixArtSavePrompt
 from .resolution import PixArtCropToSize, PixArtResolution, PixArtSizeCondition

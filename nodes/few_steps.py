@@ -1,17 +1,17 @@
 """Few-step models: timesteps as SIGMAS, and the one step of DMD."""
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..pixart.logs import get_logger
 from ..pixart.timesteps import DMD_TIMESTEP, LAST_TIMESTEP, parse_timesteps
 from .host.menus import check_number
 from .host.one_step import many_step_warning, one_step_sampler, timestep_sigmas
 from .host.schema import schema
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class PixArtTimesteps(io.ComfyNode):

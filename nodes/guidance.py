@@ -18,7 +18,7 @@ class PixArtPAG(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Defaults are those of diffusers' example for PixArt-Σ."""
+        """Defaults are those of diffusers' example for PixArt-Sigma."""
         return schema(
             node_id="PixArtPAG",
             display_name="PixArt Perturbed-Attention Guidance",

@@ -47,7 +47,8 @@ class PixArtKVCompress(io.ComfyNode):
                 ),
                 _percent(
                     "start_percent", DEFAULTS.start_percent,
-                    "Part of the noise schedule from which it holds; 0 is the beginning. A second pass with denoise 0.4 lies wholly after 0.6.",
+                    "Part of the noise schedule from which it holds; 0 is the beginning. A second pass with denoise 0.4 lies "
+                    "wholly after 0.6.",
                 ),
                 _percent("end_percent", DEFAULTS.end_percent, "Part of the noise schedule up to which it holds; 1 is the end."),
                 io.Int.Input(

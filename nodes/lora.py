@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..pixart.adapters.settings import CONFIG_NAME
+from ..pixart.logs import get_logger
 from .host.files import choices, fingerprint, name_problem, resolve
 from .host.lora import apply_lora
 from .host.menus import check_number
@@ -14,7 +15,7 @@ from .host.schema import schema
 
 FOLDER, COMPONENT = "loras", "transformer"
 LARGEST = 100.0
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class PixArtLoraLoader(io.ComfyNode):

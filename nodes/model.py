@@ -7,8 +7,8 @@ from comfy_api.latest import io
 
 from ..pixart.checkpoints.detect import AUTO
 from ..pixart.config import variant_names
-from .host.files import choices, fingerprint, name_problem, resolve
 from .host.dtypes import DEFAULT
+from .host.files import choices, fingerprint, name_problem, resolve
 from .host.loader import WEIGHT_DTYPES, load_model
 from .host.menus import check_choice
 from .host.schema import schema
@@ -26,7 +26,7 @@ class PixArtModelLoader(io.ComfyNode):
             node_id="PixArtModelLoader",
             display_name="PixArt Model Loader",
             category="PixArt",
-            description="Loads PixArt-α or PixArt-Σ from an original .pth, a safetensors file with original or diffusers "
+            description="Loads PixArt-alpha or PixArt-Sigma from an original .pth, a safetensors file with original or diffusers "
             "keys, or a diffusers folder. The log says what was detected, why, and which VAE belongs to it.",
             search_aliases=["pixart", "pixart sigma", "pixart alpha", "load diffusion model", "unet loader"],
             inputs=[
@@ -39,8 +39,8 @@ class PixArtModelLoader(io.ComfyNode):
                     "variant",
                     options=[AUTO, *variant_names()],
                     default=AUTO,
-                    tooltip="auto reads everything from the file. Choose one where weights can't tell: α-256 and α-512, or "
-                    "α and Σ in files without y_embedding, look alike.",
+                    tooltip="auto reads everything from the file. Choose one where weights can't tell: alpha-256 and alpha-512, or "
+                    "alpha and Sigma in files without y_embedding, look alike.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",

@@ -13,7 +13,7 @@ from .host.menus import check_choice
 from .host.schema import schema
 from .host.tokens import encode, encode_padded_end
 
-DIFFUSERS, SIGMA, ALPHA = "one token (diffusers)", "prompt length (Σ repository)", "null embedding (α repository)"
+DIFFUSERS, SIGMA, ALPHA = "one token (diffusers)", "prompt length (Sigma repository)", "null embedding (alpha repository)"
 CONVENTIONS = (DIFFUSERS, SIGMA, ALPHA)
 
 
@@ -36,8 +36,8 @@ class PixArtNegative(io.ComfyNode):
                     options=list(CONVENTIONS),
                     default=DIFFUSERS,
                     tooltip="one token: the end token alone, as diffusers and ComfyUI do (needs clip). prompt length: padded to "
-                    "the length of the positive prompt, as the Σ repository does (needs clip and positive). null embedding: "
-                    "what dropped captions were in training, as the α repository does (needs model and positive).",
+                    "the length of the positive prompt, as the Sigma repository does (needs clip and positive). null embedding: "
+                    "what dropped captions were in training, as the alpha repository does (needs model and positive).",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="From PixArtT5Loader, or CLIPLoader with type pixart."),
                 io.Conditioning.Input("positive", optional=True, tooltip="The positive prompt; its length is used."),

@@ -1,4 +1,4 @@
-"""Sizes: the trained bins, the way back from them, and the size that α-1024 is told."""
+"""Sizes: the trained bins, the way back from them, and the size that alpha-1024 is told."""
 from __future__ import annotations
 
 from typing import Any
@@ -42,7 +42,7 @@ class PixArtResolution(io.ComfyNode):
                     "base",
                     options=_bases(),
                     default=DEFAULT_BASE,
-                    tooltip="The model's size: 512 for Σ-512 and α-512, 2048 for Σ-2K, 256 for the demo ...",
+                    tooltip="The model's size: 512 for Sigma-512 and alpha-512, 2048 for Sigma-2K, 256 for the demo ...",
                 ),
                 _side("width", "Wanted width in pixels."),
                 _side("height", "Wanted height in pixels."),
@@ -97,7 +97,7 @@ class PixArtCropToSize(io.ComfyNode):
 
 
 class PixArtSizeCondition(io.ComfyNode):
-    """Tells α-1024 a size other than the latent's."""
+    """Tells alpha-1024 a size other than the latent's."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -106,7 +106,7 @@ class PixArtSizeCondition(io.ComfyNode):
             node_id="PixArtSizeCondition",
             display_name="PixArt Size Condition",
             category="PixArt",
-            description="Sets the picture size that PixArt-α 1024 is conditioned on. Without this node it is the size of "
+            description="Sets the picture size that PixArt-alpha 1024 is conditioned on. Without this node it is the size of "
             "the latent. Other PixArt models have no such input and ignore it.",
             search_aliases=["micro conditioning", "resolution conditioning"],
             inputs=[

@@ -1,12 +1,12 @@
 """Loading T5, and encoding prompts with it."""
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..pixart.errors import InputError
+from ..pixart.logs import get_logger
 from .host.dtypes import DEFAULT
 from .host.family import SIGMA_TOKENS, max_tokens_of
 from .host.files import choices, fingerprint, name_problem, resolve
@@ -17,7 +17,7 @@ from .host.tokens import encode, prepare_text
 
 FOLDER, COMPONENT = "text_encoders", "text_encoder"
 AUTO, MAX_TOKENS = "auto", 4096
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class PixArtT5Loader(io.ComfyNode):
@@ -95,7 +95,7 @@ class PixArtTextEncode(io.ComfyNode):
                     "max_tokens",
                     options=[AUTO, "120", "300"],
                     default=AUTO,
-                    tooltip="Longest prompt: 300 for PixArt-Σ, 120 for PixArt-α. auto asks the connected model; without one it is 300.",
+                    tooltip="Longest prompt: 300 for PixArt-Sigma, 120 for PixArt-alpha. auto asks the connected model, else it is 300.",
                 ),
                 io.Boolean.Input(  # optional, as all that came later: graphs in API format don't name it
                     "clean_caption",
@@ -108,7 +108,7 @@ class PixArtTextEncode(io.ComfyNode):
                     "lower_case",
                     optional=True,
                     default=False,
-                    tooltip="Encodes in lower case, as diffusers does; the Σ repository doesn't.",
+                    tooltip="Encodes in lower case, as diffusers does; the Sigma repository doesn't.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="The model to draw with; max_tokens auto reads its limit."),
             ],
@@ -147,7 +147,7 @@ class PixArtTextEncode(io.ComfyNode):
 
 
 def token_limit(wanted: str | int, model: Any | None) -> int:
-    """auto: the model's, or Σ's without one. Raises InputError for what is no number from 1 to MAX_TOKENS."""
+    """auto: the model's, or Sigma's without one. Raises InputError for what is no number from 1 to MAX_TOKENS."""
     if wanted == AUTO:
         return SIGMA_TOKENS if model is None else max_tokens_of(model)
     try:

@@ -22,8 +22,8 @@ class PixArtConsistencyDecoder(io.ComfyNode):
             node_id="PixArtConsistencyDecoder",
             display_name="PixArt Consistency Decoder",
             category="PixArt",
-            description="Loads the DALL-E 3 consistency decoder as VAE for PixArt-α: better faces and lettering than SD1's decoder, "
-            "and slower. Not for Σ, whose latents are SDXL's. Needs the Python package diffusers.",
+            description="Loads the DALL-E 3 consistency decoder as VAE for PixArt-alpha: better faces and lettering than SD1's decoder, "
+            "and slower. Not for Sigma, whose latents are SDXL's. Needs the Python package diffusers.",
             search_aliases=["dall-e 3 decoder", "consistency vae", "load vae"],
             inputs=[
                 io.Combo.Input(

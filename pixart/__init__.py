@@ -1,4 +1,4 @@
-"""PixArt-α and PixArt-Σ text to image, on plain torch."""
+"""PixArt-alpha and PixArt-Sigma text to image, on plain torch."""
 from __future__ import annotations
 
 from importlib import import_module

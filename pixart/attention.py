@@ -51,13 +51,13 @@ def dense_attention(
 class SelfAttention(nn.Module):
     """Attention among picture tokens, with a fused `qkv`; `ratio` > 1 compresses keys and values as trained.
 
-    Trained compression (PixArt-Σ, section 3.2) is of K and V but not Q. Mode "conv": a depthwise convolution
+    Trained compression (PixArt-Sigma, section 3.2) is of K and V but not Q. Mode "conv": a depthwise convolution
     with kernel = stride = ratio over the 2-D token grid, then LayerNorm. The others have no weights, see
     `select_tokens`. A rest that the ratio doesn't divide is floored away, as in the reference.
     """
 
     def __init__(
-        self, hidden_size, num_heads, attention: AttentionFunction, operations, ratio=1, mode="conv", **factory
+        self, hidden_size, num_heads, attention: AttentionFunction, operations, ratio=1, mode="conv", qk_norm=False, **factory
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -71,6 +71,10 @@ class SelfAttention(nn.Module):
                 hidden_size, hidden_size, groups=hidden_size, kernel_size=ratio, stride=ratio, **factory
             )
             self.norm = operations.LayerNorm(hidden_size, **factory)
+        self.qk_norm = qk_norm
+        if qk_norm:  # over the whole width, before compression, as the reference has it
+            self.q_norm = operations.LayerNorm(hidden_size, **factory)
+            self.k_norm = operations.LayerNorm(hidden_size, **factory)
 
     def forward(
         self, hidden: Tensor, grid: tuple[int, int], options: Any = None, compression: KVCompression | None = None, identity: bool = False
@@ -83,6 +87,8 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(hidden).chunk(3, dim=-1)
         if identity:
             return self.proj(v)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         bias = None
         if self.ratio > 1:
             k, v = self._compress(k, grid), self._compress(v, grid)

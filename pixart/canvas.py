@@ -1,14 +1,14 @@
 """The size that is drawn for a wanted size, and the way back from it."""
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 from torch import Tensor
 
 from .bins import Bin, check_size, nearest_bin, resize_and_crop
+from .logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Canvas(NamedTuple):

@@ -19,7 +19,7 @@ COMPRESSION_MODES = ("conv", "uniform", "uniform_every", "ave")  # of trained KV
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of one PixArt transformer. The defaults are XL/2 of Σ."""
+    """Sizes of one PixArt transformer. The defaults are XL/2 of Sigma."""
 
     hidden_size: int = 1152
     depth: int = 28
@@ -31,10 +31,11 @@ class TransformerConfig:
     caption_channels: int = 4096
     max_tokens: int = 300  # rows of `y_embedder.y_embedding`
     position_range: float = 32.0  # positions run from 0 to this, at every size
-    micro_condition: bool = False  # α-1024: size and aspect ratio join the timestep
+    micro_condition: bool = False  # alpha-1024: size and aspect ratio join the timestep
     null_caption: bool = True  # whether `y_embedder.y_embedding` is in the weights
     compressed_blocks: tuple[tuple[int, int], ...] = field(default=())  # (block, ratio) of trained KV compression
     compression_mode: str = "conv"  # of all these blocks; only "conv" has weights of its own
+    qk_norm: bool = False  # LayerNorm over queries and keys of self-attention, an option of the reference's training code
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -68,11 +69,12 @@ class Variant:
     family: str  # "alpha" | "sigma"
     base_size: int  # pixels; the bins of this size were trained
     max_tokens: int
-    latent_scale: float  # model latent = VAE latent x this
-    vae: str  # "sd1" | "sdxl" | "demo"
+    latent_scale: float  # model latent = (VAE latent - latent_shift) x this
+    vae: str  # "sd1" | "sdxl" | "sd3" | "flux" | "demo"
     transformer: TransformerConfig
     files: tuple[str, ...] = ()
     note: str = ""
+    latent_shift: float = 0.0
 
 
 def from_fields(kind: type, values: dict, source: str):

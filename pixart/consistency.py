@@ -1,4 +1,4 @@
-"""The DALL-E 3 consistency decoder for α's latents (SD1's): a two-step diffusion model in place of a VAE decoder.
+"""The DALL-E 3 consistency decoder for alpha's latents (SD1's): a two-step diffusion model in place of a VAE decoder.
 
 diffusers' ConsistencyDecoderVAE, which also carries SD1's encoder; weights: openai/consistency-decoder.
 """
@@ -44,7 +44,7 @@ class ConsistencyVae:
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise InputError(
                 f"latents have shape {tuple(latents.shape)}; expected (batch, {channels}, height/8, width/8): the consistency decoder "
-                "is for PixArt-α's latents."
+                "is for PixArt-alpha's latents."
             )
         pictures = [  # one at a time: the same picture whatever the batch, and less memory
             self.module.decode(self._place(one[None]), generator=torch.Generator().manual_seed(seed)).sample for one in latents

@@ -1,4 +1,4 @@
-"""ControlNet-Transformer (PixArt-δ, section 4): copies of the first blocks, whose outputs join the base's.
+"""ControlNet-Transformer (PixArt-delta, section 4): copies of the first blocks, whose outputs join the base's.
 
 Base block 0 runs first. Copy 0 sees its output plus the projected hint, every later copy the one before
 it; the projected output of copy i is added to the output of base block i. `ControlledTransformer` does
@@ -22,13 +22,14 @@ from .model import PixArtTransformer
 
 @dataclass(frozen=True)
 class ControlNetConfig:
-    """Sizes of one ControlNet; the defaults are δ's."""
+    """Sizes of one ControlNet; the defaults are delta's."""
 
     hidden_size: int = 1152
     depth: int = 13  # copied blocks
     num_heads: int = 16
     mlp_hidden: int = 4608
     compressed_blocks: tuple[tuple[int, int], ...] = field(default=())  # (block, ratio), as in TransformerConfig
+    qk_norm: bool = False  # likewise
 
 
 class ControlBlock(nn.Module):
@@ -40,7 +41,7 @@ class ControlBlock(nn.Module):
         if index == 0:
             self.before_proj = operations.Linear(size, size, bias=True, **factory)
         self.copied_block = PixArtBlock(
-            size, config.num_heads, config.mlp_hidden, attention, operations, ratio=ratio, **factory
+            size, config.num_heads, config.mlp_hidden, attention, operations, ratio=ratio, qk_norm=config.qk_norm, **factory
         )
         self.after_proj = operations.Linear(size, size, bias=True, **factory)
 
@@ -86,6 +87,8 @@ class PixArtControlNet(nn.Module):
             problems.append(f"it is {mine.hidden_size} wide, the model {base.hidden_size}")
         elif mine.num_heads != base.num_heads:
             problems.append(f"it has {mine.num_heads} heads, the model {base.num_heads}")
+        if mine.qk_norm != base.qk_norm:
+            problems.append(f"it {'normalizes' if mine.qk_norm else 'does not normalize'} queries and keys (qk_norm), other than the model")
         copied = [block for block, _ in base.compressed_blocks if block < mine.depth]
         if copied and base.compression_mode != "conv":  # which no weights of the copies could tell
             problems.append(f"its copies don't compress as the model's block(s) {copied} do, without weights ({base.compression_mode})")

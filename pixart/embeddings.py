@@ -113,8 +113,12 @@ class CaptionEmbedder(nn.Module):
     def __init__(self, caption_channels, hidden_size, max_tokens, null_caption, operations, **factory) -> None:
         super().__init__()
         self.y_proj = CaptionProjection(caption_channels, hidden_size, operations, **factory)
-        null = torch.zeros(max_tokens, caption_channels, **factory) if null_caption else None
-        self.register_buffer("y_embedding", null)  # None keeps the key out of state dicts that lack it
+        # Weights may be kept in fp8; this is handed out as it is, where 3 bits would show
+        dtype = factory.get("dtype")
+        kept = {**factory, "dtype": torch.bfloat16 if dtype is not None and dtype.itemsize == 1 else dtype}
+        null = torch.zeros(max_tokens, caption_channels, **kept) if null_caption else None
+        # Not trained, as in the reference; a parameter, so that hosts merge it. None keeps the key out of state dicts that lack it
+        self.register_parameter("y_embedding", None if null is None else nn.Parameter(null, requires_grad=False))
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, M, caption_channels) -> (B, M, D)."""

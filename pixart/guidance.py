@@ -18,7 +18,7 @@ _ITEM = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 
 @dataclass(frozen=True)
 class PerturbedGuidance:
-    """Guidance away from a prediction with weakened blocks; defaults are those of diffusers' example for PixArt-Σ.
+    """Guidance away from a prediction with weakened blocks; defaults are those of diffusers' example for PixArt-Sigma.
 
     Equation 13 of arXiv:2403.17377 on top of CFG: guided + scale * (positive - weakened). Raises InputError.
     """

@@ -1,4 +1,4 @@
-"""Soft edges: Holistically-Nested Edge Detection (Xie and Tu, 2015), as PixArt-δ's ControlNet was trained with.
+"""Soft edges: Holistically-Nested Edge Detection (Xie and Tu, 2015), as PixArt-delta's ControlNet was trained with.
 
 The layout is that of `ControlNetHED.pth`: VGG-16's five stages of 3x3 convolutions, each read out by one
 1x1 convolution, and a colour mean that is part of the weights.

@@ -1,6 +1,6 @@
 """Training-free compression of self-attention's keys and values: an approximation, for weights trained without it.
 
-PixArt-Σ (section 3.2) trains models whose keys and values are merged over R x R tokens. Here the tokens of any PixArt
+PixArt-Sigma (section 3.2) trains models whose keys and values are merged over R x R tokens. Here the tokens of any PixArt
 are merged, by their mean or by keeping one of each cell; queries stay, so the picture keeps its tokens, and attention
 costs R² times less. No weights are added or changed.
 """

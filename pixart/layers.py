@@ -1,6 +1,7 @@
 """The transformer block, its modulation, and the final layer."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class BlockInputs:
     identity_attention: bool = False  # self-attention without mixing of tokens, for perturbed-attention guidance
     compression: KVCompression | None = None  # training-free, of this block
     one_token: OneToken | None = None  # what is known of context_mask; whoever changes context or mask sets None
+    cross_output: Callable[[Tensor], Tensor] | None = None  # a host's patch of what cross-attention adds, (B, N, D)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -53,14 +55,14 @@ class Mlp(nn.Module):
 
 
 class PixArtBlock(nn.Module):
-    """adaLN-single block (PixArt-α, section 2.3): gated self-attention, cross-attention, gated MLP."""
+    """adaLN-single block (PixArt-alpha, section 2.3): gated self-attention, cross-attention, gated MLP."""
 
     def __init__(
-        self, hidden_size, num_heads, mlp_hidden, attention: AttentionFunction, operations, ratio=1, mode="conv", **factory
+        self, hidden_size, num_heads, mlp_hidden, attention: AttentionFunction, operations, ratio=1, mode="conv", qk_norm=False, **factory
     ) -> None:
         super().__init__()
         self.norm1 = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
-        self.attn = SelfAttention(hidden_size, num_heads, attention, operations, ratio=ratio, mode=mode, **factory)
+        self.attn = SelfAttention(hidden_size, num_heads, attention, operations, ratio=ratio, mode=mode, qk_norm=qk_norm, **factory)
         self.cross_attn = CrossAttention(hidden_size, num_heads, attention, operations, **factory)
         self.norm2 = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
         self.mlp = Mlp(hidden_size, mlp_hidden, operations, **factory)
@@ -81,7 +83,9 @@ class PixArtBlock(nn.Module):
             modulate(self.norm1(hidden), shift_attn, scale_attn).to(dtype), inputs.grid, options, inputs.compression,
             inputs.identity_attention,
         ))  # fmt: skip
-        hidden = hidden + self.cross_attn(hidden.to(dtype), context, inputs.context_mask, options, inputs.one_token)
+        crossed = self.cross_attn(hidden.to(dtype), context, inputs.context_mask, options, inputs.one_token)
+        hidden = hidden + (crossed if inputs.cross_output is None else inputs.cross_output(crossed))
+        del crossed
         return torch.addcmul(hidden, gate_mlp, self.mlp(modulate(self.norm2(hidden), shift_mlp, scale_mlp).to(dtype)))
 
 

@@ -1,4 +1,4 @@
-"""The PixArt transformer: one model for α, Σ, δ and small ones. `forward` reads top to bottom."""
+"""The PixArt transformer: one model for alpha, Sigma, delta and small ones. `forward` reads top to bottom."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +54,7 @@ class PixArtTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             PixArtBlock(
                 size, config.num_heads, config.mlp_hidden, attention, operations,
-                ratio=ratios.get(i, 1), mode=config.compression_mode, **factory,
+                ratio=ratios.get(i, 1), mode=config.compression_mode, qk_norm=config.qk_norm, **factory,
             )  # fmt: skip
             for i in range(config.depth)
         )
@@ -203,7 +203,7 @@ class PixArtTransformer(nn.Module):
         if one_token is not None and not 0 <= one_token.start < one_token.stop <= batch:
             raise InputError(f"one_token names captions {one_token.start} to {one_token.stop - 1}; expected some of 0 to {batch - 1}.")
         if size is not None and not config.micro_condition:
-            raise InputError("size was given, but this model has no size conditioning (only α-1024 has); leave it out.")
+            raise InputError("size was given, but this model has no size conditioning (only alpha-1024 has); leave it out.")
         if size is not None and size.shape != (batch, 2):
             raise InputError(f"size has shape {tuple(size.shape)}; expected ({batch}, 2): height and width in pixels.")
         for name, hooks in (("block_wrappers", wrappers), ("block_residuals", residuals)):

@@ -17,16 +17,17 @@ from .checkpoints.load import load_transformer
 from .config import get_variant
 from .errors import InputError
 from .guidance import PerturbedGuidance
-from .kv_compress import KVCompression
-from .model import PIXELS_PER_LATENT, PixArtTransformer
 from .habits import described, plain_number, unknown_arguments
+from .kv_compress import KVCompression
+from .logs import get_logger
+from .model import PIXELS_PER_LATENT, PixArtTransformer
 from .sampling import Callback, check_scheduler, denoise, initial_noise, make_scheduler
 from .text.captions import prepare
 from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_encoder
 from .text.prompt_file import load_prompts, save_prompts
 from .vae import Vae, load_vae
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 MAX_STEPS = 1000  # timesteps of the training schedule
@@ -95,7 +96,7 @@ class Pipeline:
         encoder = load_text_encoder(text_encoder, tokenizer, dtype, device, text_precision) if text_encoder else None
         # The SDXL VAE overflows in fp16.
         vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        decoder = load_vae(vae, found.latent_scale, vae_dtype, device) if vae else None
+        decoder = load_vae(vae, found.latent_scale, vae_dtype, device, found.latent_shift) if vae else None
         base = found.base_size or get_variant(found.variant).base_size
         return cls(model, encoder, decoder, base_size=base, max_tokens=found.max_tokens)
 
@@ -135,7 +136,7 @@ class Pipeline:
         negative_prompt_attention_mask: Tensor | None = None,
         **unknown: Any,
     ) -> Any:
-        """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Σ pipeline.
+        """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Sigma pipeline.
 
         width, height: wanted pixels (default: the model's base size); with use_bins the nearest trained
         size is drawn, then resized and cropped. guidance <= 1 runs without the negative prompt.

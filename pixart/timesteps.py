@@ -9,7 +9,7 @@ from torch import Tensor
 from .errors import InputError
 
 LAST_TIMESTEP = 999
-DMD_TIMESTEP = 400  # where PixArt-DMD begins and ends (PixArt-Σ, supplementary: the start timestep of its student)
+DMD_TIMESTEP = 400  # where PixArt-DMD begins and ends (PixArt-Sigma, supplementary: the start timestep of its student)
 FEW_STEP_NAMES = r"dmd|lcm|flash|turbo|hyper|lightning|schnell|distill|one[-_ ]?step|(?<!\d)\d{1,2}[-_ ]?steps?(?![a-z])"
 
 

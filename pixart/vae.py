@@ -1,7 +1,6 @@
 """The picture's autoencoder: diffusers' AutoencoderKL and AutoencoderTiny, in the model's latent space."""
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
@@ -13,13 +12,16 @@ from .checkpoints.read import read_tensors
 from .checkpoints.shards import WEIGHTS_NAME
 from .errors import CheckpointError, InputError, UnsupportedError
 from .json_files import read_json
+from .logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PREFIXES = ("", "first_stage_model.", "vae.")
 REMEDIES = {
-    0.18215: "an SD1 VAE, e.g. stabilityai/sd-vae-ft-ema, as α needs",
-    0.13025: "the SDXL VAE, e.g. PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers, as Σ needs",
+    0.18215: "an SD1 VAE, e.g. stabilityai/sd-vae-ft-ema, as alpha needs",
+    1.5305: "SD3's VAE, of 16 channels",
+    0.3611: "Flux's VAE, of 16 channels",
+    0.13025: "the SDXL VAE, e.g. PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers, as Sigma needs",
 }
 # LDM's names of AutoencoderKL -> diffusers'; `decoder.up` counts from the other end, see _to_diffusers
 LDM_NAMES = (
@@ -87,11 +89,12 @@ def load_vae(
     latent_scale: float,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    latent_shift: float = 0.0,
 ) -> Vae:
     """Loads a diffusers folder (or a pipeline's, with vae/), or a single .safetensors file.
 
     Files: AutoencoderKL in LDM or diffusers names, AutoencoderTiny in diffusers or TAESD names.
-    latent_scale: the model's; a VAE that says otherwise is reported in the log.
+    latent_scale, latent_shift: the model's; a VAE that says otherwise is reported in the log.
     Raises CheckpointError or UnsupportedError saying what to do.
     """
     path = Path(path)
@@ -108,7 +111,7 @@ def load_vae(
     elif name == "AutoencoderKL":
         tensors = _to_diffusers(tensors)
         config = config or _kl_config(tensors, path)
-        factor = 1 / latent_scale
+        factor, shift = 1 / latent_scale, latent_shift
         _check_scale(config, latent_scale, path)
     else:
         raise UnsupportedError(f"{path} is a {name}; expected an AutoencoderKL or AutoencoderTiny.")

@@ -8,7 +8,7 @@ from pixart.errors import ConfigError
 
 
 def test_zoo_is_complete():
-    promised = "alpha-256 alpha-512 alpha-1024 sigma-256 sigma-512 sigma-1024 sigma-2k sigma-900m demo".split()
+    promised = "alpha-256 alpha-512 alpha-1024 sigma-256 sigma-512 sigma-1024 sigma-2k sigma-900m sigma-sd3 sigma-flux demo".split()
     assert list(variant_names()) == promised
     assert all((CONFIG_DIR / f"{name}.json").exists() for name in promised)
 
@@ -18,7 +18,9 @@ def test_variant_is_consistent(name):
     variant = get_variant(name)
     assert variant.transformer.hidden_size == 72 * variant.transformer.num_heads
     assert variant.max_tokens == variant.transformer.max_tokens == {"alpha": 120, "sigma": 300}[variant.family]
-    assert variant.latent_scale == {"alpha": 0.18215, "sigma": 0.13025}[variant.family]
+    wide = {"sigma-sd3": (1.5305, 0.0609), "sigma-flux": (0.3611, 0.1159)}
+    scale = wide.get(name, ({"alpha": 0.18215, "sigma": 0.13025}[variant.family], 0.0))
+    assert (variant.latent_scale, variant.latent_shift) == scale and variant.transformer.in_channels == (16 if name in wide else 4)
     assert variant.transformer.micro_condition == (name == "alpha-1024")
     assert variant.transformer.position_range == (16.0 if name == "alpha-256" else 32.0)
     assert variant.transformer.depth == {"sigma-900m": 42, "demo": 8}.get(name, 28)

@@ -43,7 +43,7 @@ def test_encoding_equals_diffusers(folder):
 
 
 def test_latents_of_another_vae(folder):
-    with pytest.raises(InputError, match=r"\(1, 16, 4, 4\).*α"):
+    with pytest.raises(InputError, match=r"\(1, 16, 4, 4\).*alpha"):
         load_consistency_decoder(folder).decode(torch.zeros(1, 16, 4, 4))
 
 

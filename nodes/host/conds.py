@@ -1,4 +1,4 @@
-"""Conditions: of unequal length as one batch, padded at the end under a mask; and the size that α-1024 is told."""
+"""Conditions: of unequal length as one batch, padded at the end under a mask; and the size that alpha-1024 is told."""
 from __future__ import annotations
 
 import comfy.conds
@@ -87,7 +87,7 @@ def caption_mask(states: Tensor, attention_mask: Tensor | None) -> CaptionMask:
 
 
 def with_size(conditioning: list, width: int, height: int) -> list:
-    """A copy of CONDITIONING that tells α-1024 this size in pixels."""
+    """A copy of CONDITIONING that tells alpha-1024 this size in pixels."""
     return node_helpers.conditioning_set_values(conditioning, {"width": width, "height": height})
 
 

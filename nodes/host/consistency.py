@@ -1,7 +1,6 @@
 """The consistency decoder behind the methods that the host's VAE nodes call."""
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...pixart.consistency import ConsistencyVae, load_consistency_decoder
+from ...pixart.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 TILES = (64, 32)  # sides in latents to try, one after the other, where the card has no room for a whole picture
 VALUES_PER_PIXEL = 6000  # of activations: the widest stage has 320 channels at full size; 7000 have been seen at the peak
 

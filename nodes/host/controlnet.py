@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +21,13 @@ from ...pixart.checkpoints.controlnet import prepare_controlnet
 from ...pixart.checkpoints.read import read_tensors
 from ...pixart.controlnet import PixArtControlNet
 from ...pixart.errors import InputError
+from ...pixart.logs import get_logger
 from ...pixart.model import PIXELS_PER_LATENT
 from .attention import host_attention
 from .dtypes import computing_dtype
 from .transformer import IDENTITY_BLOCKS, SKIPPED_BLOCKS, HostTransformer
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 CROPPED_RATIO = 1.05  # from here on cutting a hint to the picture's shape is worth a warning
 
 

@@ -19,7 +19,7 @@ def max_tokens_of(model: Any) -> int:
     config = getattr(inner.diffusion_model, "config", None)
     if config is not None:
         return config.max_tokens
-    family = "sigma" if isinstance(inner.model_config, comfy.supported_models.PixArtSigma) else "alpha"  # Σ derives from α
+    family = "sigma" if isinstance(inner.model_config, comfy.supported_models.PixArtSigma) else "alpha"  # Sigma derives from alpha
     return TOKENS_OF_FAMILY[family]
 
 

@@ -1,7 +1,6 @@
 """Training-free KV compression as a patch of the host's MODEL."""
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import comfy.model_base
@@ -9,11 +8,12 @@ from comfy.patcher_extension import WrappersMP
 
 from ...pixart.errors import InputError
 from ...pixart.kv_compress import KVCompression, check_together
+from ...pixart.logs import get_logger
 from ...pixart.timesteps import LAST_TIMESTEP
 from .supported import PixArtModel
 from .transformer import KV_COMPRESSION
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 NODE = "PixArtKVCompress"
 SIGMAS = 3  # place of sigmas among those of outer_sample
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,16 @@ import torch
 from torch import Tensor
 
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES, Detection, prepare, read_checkpoint
+from ...pixart.checkpoints.shards import SAFE_SUFFIXES
+from ...pixart.logs import get_logger
 from . import quantized
 from .dtypes import DTYPES
 from .noise_levels import watch_noise_levels
+from .paging import SAMPLED, pages_weights
 from .supported import model_config
+from .tables import follow_patches
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {**DTYPES, "fp8_e5m2": torch.float8_e5m2}
 
 
@@ -28,11 +31,12 @@ def load_model(path: str, variant: str, weight_dtype: str, disable_dynamic: bool
 
     disable_dynamic: asked for by the host when it rebuilds the model without dynamic VRAM.
     """
-    state_dict, detection, metadata = _read(Path(path), variant)
+    load_device = management.get_torch_device()
+    paged = pages_weights() and not disable_dynamic and not management.is_device_cpu(load_device)
+    state_dict, detection, metadata = _read(Path(path), variant, SAMPLED if paged else None)
     log.info("PixArt model:\n%s", detection.describe())
     config = model_config(detection)
     state_dict = quantized.configure(config, state_dict, metadata)
-    load_device = management.get_torch_device()
     _set_dtype(config, WEIGHT_DTYPES[weight_dtype], state_dict, load_device)
     model = config.get_model(state_dict)
     patcher = _patcher_class(disable_dynamic)(
@@ -44,15 +48,16 @@ def load_model(path: str, variant: str, weight_dtype: str, disable_dynamic: bool
     assign = {"assign": True} if hasattr(patcher, "is_dynamic") and patcher.is_dynamic() else {}
     model.load_model_weights(state_dict, "", **assign)
     watch_noise_levels(patcher)
+    follow_patches(patcher)
     patcher.cached_patcher_init = (load_model, (path, variant, weight_dtype))
     return patcher
 
 
-def _read(path: Path, variant: str) -> tuple[dict[str, Tensor], Detection, Mapping[str, str] | None]:
+def _read(path: Path, variant: str, sampled: int | None) -> tuple[dict[str, Tensor], Detection, Mapping[str, str] | None]:
     """Native tensors with their quantization extras, what they are, and the file's metadata."""
     raw = read_checkpoint(path)  # says in plain words what is wrong with a file
     tensors, metadata = raw.state_dict, None
-    if path.is_file() and path.suffix in (".safetensors", ".sft"):
+    if path.is_file() and raw.container == "safetensors" and path.suffix.lower() in SAFE_SUFFIXES:  # the host goes by the suffix
         # Read by the host too: with dynamic VRAM its tensors know their place in the file.
         tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     prepared = prepare(
@@ -64,6 +69,7 @@ def _read(path: Path, variant: str) -> tuple[dict[str, Tensor], Detection, Mappi
         container=raw.container,
         hints=raw.hints,
         notes=raw.notes,
+        sampled=sampled,
     )
     return {**prepared.state_dict, **prepared.extras}, prepared.detection, metadata
 

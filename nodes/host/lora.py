@@ -16,10 +16,12 @@ from ...pixart.adapters.matrices import MATRICES
 from ...pixart.adapters.names import TRANSFORMER, Place
 from ...pixart.adapters.rotation import Rotation
 from ...pixart.errors import InputError
+from .tables import follow_patches
 
 Patches = dict[Any, Any]  # as ModelPatcher.add_patches takes them
 # The host's names of the roles that differ from ours.
 HOST_ROLES = {"lora_up": "lora_up.weight", "lora_down": "lora_down.weight", "lora_mid": "lora_mid.weight"}
+TABLE = "scale_shift_table"  # y_embedding is read before the host has patched anything
 MODEL_PREFIX, T5_PREFIX = "diffusion_model.", "t5xxl.transformer."
 
 
@@ -36,6 +38,7 @@ def apply_lora(model: Any, clip: Any, path: Path, strength_model: float, strengt
     fit = fit_adapter(load_adapter(path), shapes, None if clip is None else text_shapes, leave_text=strength_clip == 0)
     patched = model.clone()
     patched.add_patches(_patches(fit.layers, MODEL_PREFIX, shapes), strength_model)
+    follow_patches(patched)
     if clip is not None:
         clip = clip.clone()
         clip.add_patches(_patches(fit.text_layers, T5_PREFIX, text_shapes), strength_clip)
@@ -48,9 +51,13 @@ def _shapes(model: nn.Module, prefix: str) -> Shapes:
     for name, module in model.named_modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         foreign = type(module).__module__.startswith("bitsandbytes")  # packed, and out of reach of the host's patches
-        if not name.startswith(prefix) or not isinstance(weight, Tensor) or foreign:
+        if not name.startswith(prefix):
             continue
         name = name[len(prefix) :]
+        parameters = {f"{name}.{key}": value for key, value in module.named_parameters(recurse=False)}
+        found |= {key: tuple(value.shape) for key, value in parameters.items() if key.endswith(TABLE)}
+        if not isinstance(weight, Tensor) or foreign:
+            continue
         linear = hasattr(module, "in_features")
         found[f"{name}.weight"] = (module.out_features, module.in_features) if linear else tuple(weight.shape)
         if isinstance(bias, Tensor):

@@ -1,13 +1,14 @@
 """A word on runs that begin with too little noise: schedulers made for Stable Diffusion stop at a tenth of PixArt's."""
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import comfy.patcher_extension
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from ...pixart.logs import get_logger
+
+log = get_logger(__name__)
 KEY = "pixart_noise_levels"
 FAR = 4.0  # factor below the model's highest noise level; at Stable Diffusion's 14.6 pictures are grey or washed out
 

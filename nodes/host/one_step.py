@@ -1,7 +1,6 @@
 """One-step models in the host's custom sampling: a SAMPLER whose start is pure noise of unit variance."""
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...pixart.logs import get_logger
 from ...pixart.timesteps import seems_few_step, unit_variance_start
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def timestep_sigmas(model: Any, timesteps: list[int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management as management
 import folder_paths
 import torch
 from torch import Tensor
@@ -86,7 +87,9 @@ def load(path: Path, model: Any | None) -> tuple[list, str]:
         "kept": embeddings.states.shape[1], "cut": cut,
     }  # fmt: skip
     shown = [*found.prompts, f"{embeddings.states.shape[1]} tokens, {found.encoder or 'encoder unknown'}"]
-    return [[embeddings.states.float(), values]], "\n".join([*shown, f"cut: {cut}"] if cut else shown)
+    # Where the host's text encoders put theirs, so that both can be joined: on the card with --gpu-only
+    states = embeddings.states.to(management.intermediate_device(), torch.float32)
+    return [[states, values]], "\n".join([*shown, f"cut: {cut}"] if cut else shown)
 
 
 def tokens_of(conditioning: list) -> int:

@@ -1,7 +1,6 @@
 """The host's model classes for PixArt, with the core's transformer inside."""
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -9,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import comfy.conds
+import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as management
 import comfy.supported_models
@@ -17,15 +17,18 @@ from torch import Tensor
 
 from ...pixart.bins import MAX_SIDE, Bin, base_sizes, nearest_bin
 from ...pixart.checkpoints.detect import Detection
+from ...pixart.checkpoints.notes import NOTE_TENSOR, saving_note
 from ...pixart.config import TransformerConfig, get_variant, variant_names
 from ...pixart.errors import InputError, TextEncoderError
+from ...pixart.logs import get_logger
 from ...pixart.model import PIXELS_PER_LATENT
 from .conds import CaptionStates, PicturePositions, caption_mask
 from .dtypes import computing_dtype
+from .silent_nodes import silent_warnings
 from .transformer import HostTransformer
 from .vae_hint import refiner_warning, vae_warning
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 FAR_AREA, FAR_RATIO = 1.6, 1.5  # factors from the nearest bin beyond which pictures visibly suffer
 RESIDUALS = "pixart_residuals"  # name of the count among a conditioning's shapes
 _FIELDS = {field.name for field in fields(TransformerConfig)}
@@ -47,7 +50,7 @@ class PixArtModel(comfy.model_base.PixArt):
         self._warned: set[str] = set()
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """Captions with their mask, positions, and for α-1024 the picture's size, (height, width) in pixels.
+        """Captions with their mask, positions, and for alpha-1024 the picture's size, (height, width) in pixels.
 
         All on the sampling device: the host asks once for a run, but would copy them there in every step.
         """
@@ -62,13 +65,15 @@ class PixArtModel(comfy.model_base.PixArt):
         self._check_size(width, height)
         self._warn_once(vae_warning(self.detection.vae))
         self._warn_once(refiner_warning(self.detection.family))
+        for text in silent_warnings():
+            self._warn_once(text)
         wanted = (kwargs.get("height") or height, kwargs.get("width") or width)
         if self.diffusion_model.config.micro_condition:
             # int, which the host doesn't cast: bf16 rounds 1400 to 1408
             out["size"] = comfy.conds.CONDRegular(torch.tensor([wanted], dtype=torch.int32, device=device))
         elif wanted != (height, width):
             self._warn_once(
-                "This PixArt has no size conditioning (only α-1024 has): width and height of the conditioning are not "
+                "This PixArt has no size conditioning (only alpha-1024 has): width and height of the conditioning are not "
                 "used. Set the picture's size on the latent."
             )
         return out
@@ -151,10 +156,18 @@ def _is_far(width: int, height: int, fit: Bin) -> bool:
     return not 1 / FAR_AREA <= area <= FAR_AREA or not 1 / FAR_RATIO <= ratio <= FAR_RATIO
 
 
+WIDE_FORMATS = {"sd3": comfy.latent_formats.SD3, "flux": comfy.latent_formats.Flux}  # of 16 channels
+
+
 class _Supported:
     """Builds PixArtModel; mixed into the host's configuration of each family."""
 
     detection: Detection
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Called by ModelSave and CheckpointSave: what the weights alone don't tell is kept in a note among them."""
+        note = saving_note(state_dict, self.detection)
+        return super().process_unet_state_dict_for_saving({**state_dict, **({NOTE_TENSOR: note} if note is not None else {})})
 
     def get_model(self, state_dict: dict[str, Tensor], prefix: str = "", device: Any = None) -> PixArtModel:
         """Called by the loader; the weights come later."""
@@ -162,11 +175,11 @@ class _Supported:
 
 
 class SupportedSigma(_Supported, comfy.supported_models.PixArtSigma):
-    """Σ: latents of the SDXL VAE."""
+    """Sigma: latents of the SDXL VAE."""
 
 
 class SupportedAlpha(_Supported, comfy.supported_models.PixArtAlpha):
-    """α: latents of the SD1 VAE."""
+    """alpha: latents of the SD1 VAE."""
 
 
 def model_config(detection: Detection) -> SupportedSigma | SupportedAlpha:
@@ -177,6 +190,8 @@ def model_config(detection: Detection) -> SupportedSigma | SupportedAlpha:
     supported = SupportedAlpha if detection.family == "alpha" else SupportedSigma
     config = supported({**supported.unet_config, **detection.config.to_dict()})
     config.detection = detection
+    if detection.vae in WIDE_FORMATS:
+        config.latent_format = WIDE_FORMATS[detection.vae]()
     if config.latent_format.scale_factor != detection.latent_scale:
         raise InputError(
             f"{detection.variant}: latent scale {detection.latent_scale} differs from the host's "

@@ -2,12 +2,10 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import comfy.model_patcher
 import comfy.sd
 import comfy.text_encoders.pixart_t5 as pixart_t5
 import comfy.utils
@@ -19,21 +17,22 @@ from ...pixart.checkpoints.content import SAFETENSORS, content_of
 from ...pixart.checkpoints.read import safetensors_header
 from ...pixart.checkpoints.shards import SAFE_SUFFIXES
 from ...pixart.errors import TextEncoderError, UnsupportedError
+from ...pixart.logs import get_logger
 from ...pixart.text.names import FP8, STORED_PRECISIONS
 from ...pixart.text.prompt_file import fingerprint
 from ...pixart.text.quantize import check_range, choose_precision
 from ...pixart.text.settings import XXL
 from ...pixart.text.weights import EMBEDDING, FINAL_NORM, T5Weights, cast, check_shapes, expected_shapes, is_finite, read_t5
 from .dtypes import DEFAULT, DTYPES
+from .paging import SAMPLED, pages_weights
 from .quantized_t5 import FINGERPRINT, quantized_clip_class, resident_estimate
 from .tokenizer import tokenizer_class
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 PRECISIONS = (*DTYPES, *STORED_PRECISIONS)
 DEVICES = (DEFAULT, "cpu")
 XXL_KEY = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"  # UMT5-XXL, which doesn't fit, has it too, but 256384 rows of tokens
 ACTIVATIONS = {"gated-gelu": "gelu_pytorch_tanh", "relu": "relu"}
-SAMPLED = 4096  # values of a weight that are looked at where all would have to be read from the file
 # What the host's T5 has as constants
 FIXED = {
     "relative_attention_num_buckets": 32,
@@ -65,7 +64,8 @@ def load_t5_patcher(path: str, precision: str, device: str, disable_dynamic: boo
 
 def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynamic: bool) -> Any | None:
     """The host's own loader, for XXL files that it knows."""
-    if not Path(path).is_file() or Path(path).suffix.lower() not in SAFE_SUFFIXES or content_of(Path(path), TextEncoderError) != SAFETENSORS:
+    named = Path(path).is_file() and Path(path).suffix.lower() in SAFE_SUFFIXES
+    if not named or content_of(Path(path), TextEncoderError) != SAFETENSORS:
         return None  # the host goes by the suffix
     shapes = {name: tuple(entry["shape"]) for name, entry in safetensors_header(Path(path), TextEncoderError)[0].items()}
     is_xxl = shapes.get(XXL_KEY, (0,))[0] == XXL["d_ff"] and shapes.get("shared.weight", (0,))[0] == XXL["vocab_size"]
@@ -104,7 +104,7 @@ def _check_names(path: Path, scaled: bool, names: set[str]) -> None:
 
 def _check_values(path: str, clip: Any) -> None:
     """The host takes NaN for weights without a word. Where it maps them to the file, a sample of each is read, not the file."""
-    sample = SAMPLED if _pages_weights() else None
+    sample = SAMPLED if pages_weights() else None
     for name, value in clip.cond_stage_model.t5xxl.transformer.named_parameters():
         plain = type(value.data) is torch.Tensor and not value.is_meta  # the host's quantized tensors have types of their own
         if plain and not is_finite(value.data.flatten()[:sample]):
@@ -120,7 +120,7 @@ def _from_weights(path: Path, precision: str, options: dict[str, Any], disable_d
         log.warning("PixArt: %s is quantized to %s and stays so; %s was asked for.", path, weights.precision, precision)
     parameters = sum(torch.Size(stored.shape).numel() for stored in weights.stored.values())
     content: dict[str, Any] = {"disable_dynamic": True}  # packed weights are none that the host could page in itself
-    streamed = not quantized and not _pages_weights()  # a dict of all weights would hold cast ones twice
+    streamed = not quantized and not pages_weights()  # a dict of all weights would hold cast ones twice
     if quantized:
         model_class = quantized_clip_class(weights, quantized, options)
         parameters = resident_estimate(weights, quantized) // dtype.itemsize
@@ -163,11 +163,6 @@ def _mapped(weights: T5Weights, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             raise TextEncoderError(f"{weights.path}: NaN or infinite values in {name}. Download or export it again.")
     others = {name: cast(name, weights.read(name), weights.dtype) for name in weights.stored if name not in found}
     return _fitting({**found, **others}, weights, dtype)
-
-
-def _pages_weights() -> bool:
-    """Whether this host runs with dynamic VRAM: its layers then want all weights at once, and may take them over as they are."""
-    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher) is not comfy.model_patcher.ModelPatcher
 
 
 def host_config(weights: T5Weights) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def encode(clip: Any, text: str, max_tokens: int) -> Encoded:
 def encode_padded_end(clip: Any, length: int) -> list:
     """CONDITIONING of the empty prompt padded to `length` tokens, of which T5 itself sees the end token alone.
 
-    As the Σ repository pads its negative prompt. All padding has one state, since it attends to nothing but the end
+    As the Sigma repository pads its negative prompt. All padding has one state, since it attends to nothing but the end
     token, and T5's positions act through attention alone: two tokens are enough to encode.
     """
     tokens = _tokenize(clip, "")

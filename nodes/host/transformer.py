@@ -127,7 +127,7 @@ class HostTransformer(PixArtTransformer):
         return replace(inputs, hidden=hidden)
 
     def _padded(self, x: Tensor, timesteps: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The latent in whole patches, and the size of the picture before that, for α-1024."""
+        """The latent in whole patches, and the size of the picture before that, for alpha-1024."""
         if size is None and self.config.micro_condition:
             size = pixel_size(timesteps, *x.shape[-2:])
         return comfy.ldm.common_dit.pad_to_patch_size(x, (self.patch_size,) * 2, padding_mode="replicate"), size
@@ -156,6 +156,21 @@ def one_token_in(mask: Tensor | None, options: dict[str, Any]) -> OneToken | Non
     return None if mask is None or ATTENTION_OVERRIDE in options else getattr(mask, ONE_TOKEN, None)
 
 
+def _patched_outputs(inputs: BlockInputs, options: dict[str, Any]) -> BlockInputs:
+    """With the patches that nodes such as NAGuidance put on attention outputs: here that of cross-attention, which alone reads the
+    prompt. They may write into the tensor they are given, which is the block's own."""
+    patches = options.get("patches", {}).get("attn1_output_patch", ())
+    if not patches:
+        return inputs
+
+    def patched(out: Tensor) -> Tensor:
+        for patch in patches:
+            out = patch(out, inputs.attention_options)
+        return out
+
+    return replace(inputs, cross_output=patched, one_token=None)
+
+
 def _block_wrappers(depth: int, options: dict[str, Any], weakened: Weakened) -> dict[int, Callable[[BlockInputs, Block], Tensor]]:
     """One wrapper per block: says which block is running, and calls the host's replacement if there is one."""
     replaced: ReplacedBlocks = options.get("patches_replace", {}).get("dit", {})
@@ -167,6 +182,7 @@ def _block_wrappers(depth: int, options: dict[str, Any], weakened: Weakened) -> 
             if index in weakened.skipped_blocks:
                 return inputs.hidden
             inputs.attention_options["block_index"] = index  # our own copy of transformer_options
+            inputs = _patched_outputs(inputs, inputs.attention_options)
             if index in weakened.identity_blocks:
                 inputs = replace(inputs, identity_attention=True)
             return block(inputs) if replacement is None else _call_replacement(replacement, inputs, block)

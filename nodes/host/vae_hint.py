@@ -10,14 +10,19 @@ from typing import Any
 KINDS = (
     ("demo", r"pixart-?demo"),
     ("sdxl", r"xl"),
-    ("other", r"^ae\.|flux|sd3|taef1|wan|qwen|hunyuan|ltx"),
+    ("flux", r"^ae\.|flux|taef1"),
+    ("sd3", r"sd-?3"),
+    ("other", r"wan|qwen|hunyuan|ltx"),
     ("sd1", r"consistency|vae-ft|ft-mse|ft-ema|840000|560000|sd-vae|sd-?1|sd-?2|kl-f8|^taesd$"),
 )
 ADVICE = {
-    "sd1": "PixArt-α pictures are decoded by an SD1 VAE (scale 0.18215: sd-vae-ft-ema, vae-ft-mse-840000-ema-pruned); "
+    "sd1": "PixArt-alpha pictures are decoded by an SD1 VAE (scale 0.18215: sd-vae-ft-ema, vae-ft-mse-840000-ema-pruned); "
     "with an SDXL VAE they are washed out or noise",
-    "sdxl": "PixArt-Σ pictures are decoded by the SDXL VAE (scale 0.13025: sdxl_vae.safetensors); with another VAE they "
+    "sdxl": "PixArt-Sigma pictures are decoded by the SDXL VAE (scale 0.13025: sdxl_vae.safetensors); with another VAE they "
     "have wrong colours or are noise",
+    "sd3": "this PixArt's pictures are decoded by SD3's VAE, of 16 channels; with another they are noise (with Flux's, choose the "
+    "variant sigma-flux)",
+    "flux": "this PixArt's pictures are decoded by Flux's VAE (ae.safetensors), of 16 channels; with another they are noise",
     "demo": "the demo's pictures are decoded by its own VAE, pixart-demo-vae.safetensors; with another they are noise",
 }
 
@@ -35,7 +40,7 @@ def vae_kind(name: str) -> str | None:
 def vae_warning(wanted: str) -> str | None:
     """What to tell the user about the VAE of the running graph, if anything.
 
-    wanted: "sd1", "sdxl" or "demo". α is warned about unless the graph names an SD1 VAE, or takes one from a checkpoint
+    wanted: "sd1", "sdxl", "sd3", "flux" or "demo". alpha is warned about unless the graph names an SD1 VAE, or takes one from a checkpoint
     that may be SD1's, since most VAEs at hand are SDXL's; the others only where a name says that the VAE is wrong.
     """
     names = list(_running_vaes())
@@ -51,13 +56,13 @@ def vae_warning(wanted: str) -> str | None:
 
 
 def refiner_warning(family: str) -> str | None:
-    """For α before the SDXL refiner: their latents have the same shape, so nothing else would notice a direct link."""
-    names = [name for graph in _running_graphs() for name in _refiners_on_pixart(graph)] if family == "alpha" else []
+    """For alpha before the SDXL refiner: their latents have the same shape, so nothing else would notice a direct link."""
+    names = [name for graph in running_graphs() for name in _refiners_on_pixart(graph)] if family == "alpha" else []
     if not names:
         return None
     return (
-        f"this graph hands PixArt-α's latent to {names[0]!r}, which reads SDXL latents: colours and shapes will be wrong. Put "
-        "VAEDecode (SD1 VAE) and VAEEncode (SDXL VAE) between them; PixArt-Σ's latents need no such step."
+        f"this graph hands PixArt-alpha's latent to {names[0]!r}, which reads SDXL latents: colours and shapes will be wrong. Put "
+        "VAEDecode (SD1 VAE) and VAEEncode (SDXL VAE) between them; PixArt-Sigma's latents need no such step."
     )
 
 
@@ -67,7 +72,7 @@ def _refiners_on_pixart(graph: Graph) -> Iterator[str]:
         refiner = _model_of(graph, node)
         if REFINER not in refiner.lower():
             continue
-        waiting, seen = _sources(graph, node, "latent_image"), set()
+        waiting, seen = sources(graph, node, "latent_image"), set()
         while waiting:
             number = waiting.pop()
             if number in seen:
@@ -78,14 +83,14 @@ def _refiners_on_pixart(graph: Graph) -> Iterator[str]:
             if model == PIXART:
                 yield refiner
             elif not model or REFINER in model.lower():  # another model's latent has come through a VAE of its own
-                waiting += [] if "vae" in before.get("inputs", {}) else _sources(graph, before)
+                waiting += [] if "vae" in before.get("inputs", {}) else sources(graph, before)
 
 
 def _model_of(graph: Graph, node: Mapping[str, Any]) -> str:
     """What a sampler draws with: PIXART, or the file's name; "" for nodes that don't sample."""
-    if not _sources(graph, node, "latent_image"):
+    if not sources(graph, node, "latent_image"):
         return ""
-    waiting, seen = _sources(graph, node, "model") + _sources(graph, node, "guider"), {""}
+    waiting, seen = sources(graph, node, "model") + sources(graph, node, "guider"), {""}
     while waiting:  # patches and LoRA lie between
         number = waiting.pop(0)
         if number in seen:
@@ -95,11 +100,11 @@ def _model_of(graph: Graph, node: Mapping[str, Any]) -> str:
         name = next((loader["inputs"][key] for key in ("ckpt_name", "unet_name") if key in loader.get("inputs", {})), None)
         if name is not None or loader.get("class_type") == "PixArtModelLoader":
             return PIXART if name is None else str(name)
-        waiting += _sources(graph, loader)
+        waiting += sources(graph, loader)
     return "a model of another loader"
 
 
-def _sources(graph: Graph, node: Mapping[str, Any], name: str | None = None) -> list[str]:
+def sources(graph: Graph, node: Mapping[str, Any], name: str | None = None) -> list[str]:
     """Ids of the nodes that a node's input, or each of its inputs, is linked to."""
     inputs = node.get("inputs", {})
     values = inputs.values() if name is None else [inputs.get(name)]
@@ -108,7 +113,7 @@ def _sources(graph: Graph, node: Mapping[str, Any], name: str | None = None) -> 
 
 def _running_vaes() -> Iterator[str]:
     """Names in the VAE loaders of the graph that the host runs now; none without a running server."""
-    for node in (node for graph in _running_graphs() for node in graph.values()):
+    for node in (node for graph in running_graphs() for node in graph.values()):
         name = node.get("inputs", {}).get("vae_name")
         if node.get("class_type") == "PixArtConsistencyDecoder":
             yield CONSISTENCY_DECODER  # whatever the user calls the file
@@ -118,8 +123,8 @@ def _running_vaes() -> Iterator[str]:
 
 def _other_vaes() -> Iterator[str]:
     """What the VAEs that come from anything but a VAE loader are called: their checkpoint's file, or the node's class."""
-    for graph in _running_graphs():
-        for number in {source for node in graph.values() for source in _sources(graph, node, "vae")}:
+    for graph in running_graphs():
+        for number in {source for node in graph.values() for source in sources(graph, node, "vae")}:
             loader = graph[number]
             if loader.get("class_type") not in ("VAELoader", "PixArtConsistencyDecoder"):
                 inputs = loader.get("inputs", {})
@@ -127,7 +132,7 @@ def _other_vaes() -> Iterator[str]:
                 yield next((name for name in named if isinstance(name, str)), str(loader.get("class_type")))
 
 
-def _running_graphs() -> list[Graph]:
+def running_graphs() -> list[Graph]:
     """The graphs, node id -> node, that the host runs now."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     running = getattr(getattr(server, "prompt_queue", None), "currently_running", {})

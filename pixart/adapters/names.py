@@ -50,7 +50,7 @@ ROLES = {
     )},
 }  # fmt: skip
 _ENDINGS = sorted(ROLES, key=len, reverse=True)
-_TABLE = re.compile(r"(?:^|\.)(?:scale_shift_table|y_embedding)$")  # parameters without a layer, stored whole under their own name
+TABLES = ("scale_shift_table", "y_embedding")  # parameters without a layer, stored whole under their own name
 # PEFT in memory puts the adapter's name into the key: lora_A.default.weight, hada_w1_a.default, modules_to_save.default.weight
 _NAMED = re.compile(
     r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+?|lokr_\w+?|oft_R|boft_[Rs]|ia3_l)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$"
@@ -74,7 +74,7 @@ def without_effect(key: str) -> str:
 def split_key(key: str) -> tuple[str, str] | None:
     """(module as the file names it, role), or None for a tensor of no known algorithm."""
     key = _NAMED.sub(r".\1\2", without_wrappers(_SAVED.sub(".", key)))
-    if _TABLE.search(key):
+    if key.endswith(TABLES):
         return key, "whole"
     ending = next((end for end in _ENDINGS if key.endswith(end)), None)
     return None if ending is None else (key[: -len(ending)], ROLES[ending])

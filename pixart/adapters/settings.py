@@ -58,6 +58,8 @@ def settings_from_config(config: Mapping[str, Any], source: str) -> Settings:
             f"{source}: init_lora_weights is {start!r}: such an adapter changes the base model's own weights too. Save it from "
             "PEFT as a plain LoRA (path_initial_model_for_weight_conversion) and load that."
         )
+    if _flag(config, "fan_in_fan_out", source):
+        raise UnsupportedError(f"{source}: fan_in_fan_out is true: its matrices are transposed. Merge it with PEFT instead.")
     untold = [f"{name} is {config[name]!r}" for name in UNTOLD if config.get(name)]
     if untold:
         raise UnsupportedError(f"{source}: {', '.join(untold)}: only PEFT itself can run that. Merge it with PEFT instead.")

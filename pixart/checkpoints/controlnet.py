@@ -1,4 +1,4 @@
-"""ControlNet files: δ's own keys, diffusers' and SimpleTuner's, with or without the base beside them."""
+"""ControlNet files: delta's own keys, diffusers' and SimpleTuner's, with or without the base beside them."""
 from __future__ import annotations
 
 import re
@@ -139,4 +139,5 @@ def _read_config(tensors: Mapping[str, Tensor], source: str) -> ControlNetConfig
         if len(shape) == 4 and (match := re.match(r"controlnet\.(\d+)\.copied_block\.attn\.sr\.weight$", key))
     }
     mlp = majority(".mlp.fc1.bias", 0) or 4 * width
-    return ControlNetConfig(width, depth, heads, mlp, tuple(sorted(ratios.items())))
+    qk_norm = any(key.endswith(".attn.q_norm.weight") for key in shapes)
+    return ControlNetConfig(width, depth, heads, mlp, tuple(sorted(ratios.items())), qk_norm)

@@ -14,10 +14,13 @@ from .keys import NULL_CAPTION_KEY, POSITION_KEY
 from .sizes import StoredPositions, main_dtype, read_sizes, read_stored_positions
 
 AUTO = "auto"
+CHANNELS = (4, 16)  # of latents whose VAE is known
 TOKENS_OF_FAMILY = {variant.family: variant.max_tokens for variant in map(get_variant, variant_names())}
 VAE_TITLES = {
     "sd1": "SD1 (scale 0.18215, e.g. sd-vae-ft-ema)",
     "sdxl": "SDXL (scale 0.13025)",
+    "sd3": "SD3 (16 channels, scale 1.5305, shift 0.0609)",
+    "flux": "Flux (16 channels, scale 0.3611, shift 0.1159: ae.safetensors)",
     "demo": "the demo's own (demo/weights/vae/pixart-demo-vae.safetensors)",
 }
 
@@ -32,7 +35,7 @@ class Detection:
     base_size: int | None  # pixels; None where neither weights nor their surroundings tell
     max_tokens: int
     latent_scale: float
-    vae: str  # "sd1" | "sdxl" | "demo"
+    vae: str  # "sd1" | "sdxl" | "sd3" | "flux" | "demo"
     dtype: str  # of most weights, e.g. "float16"
     parameters: int
     source: str
@@ -40,8 +43,9 @@ class Detection:
     format: str  # key names: "original" | "diffusers"
     prefix: str
     ema: bool
-    family_known: bool  # False: neither weights nor their surroundings tell, Σ was assumed
+    family_known: bool  # False: neither weights nor their surroundings tell, Sigma was assumed
     reasons: tuple[str, ...]
+    latent_shift: float = 0.0
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
@@ -106,14 +110,22 @@ def examine(
     reasons = list(origin.notes)
     sizes = read_sizes(shapes, origin.source, reasons)
     rows = shapes[NULL_CAPTION_KEY][0] if len(shapes.get(NULL_CAPTION_KEY, ())) == 2 else None
+    if sizes["in_channels"] not in CHANNELS:
+        raise CheckpointError(
+            f"{origin.source}: reads latents of {sizes['in_channels']} channels; expected {' or '.join(map(str, CHANNELS))}: those of the "
+            "VAEs of SD1 and SDXL, or of SD3 and Flux. PixArt on another VAE isn't supported."
+        )
     table = read_stored_positions(state_dict.get(POSITION_KEY), sizes["hidden_size"])
     problems = hints.contradictions(sizes)
     sizes["compressed_blocks"], mode = _compression(sizes, hints, reasons, problems)
+    if variant == AUTO and hints.variant in variant_names():
+        variant = hints.variant
+        reasons.append(f"{hints.where} says that it was saved as {variant}.")
     if variant == AUTO:
         chosen, base, known = _choose(sizes, rows, table, hints, reasons)
     else:
         chosen, base, known = get_variant(variant), get_variant(variant).base_size, True
-        reasons.append(f"variant {variant} was asked for: family, size, VAE and positions are taken from it.")
+        reasons.append(f"variant {variant}: family, size, VAE and positions are taken from it.")
         problems += _contradictions(chosen, sizes, rows, reasons)
     heads = _heads(sizes["hidden_size"], chosen, hints, reasons)
     if heads is None:
@@ -134,7 +146,7 @@ def examine(
         latent_scale=chosen.latent_scale, vae=chosen.vae, dtype=main_dtype(t for key, t in state_dict.items() if key != POSITION_KEY),
         parameters=sum(math.prod(s) for key, s in shapes.items() if key != POSITION_KEY),
         source=origin.source, container=origin.container, format=origin.format, prefix=origin.prefix,
-        ema=origin.ema, family_known=known, reasons=tuple(reasons),
+        ema=origin.ema, family_known=known, reasons=tuple(reasons), latent_shift=chosen.latent_shift,
     )  # fmt: skip
     return detection, problems
 
@@ -163,6 +175,8 @@ def _choose(
     if all(sizes[name] == getattr(demo.transformer, name) for name in sizes if name != "compressed_blocks"):
         reasons.append("the sizes are exactly those of this project's demo model.")
         return demo, demo.base_size, True
+    if sizes["in_channels"] == 16:
+        return *_choose_wide(table, hints, reasons), True
     family, known = _choose_family(sizes, rows, hints, reasons)
     if sizes["micro_condition"]:
         return get_variant("alpha-1024"), 1024, True
@@ -171,19 +185,33 @@ def _choose(
         return *_choose_alpha(base, table, hints, reasons), known
     large = get_variant("sigma-900m")
     if sizes["depth"] == large.transformer.depth:
-        reasons.append(f"depth {sizes['depth']}: the community's Σ 900M.")
+        reasons.append(f"depth {sizes['depth']}: the community's Sigma 900M.")
         return large, base or large.base_size, known
-    by_base = {v.base_size: v for v in map(get_variant, variant_names()) if v.family == "sigma" and v.name not in ("demo", large.name)}
+    released = [v for v in map(get_variant, variant_names()) if v.family == "sigma" and v.vae == "sdxl" and v.name != large.name]
+    by_base = {v.base_size: v for v in released}
     if base is None:
         reasons.append(
-            "the base size is not in the weights and every Σ has the same layers: 1024 px is assumed (variant= says otherwise)."
+            "the base size is not in the weights and every Sigma has the same layers: 1024 px is assumed (variant= says otherwise)."
         )
     return by_base.get(base or 1024, by_base[1024]), base, known
 
 
+def _choose_wide(table: StoredPositions | None, hints: Hints, reasons: list[str]) -> tuple[Variant, int | None]:
+    """PixArts of the community on a VAE of 16 channels: which of the two is told by the pipeline's VAE alone."""
+    base = _choose_base(table, hints, reasons)
+    if hints.vae in ("sd3", "flux"):
+        reasons.append(f"latents of 16 channels; {hints.where} tells the VAE: {hints.vae}.")
+        return get_variant(f"sigma-{hints.vae}"), base
+    reasons.append(
+        "latents of 16 channels, as of SD3's and Flux's VAE, which weights can't tell apart: SD3's is assumed; choose variant sigma-flux "
+        "for Flux's."
+    )
+    return get_variant("sigma-sd3"), base
+
+
 def _choose_family(sizes: dict, rows: int | None, hints: Hints, reasons: list[str]) -> tuple[str, bool]:
     if sizes["micro_condition"]:
-        reasons.append("csize_embedder / ar_embedder are present: α-1024, conditioned on size and aspect ratio.")
+        reasons.append("csize_embedder / ar_embedder are present: alpha-1024, conditioned on size and aspect ratio.")
         return "alpha", True
     for family, tokens in TOKENS_OF_FAMILY.items():
         if rows == tokens:
@@ -192,12 +220,12 @@ def _choose_family(sizes: dict, rows: int | None, hints: Hints, reasons: list[st
     if hints.family:
         reasons.append(f"{hints.family_reason}: family {hints.family}.")
         return hints.family, True
-    found = "y_embedding is absent" if rows is None else f"y_embedding has {rows} rows (α has 120, Σ 300)"
+    found = "y_embedding is absent" if rows is None else f"y_embedding has {rows} rows (alpha has 120, Sigma 300)"
     if hints.base_size == 256 and hints.position_range == 16:
-        reasons.append(f"{found}; the config's 256 px with position range 16 occur only in α-256: family alpha.")
+        reasons.append(f"{found}; the config's 256 px with position range 16 occur only in alpha-256: family alpha.")
         return "alpha", True
     reasons.append(
-        f"{found}: α and Σ can't be told apart by the weights, Σ is the default. "
+        f"{found}: alpha and Sigma can't be told apart by the weights, Sigma is the default. "
         "If pictures look washed out or noisy choose an alpha variant."
     )
     return "sigma", False
@@ -217,20 +245,20 @@ def _choose_base(table: StoredPositions | None, hints: Hints, reasons: list[str]
 
 
 def _choose_alpha(base: int | None, table: StoredPositions | None, hints: Hints, reasons: list[str]) -> tuple[Variant, int | None]:
-    """α-256 differs in its position range, so a 256-row table alone is not enough."""
+    """alpha-256 differs in its position range, so a 256-row table alone is not enough."""
     configured = hints.base_size == 256
     stored = base == 256 and table is not None and table.span is not None and abs(table.span - 16) < 0.1
     if configured or stored:
         if stored and not configured:
-            reasons.append("that pos_embed also counts positions to 16, as only α-256 does: α-256.")
+            reasons.append("that pos_embed also counts positions to 16, as only alpha-256 does: alpha-256.")
         return get_variant("alpha-256"), 256
     if base == 256:
         reasons.append(
-            "that pos_embed does not count to 16 as α-256's does: α-512 with range 32 is kept; variant=alpha-256 says otherwise."
+            "that pos_embed does not count to 16 as alpha-256's does: alpha-512 with range 32 is kept; variant=alpha-256 says otherwise."
         )
         base = None
     elif base is None:
-        reasons.append("α-256 and α-512 have the same layers: α-512 is the default; variant=alpha-256 says otherwise.")
+        reasons.append("alpha-256 and alpha-512 have the same layers: alpha-512 is the default; variant=alpha-256 says otherwise.")
     return get_variant("alpha-512"), base
 
 
@@ -252,6 +280,8 @@ def _contradictions(chosen: Variant, sizes: dict, rows: int | None, reasons: lis
             f"hidden size {sizes['hidden_size']} and captions {sizes['caption_channels']} wide; "
             f"the demo has {want.hidden_size} and {want.caption_channels}"
         )
+    if sizes["in_channels"] != want.in_channels:
+        problems.append(f"the file reads latents of {sizes['in_channels']} channels; {chosen.name} has {want.in_channels}")
     for name in ("hidden_size", "depth", "caption_channels", "out_channels"):
         if sizes[name] != getattr(want, name):
             reasons.append(f"{name} is {sizes[name]}, not the {getattr(want, name)} of {chosen.name}: the weights' is used.")

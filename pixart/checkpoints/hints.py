@@ -2,21 +2,22 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import COMPRESSION_MODES
+from ..config import COMPRESSION_MODES, variant_names
 from ..errors import CheckpointError
 from ..json_files import read_json
+from ..logs import get_logger
 from ..model import PIXELS_PER_LATENT
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 TRANSFORMER_CLASSES = ("PixArtTransformer2DModel", "Transformer2DModel")
 FAMILY_OF_PIPELINE = {"PixArtAlphaPipeline": "alpha", "PixArtSigmaPipeline": "sigma"}
 FAMILY_OF_SCALE = {0.18215: "alpha", 0.13025: "sigma"}
+VAE_OF_SCALE = {0.18215: "sd1", 0.13025: "sdxl", 1.5305: "sd3", 0.3611: "flux"}
 NOTE_KEY = "pixart"  # safetensors metadata, or an entry of a .pth: JSON of the fields below
 LARGEST = 1_000_000  # beyond this a size or scale is no measure of a model but damage
 _DIFFUSERS_SIZES = {"num_layers": "depth", "in_channels": "in_channels", "out_channels": "out_channels",
@@ -36,6 +37,8 @@ class Hints:
     compressed_blocks: tuple[tuple[int, int], ...] = ()  # (block, ratio); modes without weights can't be seen
     compression_mode: str | None = None
     ema: bool = False  # the weights are an average over training
+    vae: str | None = None  # "sd1" | "sdxl" | "sd3" | "flux"
+    variant: str | None = None  # of the zoo, as it was loaded before it was saved
     where: str = "config.json"
 
     def contradictions(self, found: Mapping[str, Any]) -> list[str]:
@@ -67,9 +70,11 @@ def hints_from_config(config: Mapping[str, Any], source: str, folder: Path | Non
     if config.get("use_additional_conditions") is not None:
         sizes.append(("micro_condition", bool(config["use_additional_conditions"])))
     family, reason = _family_of_pipeline(folder) if folder else (None, "")
+    vae_scale = read_json(folder / "vae" / "config.json", required=False).get("scaling_factor") if folder else None
     return Hints(
         sizes=tuple(sizes), num_heads=heads, base_size=sample * PIXELS_PER_LATENT,
-        position_range=(sample // patch) / scale, family=family, family_reason=reason, **_compression_of(config),
+        position_range=(sample // patch) / scale, family=family, family_reason=reason,
+        vae=VAE_OF_SCALE.get(vae_scale) if isinstance(vae_scale, float) else None, **_compression_of(config),
     )  # fmt: skip
 
 
@@ -139,6 +144,8 @@ _NOTE_FIELDS = {
     "position_range": _is_measure,
     "ema": lambda value: isinstance(value, bool),
     "family": lambda value: isinstance(value, str) and value in FAMILY_OF_PIPELINE.values(),
+    "vae": lambda value: isinstance(value, str) and value in VAE_OF_SCALE.values(),
+    "variant": lambda value: isinstance(value, str) and value in variant_names(),
 }
 
 

@@ -33,6 +33,8 @@ BLOCK_MODULES: dict[str, tuple[str, ...]] = {
     "attn.proj": ("attn1.to_out.0",),
     "attn.sr": ("attn1.sr",),  # KV compression; diffusers has no such layers, these names are ours
     "attn.norm": ("attn1.norm",),
+    "attn.q_norm": ("attn1.norm_q",),  # of a model trained with qk_norm; the names of diffusers' attention, whose PixArt has none
+    "attn.k_norm": ("attn1.norm_k",),
     "cross_attn.q_linear": ("attn2.to_q",),
     "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
     "cross_attn.proj": ("attn2.to_out.0",),
@@ -55,10 +57,12 @@ PREFIXES = (
     "ema.", "model_ema.", "state_dict.", "net.", "unet.", "dit.",
 )
 # Names that wrappers put in between, anywhere: torch.compile, activation checkpoints, FSDP, DDP, DeepSpeed, PEFT.
-_WRAPPERS = re.compile(r"(?<=\.)(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|_fpw_module|module|base_layer)\.)+")
+_WRAPPERS = re.compile(
+    r"(?<=\.)(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|_fpw_module|module|base_layer)\.)+"
+)
 _OUTERMOST = re.compile(  # the first name that is PixArt's own; what stands before it is a prefix
     r"(?:^|\.)(?:x_embedder|t_embedder|t_block|y_embedder|csize_embedder|ar_embedder|pos_embed|blocks|final_layer|"
-    r"adaln_single|caption_projection|proj_out|transformer_blocks|controlnet|controlnet_blocks)\."
+    r"adaln_single|caption_projection|transformer_blocks|proj_out|controlnet|controlnet_blocks)\."
 )
 _ANCHORS = (  # layers that only PixArt and its cousins have, in either layout
     "t_block.1", "y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2", "cross_attn.kv_linear",

@@ -17,6 +17,7 @@ from .detect import AUTO, Detection, Origin, examine
 from .foreign import name_foreign, name_quantized
 from .hints import Hints
 from .keys import POSITION_KEY, find_prefixes, gather_native, is_known_prefix, key_layout, native_target, without_wrappers
+from .notes import take_note
 from .read import RawCheckpoint, read_checkpoint
 
 QUANTIZATION_SUFFIXES = (
@@ -57,16 +58,18 @@ def prepare(
     container: str = "state dict",
     hints: Hints = Hints(),
     notes: tuple[str, ...] = (),
+    sampled: int | None = None,
 ) -> Prepared:
     """Strips the prefix, converts, detects, and checks every key, shape and value of a state dict.
 
     source: named in messages. passthrough_suffixes: keys that end so are quantization extras; they are
     returned in `extras` under native names, and the shapes of the weights they belong to are checked
-    in their first axis only. The given mapping is not changed. Raises one CheckpointError with all problems.
+    in their first axis only. sampled: how many values of each tensor are looked at (default: all). The given mapping is not changed. Raises one CheckpointError with all problems.
     """
     if variant != AUTO:
         get_variant(variant)
     tensors, prefix, dropped = _strip(state_dict, source)
+    hints = take_note(tensors, hints)
     layout = key_layout(tensors)
     problems: list[str] = []
     extras = _take_extras(tensors, layout, passthrough_suffixes, problems)
@@ -85,7 +88,7 @@ def prepare(
     quantized = {key.rpartition(".")[0] for key in extras}
     problems += contradictions + list(unjoined.values())
     problems += _shape_problems(tensors, detection.config, quantized, unjoined)
-    problems += value_problems(tensors, quantized)
+    problems += value_problems(tensors, quantized, sampled)
     if problems:
         raise CheckpointError(_report(source, problems, detection, damaged=len(problems) > len(contradictions)))
     return Prepared(tensors, detection, extras)
@@ -181,7 +184,7 @@ def _one_prefix(prefixes: list[str], keys: list[str], source: str) -> str:
     whole = [prefix for prefix in first if prefix and count[prefix] >= count[first[0]]]
     if len(whole) > 1:
         raise CheckpointError(
-            f"{source}: holds several transformers, under {', '.join(map(repr, whole))}; expected one. Save the one to use in a file of its own."
+            f"{source}: holds several transformers, under {', '.join(map(repr, whole))}; expected one. Save the one to use by itself."
         )
     return first[0]
 
@@ -267,7 +270,7 @@ def tensor_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[
     return problems + value_problems(tensors, quantized=set())
 
 
-def value_problems(tensors: Mapping[str, Tensor], quantized: set[str]) -> list[str]:
+def value_problems(tensors: Mapping[str, Tensor], quantized: set[str], sampled: int | None = None) -> list[str]:
     """Keys with NaN or infinite values, or no floating-point numbers at all. min and max carry both and need no mask as large."""
     problems = []
     for key, tensor in tensors.items():
@@ -275,6 +278,7 @@ def value_problems(tensors: Mapping[str, Tensor], quantized: set[str]) -> list[s
             continue  # a host's quantized tensor: only its shape is ours to check
         if not tensor.is_floating_point() and key.rpartition(".")[0] not in quantized:
             problems.append(f"{key} holds {tensor.dtype}; expected floating-point weights")
+        tensor = tensor if sampled is None else tensor.flatten()[:sampled]
         if tensor.dtype in FP8_DTYPES:
             tensor = tensor.float()  # fp8 has no aminmax; one weight at a time
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

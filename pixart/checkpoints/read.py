@@ -23,7 +23,9 @@ from .keys import find_prefixes
 from .shards import WEIGHTS_NAME, is_index, weight_files
 
 # Names of the weights in a checkpoint that holds several, the first wins; "" are those that lie beside the others.
-WEIGHT_NAMES = ("state_dict", "model", "model_state_dict", "module", "", "params", "net", "network", "transformer", "dit", "generator", "student")
+WEIGHT_NAMES = (
+    "state_dict", "model", "model_state_dict", "module", "", "params", "net", "network", "transformer", "dit", "generator", "student",
+)  # fmt: skip
 LAST_NAMES = ("teacher", "fake", "critic", "discriminator", "real", "guidance", "optimizer")  # never chosen beside another
 ALPHA = ".alpha"  # of an adapter's layer: a number that counts
 DEEPEST = 3  # dicts within dicts

@@ -47,6 +47,9 @@ def read_sizes(shapes: Mapping[str, tuple[int, ...]], source: str, reasons: list
     ratios = {i: dim(f"blocks.{i}.attn.sr.weight", 3) for i in blocks if f"blocks.{i}.attn.sr.weight" in shapes}
     compressed = tuple((i, r) for i, r in sorted(ratios.items()) if r and r > 1)  # a 1 x 1 kernel is left over, and reported
     micro = any(key.startswith(("csize_embedder.", "ar_embedder.")) for key in shapes)
+    qk_norm = any(f"blocks.{i}.attn.q_norm.weight" in shapes for i in blocks)
+    if qk_norm:
+        reasons.append("blocks have attn.q_norm / attn.k_norm: trained with qk_norm.")
     if compressed:
         reasons.append(f"{len(compressed)} block(s) have attn.sr / attn.norm: trained with KV compression.")
     return {
@@ -59,6 +62,7 @@ def read_sizes(shapes: Mapping[str, tuple[int, ...]], source: str, reasons: list
         "caption_channels": vote(dim(NULL_CAPTION_KEY, 1), dim("y_embedder.y_proj.fc1.weight", 1), default=4096),
         "micro_condition": micro,
         "compressed_blocks": compressed,
+        "qk_norm": qk_norm,
     }
 
 

@@ -18,7 +18,7 @@ def add_text_commands(commands: argparse._SubParsersAction, default_encoder: Pat
     encode.add_argument("--text-encoder", type=Path, default=default_encoder, help="T5: folder or file (default: the demo's)")
     encode.add_argument("--tokenizer", type=Path, help="folder, tokenizer.json or spiece.model, if not beside the T5")
     encode.add_argument("--precision", choices=PRECISIONS, help="default: as the weights are stored")
-    encode.add_argument("--max-tokens", type=int, default=300, help="300 for Σ, 120 for α")
+    encode.add_argument("--max-tokens", type=int, default=300, help="300 for Sigma, 120 for alpha")
     encode.add_argument("--batch-size", type=int, default=8)
     encode.add_argument("--clean-caption", action="store_true", help="clean prompts by the reference's rules")
     encode.add_argument("--keep-case", action="store_true", help="don't lower-case prompts")

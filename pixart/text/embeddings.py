@@ -16,7 +16,7 @@ class TextEmbeddings:
     mask: Tensor  # (B, M) bool, True for a real token
     token_counts: tuple[int, ...] = ()  # of the whole prompts, end token included, before any cut
     truncated: tuple[str, ...] = ()  # the words cut from each prompt, "" if none
-    size: tuple[int, int] | None = None  # (height, width) in pixels that α-1024 is told, if not the picture's own
+    size: tuple[int, int] | None = None  # (height, width) in pixels that alpha-1024 is told, if not the picture's own
     source: str = ""  # the file they were read from
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextEmbeddings:

@@ -1,7 +1,6 @@
 """T5 as PixArt uses it: prompts in, states and mask out, padded only to the longest."""
 from __future__ import annotations
 
-import logging
 from functools import cached_property
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, TextEncoderError, UnsupportedError
+from ..logs import get_logger
 from .embeddings import TextEmbeddings, concatenate
 from .names import PRECISIONS
 from .prompt_file import fingerprint
@@ -17,7 +17,7 @@ from .tokenizer import WHERE_TO_GET, Tokenizer, fits, from_json, from_sentencepi
 from .weights import T5Weights, read_t5
 
 __all__ = ["TextEmbeddings", "TextEncoder", "concatenate", "load_text_encoder"]
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class TextEncoder:

@@ -1,7 +1,6 @@
 """Files of a T5: which to read, and their tensors one at a time, so that a file is never whole in memory."""
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from ..checkpoints.shards import is_index
 from ..checkpoints.shards import weight_files as folder_files
 from ..errors import PixArtError, TextEncoderError
 from ..json_files import read_json
+from ..logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NAME = "model"  # of the weights in a T5's folder, before .safetensors or -00001-of-00002.safetensors
 DECODER_KEYS = re.compile(r"decoder\.|lm_head\.")

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,13 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError, UnsupportedError
+from ..logs import get_logger
 from .names import INT8, STORED_PRECISIONS
 from .packed import FORMAT, FORMAT_KEY, SCALES, STATE, WEIGHT
 from .quantize import COMPUTE, check_range, quantize_weight
 from .tokenizer import tokenizer_files
 from .weights import EMBEDDING, POSITIONS, T5Weights, read_t5
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 SHARD = 2**30  # bytes
 NAME = "model"
 Progress = Callable[[int, int], None]

@@ -175,7 +175,8 @@ def tokenizer_files(path: Path) -> list[Path]:
     """Every tokenizer that may belong to a T5 file or folder, the likeliest first: inside, beside, and where pipelines have it."""
     folder = text_encoder_folder(path) if path.is_dir() else path.parent
     number = folder.name.removeprefix("text_encoder")  # text_encoder_3 of SD3 has its tokenizer_3
-    places = [path if path.is_dir() else path.with_suffix(""), folder, folder.parent / f"tokenizer{number}", folder.parent / "tokenizer", folder.parent]
+    own = path if path.is_dir() else path.with_suffix("")
+    places = [own, folder, folder.parent / f"tokenizer{number}", folder.parent / "tokenizer", folder.parent]
     found = [find_tokenizer(place) for place in places if place.is_dir()]
     return list(dict.fromkeys(file for file in found if file is not None))
 

@@ -1,4 +1,4 @@
-"""How KV compression begins in a model that was trained without it (PixArt-Σ, section 3.2)."""
+"""How KV compression begins in a model that was trained without it (PixArt-Sigma, section 3.2)."""
 from __future__ import annotations
 
 from collections.abc import Iterable

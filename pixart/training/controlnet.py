@@ -56,4 +56,4 @@ class ControlTrainer(Trainer):
 def control_config(base: TransformerConfig, depth: int) -> ControlNetConfig:
     """Sizes of a ControlNet of `depth` blocks for a base."""
     compressed = tuple((block, ratio) for block, ratio in base.compressed_blocks if block < depth)
-    return ControlNetConfig(base.hidden_size, depth, base.num_heads, base.mlp_hidden, compressed)
+    return ControlNetConfig(base.hidden_size, depth, base.num_heads, base.mlp_hidden, compressed, base.qk_norm)

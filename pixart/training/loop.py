@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import threading
 import time
@@ -23,6 +22,7 @@ from ..attention import dense_attention, torch_attention
 from ..checkpoints.hints import NOTE_KEY
 from ..config import get_variant
 from ..errors import ConfigError, UnsupportedError
+from ..logs import get_logger
 from ..model import PixArtTransformer
 from .alignment import AlignedTransformer, alignment_loss
 from .compression import begin_compression
@@ -32,7 +32,7 @@ from .initialize import copy_weights, initialize_weights, pass_noise_through
 from .optimizer import make_optimizers
 from .recipe import Recipe, load_recipe
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 LOG_EVERY = 25
 MAX_SKIPPED = 20
 

@@ -115,6 +115,7 @@ def test_the_file_inside_the_folder_and_diffusers_header_say_the_same(tmp_path):
     ("config", "message"),
     [
         ({"peft_type": "VERA"}, "type VERA"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
         ({"peft_type": "OFT", "oft_block_size": 4, "peft_version": "0.17.1"}, "PEFT before 0.18"),
         ({"peft_type": "OFT", "r": 8, "use_cayley_neumann": False}, "PEFT before 0.18"),
         ({"target_parameters": ["scale_shift_table"]}, "target_parameters is .'scale_shift_table'."),

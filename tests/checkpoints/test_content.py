@@ -1,4 +1,5 @@
 """Files under any name: their content decides, what is foreign is named, and a lack of memory is no damage."""
+
 from __future__ import annotations
 
 import errno

@@ -158,7 +158,7 @@ def test_report_is_plain_json_and_readable_text():
     values = json.loads(json.dumps(d.to_dict()))
     assert values["config"]["depth"] == 28 and values["prefix"] == "model." and values["format"] == "original"
     text = d.describe()
-    for word in ("PixArt-Σ", "300", "SDXL", "model.", "why:", "M parameters"):
+    for word in ("PixArt-Sigma", "300", "SDXL", "model.", "why:", "M parameters"):
         assert word in text
 
 

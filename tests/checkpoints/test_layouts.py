@@ -1,4 +1,5 @@
 """Files of merges, trainers and all-in-one packs, and folders with more than one set of weights."""
+
 from __future__ import annotations
 
 import json
@@ -65,9 +66,7 @@ def test_weights_under_one_name(tmp_path: Path, name: str) -> None:
     assert prepare_file(tmp_path / "t.pt").detection.ema == ("ema" in name)
 
 
-@pytest.mark.parametrize(
-    "second", ["teacher", "ema", "fake_unet", "real_score", "critic", "optimizer_copy"]
-)
+@pytest.mark.parametrize("second", ["teacher", "ema", "fake_unet", "real_score", "critic", "optimizer_copy"])
 def test_a_second_model_in_the_file_is_not_chosen_but_told(tmp_path: Path, second: str) -> None:
     torch.save({second: others(2.0), "generator": ORIGINAL}, tmp_path / "t.pt")
     assert any(second in reason for reason in same(tmp_path / "t.pt"))
@@ -101,7 +100,9 @@ def test_a_second_model_beside_it_under_a_prefix_is_left_out(tmp_path: Path, pre
     assert any(prefixes[1].partition(".")[0] in reason for reason in same(tmp_path / "m.safetensors"))
 
 
-@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module", "_fsdp_wrapped_module._orig_mod"])
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module", "_fsdp_wrapped_module._orig_mod"]
+)
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_wrappers_anywhere_in_a_name(tmp_path: Path, wrapper: str, layout: str) -> None:
     def wrapped(key: str) -> str:

@@ -7,7 +7,7 @@ from pixart.model import PixArtTransformer
 
 
 def full_size_model() -> PixArtTransformer:
-    """Σ-1024 with PyTorch's default weights, which keep activations at the scale of trained ones."""
+    """Sigma-1024 with PyTorch's default weights, which keep activations at the scale of trained ones."""
     torch.manual_seed(0)
     model = PixArtTransformer(get_variant("sigma-1024").transformer).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():

@@ -35,19 +35,19 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def sigma_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Σ in a safetensors file."""
+    """A tiny Sigma in a safetensors file."""
     return host_models.write_model(tmp_path_factory.mktemp("sigma"), depth=3)
 
 
 @pytest.fixture
 def sigma(sigma_file: Path):
-    """A tiny Σ as MODEL."""
+    """A tiny Sigma as MODEL."""
     return host_models.load_model(sigma_file)
 
 
 @pytest.fixture(scope="session")
 def alpha_1024_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny α with size conditioning."""
+    """A tiny alpha with size conditioning."""
     return host_models.write_model(tmp_path_factory.mktemp("alpha"), micro=True, null_rows=120, hidden=144)
 
 

@@ -46,7 +46,7 @@ class TestBadFiles:
         state = load_file(t5_file)
         state["encoder.block.1.layer.1.DenseReluDense.wo.weight"][0, 0] = -450
         save_file(state, tmp_path / "t5.safetensors")
-        monkeypatch.setattr(encoder, "_pages_weights", lambda: pages)
+        monkeypatch.setattr(encoder, "pages_weights", lambda: pages)
         with pytest.raises(errors.TextEncoderError, match="t5.safetensors: .*wo.weight has a weight of 450; fp8_e4m3fn holds up to 448"):
             encoder.load_t5(str(tmp_path / "t5.safetensors"), "fp8_e4m3fn", "default")
 

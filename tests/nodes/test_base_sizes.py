@@ -17,7 +17,7 @@ SCALE = 0.13025
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Σ with one block of one head."""
+    """A Sigma with one block of one head."""
     return write_model(tmp_path_factory.mktemp("model"), hidden=72, depth=1)
 
 

@@ -32,7 +32,7 @@ class MeanVae:
 
 
 def expected_hint(image: torch.Tensor) -> torch.Tensor:
-    """The hint's model latent: encoded, times Σ's scale."""
+    """The hint's model latent: encoded, times Sigma's scale."""
     return MeanVae().encode(image) * 0.13025
 
 

@@ -19,7 +19,7 @@ Loader = host.pack_module("nodes.lora").PixArtLoraLoader
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Σ of 42 narrow blocks."""
+    """A Sigma of 42 narrow blocks."""
     return write_model(tmp_path_factory.mktemp("deep"), depth=DEPTH, hidden=HIDDEN)
 
 

@@ -123,6 +123,38 @@ def test_the_hosts_own_loader_agrees_where_it_maps_the_keys(sigma, models: Path)
         assert all(torch.allclose(theirs[change.key], ours[change.key], atol=1e-6) for change in adapter.changes)
 
 
+def test_what_the_hosts_trainer_writes_beside_lora(sigma, models: Path) -> None:
+    """OFT with its constraint, differences of biases, and of tables; at strength 1 the host turns weights as the formula does."""
+    import nodes as host_nodes
+
+    order = torch.Generator().manual_seed(3)
+    tensors = {
+        "diffusion_model.blocks.0.attn.qkv.oft_blocks": torch.randn(36, 12, 12, generator=order) * 0.05,
+        "diffusion_model.blocks.0.attn.qkv.alpha": torch.tensor(1.0),
+        "diffusion_model.blocks.0.attn.qkv.diff_b": torch.randn(432, generator=order) * 0.1,
+        "diffusion_model.blocks.1.scale_shift_table.diff": torch.randn(6, 144, generator=order) * 0.1,
+    }
+    save_file(tensors, str(models / "loras" / "trained.safetensors"))
+    theirs = patched_weights(host_nodes.LoraLoaderModelOnly().load_lora_model_only(sigma, "trained.safetensors", 1.0)[0])
+    ours, before = patched_weights(apply(sigma, "trained.safetensors", 1.0)), weights_of(sigma)
+    for name in ("blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias", "blocks.1.scale_shift_table"):
+        assert torch.allclose(theirs[name], ours[name], atol=1e-5) and not torch.allclose(ours[name], before[name], atol=1e-3)
+
+
+def test_tables_of_a_model_from_another_loader(sigma_file: Path, models: Path) -> None:
+    """The host itself passes over raw parameters; and what it can't reach is refused."""
+    model = load_model(sigma_file)
+    model.callbacks.clear()
+    change = torch.randn(6, 144)
+    save_file({"diffusion_model.blocks.2.scale_shift_table.diff": change}, str(models / "loras" / "tables.safetensors"))
+    before, found = weights_of(model), patched_weights(apply(apply(model, "tables.safetensors", 0.5), "tables.safetensors", 1.0))
+    torch.testing.assert_close(found["blocks.2.scale_shift_table"], before["blocks.2.scale_shift_table"] + 1.5 * change)
+    assert all(torch.equal(value, before[key]) for key, value in weights_of(model).items())
+    save_file({"diffusion_model.y_embedder.y_embedding.diff": torch.randn(300, 32)}, str(models / "loras" / "null.safetensors"))
+    with pytest.raises(errors.CheckpointError, match="none of its 1 keys fit"):
+        apply(model, "null.safetensors")
+
+
 def test_a_summary_is_shown_and_logged(sigma, models: Path, caplog: pytest.LogCaptureFixture) -> None:
     adapter = adapter_factory.make("onetrainer", weights_of(sigma))
     name, count = save(adapter, models), len(adapter.tensors)

@@ -15,7 +15,7 @@ HELD = 64  # bytes that may stay on the device: as good as nothing
 
 @pytest.fixture
 def with_lora(sigma, models: Path):
-    """The tiny Σ with a LoRA on one layer of each of two blocks."""
+    """The tiny Sigma with a LoRA on one layer of each of two blocks."""
     order = torch.Generator().manual_seed(0)
     hidden = sigma.model.diffusion_model.config.hidden_size
     lora = {}

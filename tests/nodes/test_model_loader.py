@@ -171,3 +171,29 @@ class TestBadFiles:
         (models / "secret.safetensors").touch()
         with pytest.raises(errors.CheckpointError, match="not in the folder diffusion_models"):
             node.execute(model_name=name, variant="auto", weight_dtype="default")
+
+
+def test_where_the_host_maps_weights_the_file_is_not_read_whole(sigma_file: Path, tmp_path: Path, monkeypatch) -> None:
+    """A sample of each weight is looked at: a NaN at its beginning is still found."""
+    loader = host.pack_module("nodes.host.loader")
+    looked = []
+    original = core.value_problems
+
+    def watched(tensors, quantized, sampled=None):
+        looked.append(sampled)
+        return original(tensors, quantized, sampled)
+
+    monkeypatch.setattr(core, "value_problems", watched)
+    loader._read(sigma_file, "auto", 16)
+    assert looked == [16]
+    weights = load_file(sigma_file)
+    weights["blocks.0.mlp.fc1.weight"][0, 3] = float("nan")
+    save_file(weights, tmp_path / "m.safetensors")
+    with pytest.raises(errors.CheckpointError, match="fc1.weight has 1 NaN"):
+        loader._read(tmp_path / "m.safetensors", "auto", 16)
+    weights["blocks.0.mlp.fc1.weight"][0, 3] = 0
+    weights["blocks.0.mlp.fc1.weight"][7, 3] = float("nan")
+    save_file(weights, tmp_path / "m.safetensors")
+    loader._read(tmp_path / "m.safetensors", "auto", 16)
+    with pytest.raises(errors.CheckpointError, match="fc1.weight has 1 NaN"):
+        loader._read(tmp_path / "m.safetensors", "auto", None)

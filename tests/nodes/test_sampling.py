@@ -17,7 +17,7 @@ errors = host.pack_module("pixart.errors")
 
 @pytest.fixture
 def counted(sigma, monkeypatch: pytest.MonkeyPatch):
-    """The tiny Σ, and a list with (batch, caption tokens, has mask) of each forward pass."""
+    """The tiny Sigma, and a list with (batch, caption tokens, has mask) of each forward pass."""
     calls = []
     network = sigma.model.diffusion_model
     original = network._denoise

@@ -1,4 +1,4 @@
-"""The size that α-1024 is told, and warnings about sizes that no model was trained at."""
+"""The size that alpha-1024 is told, and warnings about sizes that no model was trained at."""
 from __future__ import annotations
 
 import logging
@@ -11,7 +11,7 @@ from tests.support.host_models import captions, sample
 
 
 class TestSizeCondition:
-    """α-1024 is told the size in pixels; the others are not."""
+    """alpha-1024 is told the size in pixels; the others are not."""
 
     def sizes(self, model, monkeypatch, positive, latent=None):
         seen = []
@@ -71,7 +71,7 @@ def test_sizes_far_from_the_bins_warn_once(alpha_1024_file, caplog) -> None:
     [(64, 64, "256x256"), (4096, 4096, "2048x2048"), (4096, 256, "2048x512"), (256, 256, None), (640, 384, None), (2048, 2048, None)],
 )
 def test_sizes_of_a_model_of_unknown_base(sigma, caplog, width: int, height: int, nearest: str | None) -> None:
-    """Far from the bins of every Σ there is; near one of them it may be right."""
+    """Far from the bins of every Sigma there is; near one of them it may be right."""
     assert sigma.model.detection.base_size is None
     with caplog.at_level(logging.WARNING):
         sigma.model._check_size(width, height)

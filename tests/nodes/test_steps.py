@@ -90,7 +90,7 @@ def test_compiled_guidance_where_prompts_share_no_batch(sigma) -> None:
     assert difference(found, wanted) < 1e-5
 
 
-def test_compiled_with_a_controlnet(sigma, control) -> None:
+def test_compiled_with_a_controlnet(sigma, control) -> None:  # noqa: F811
     model = perturbed(patch(sigma, end_percent=0.5))
     positive, negative = applied(control)
     found, wanted = (sample(each, positive, negative, steps=4) for each in (compiled(model), model))

@@ -211,7 +211,7 @@ def test_pickle_is_read_once(reference, tmp_path: Path, monkeypatch) -> None:
     assert torch.cosine_similarity(found, expected, dim=-1).min() > 0.9999
 
 
-@pytest.mark.skipif(encoder._pages_weights(), reason="dynamic VRAM takes the tensors over")
+@pytest.mark.skipif(encoder.pages_weights(), reason="dynamic VRAM takes the tensors over")
 def test_cast_weights_are_let_go_of_layer_by_layer(tmp_path: Path, monkeypatch) -> None:
     """The released T5 folder is in fp32: loaded in bf16, it must not stand in memory twice."""
     import gc

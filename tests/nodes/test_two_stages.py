@@ -13,7 +13,7 @@ STEPS, SPLIT = 20, 12  # as in the workflow 900m-two-stage
 
 @pytest.fixture(scope="module")
 def second_file(tmp_path_factory):
-    """Another tiny Σ."""
+    """Another tiny Sigma."""
     from safetensors.torch import load_file, save_file
 
     path = host_models.write_model(tmp_path_factory.mktemp("second"), depth=3)
@@ -67,7 +67,7 @@ def test_depth_42_loads_and_samples(tmp_path) -> None:
 
 
 def test_a_latent_passes_to_an_sdxl_model_unscaled(sigma) -> None:
-    """Σ hands out its latents in the scale of the SDXL VAE, which is what the refiner takes in."""
+    """Sigma hands out its latents in the scale of the SDXL VAE, which is what the refiner takes in."""
     import comfy.latent_formats
 
     latent = noise()

@@ -31,8 +31,8 @@ def graph(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("sdxl_vae.safetensors", "sdxl"), ("sub/SDXL-VAE-fp16-fix.safetensors", "sdxl"), ("taesdxl", "sdxl"),
-     ("vae-ft-mse-840000-ema-pruned.safetensors", "sd1"), ("taesd", "sd1"), ("ae.safetensors", "other"),
-     ("pixart-demo-vae.safetensors", "demo"), ("my_vae.safetensors", None), ("taesd3", "other")],
+     ("vae-ft-mse-840000-ema-pruned.safetensors", "sd1"), ("taesd", "sd1"), ("ae.safetensors", "flux"),
+     ("pixart-demo-vae.safetensors", "demo"), ("my_vae.safetensors", None), ("taesd3", "sd3"), ("wan_2.1_vae.safetensors", "other")],
 )  # fmt: skip
 def test_kind_by_name(name: str, kind: str | None) -> None:
     assert hint.vae_kind(name) == kind

@@ -126,7 +126,7 @@ def write(kind: str, folder: Path, config: Mapping[str, Any], diffusers: Mapping
     target = folder / "pipe" / "transformer" if pipeline else folder / "transformer"
     _write_folder(target, config, diffusers, shards=3 if kind == "diffusers-shards" else 1, mindone=kind == "mindone-folder")
     if pipeline:
-        short_range = config["interpolation_scale"] * 32 > config["sample_size"] // 2  # only α-256 counts to 16
+        short_range = config["interpolation_scale"] * 32 > config["sample_size"] // 2  # only alpha-256 counts to 16
         family = "Alpha" if config["use_additional_conditions"] or short_range else "Sigma"
         (target.parent / "model_index.json").write_text(json.dumps({"_class_name": f"PixArt{family}Pipeline"}))
         return target.parent

@@ -1,4 +1,5 @@
 """TorchCompileModel as a graph has it: the host's own node, with a backend that counts graphs instead of compiling them."""
+
 from __future__ import annotations
 
 import importlib

@@ -33,7 +33,7 @@ def conv_weights(blocks: Blocks, hidden: int, seed: int = 3) -> dict[int, dict[s
 
 
 def shrink(tokens: Tensor, grid: tuple[int, int], ratio: int, mode: str, weights: Mapping[str, Tensor]) -> Tensor:
-    """(B, N, D) -> (B, cells, D), cell by cell, as the Σ repository's code and paper describe each mode."""
+    """(B, N, D) -> (B, cells, D), cell by cell, as the Sigma repository's code and paper describe each mode."""
     rows, columns = grid
     if mode == "uniform_every":
         return torch.stack([tokens[:, i * ratio] for i in range(rows * columns // ratio)], dim=1)

@@ -42,7 +42,7 @@ def reference_control(hidden: int = 144, depth: int = 2, seed: int = 5) -> Refer
 
 
 def original_keys(adapter: ReferenceControl) -> dict[str, Tensor]:
-    """The same weights under the names of PixArt-δ's training code, spelled out once more."""
+    """The same weights under the names of PixArt-delta's training code, spelled out once more."""
     plain = {
         "attn1.to_out.0": "attn.proj", "attn2.to_q": "cross_attn.q_linear", "attn2.to_out.0": "cross_attn.proj",
         "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2",
@@ -73,7 +73,7 @@ def reference_forward(
 ) -> tuple[Tensor, list[list[Tensor]]]:  # fmt: skip
     """diffusers' transformer with (adapter, hint, strength) each; returns the output and each adapter's residuals.
 
-    Written from section 4 of the PixArt-δ paper: base block 0, then for i = 1, 2, ... the copy i-1 and base block i.
+    Written from section 4 of the PixArt-delta paper: base block 0, then for i = 1, 2, ... the copy i-1 and base block i.
     """
     batch = latent.shape[0]
     bias = None if mask is None else ((1 - mask.float()) * -10000.0)[:, None]
