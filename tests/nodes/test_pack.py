@@ -62,7 +62,8 @@ def test_what_was_added_to_released_nodes_is_optional(nodes: dict) -> None:
 
 def test_choices(nodes: dict) -> None:
     model, t5 = nodes["PixArtModelLoader"].INPUT_TYPES()["required"], nodes["PixArtT5Loader"].INPUT_TYPES()["required"]
-    zoo = ["alpha-256", "alpha-512", "alpha-1024", "sigma-256", "sigma-512", "sigma-1024", "sigma-2k", "sigma-900m", "demo"]
+    zoo = ["alpha-256", "alpha-512", "alpha-1024", "sigma-256", "sigma-512", "sigma-1024", "sigma-2k", "sigma-900m"]
+    zoo += ["sigma-sd3", "sigma-flux", "demo"]
     assert model["variant"][1]["options"] == ["auto", *zoo]
     assert model["weight_dtype"][1]["options"] == ["default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"]
     assert t5["precision"][1]["options"] == ["default", "fp32", "bf16", "fp16", "fp8_e4m3fn", "int8", "nf4", "fp4"]
