@@ -187,15 +187,16 @@ class Pipeline:
         return found if output == "latent" else to_output(self._decode(found, canvas), output)
 
     def load_lora(self, path: str | Path, strength: float = 1.0, text_strength: float | None = None) -> str:
-        """Merges an adapter (LoRA, LoHa, LoKr, DoRA, OFT ...) into the loaded weights, of T5 too if it has such layers; files stay as they are.
+        """Merges an adapter (LoRA, LoHa, LoKr, DoRA, OFT ...) into the loaded weights, of T5 too if it has such layers.
 
-        path: a file of any trainer, or a PEFT folder. strength: 1 as trained, negative for the opposite; several add
+        path: a file of any trainer, or a PEFT folder; it stays as it is. strength: 1 as trained, negative for the opposite; several add
         up. text_strength: of the layers of T5, as `strength` if None; 0 leaves them out. Returns one line, which is
         logged too: how much was applied, and what was left out because nothing is lost without it. To take an adapter
         off exactly, load the pipeline anew. Raises CheckpointError and InputError, and then changes nothing: an
         adapter is applied whole or not at all.
         """
-        for name, value in (("strength", strength), ("text_strength", strength if text_strength is None else text_strength)):
+        strength, text_strength = plain_number(strength), plain_number(strength if text_strength is None else text_strength)
+        for name, value in (("strength", strength), ("text_strength", text_strength)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_STRENGTH:
                 raise InputError(f"{name} is {value!r}; expected a number from -{MAX_STRENGTH} to {MAX_STRENGTH}, usually 0 to 1.")
         fit = merge_file(path, strength, self.transformer, getattr(self.text_encoder, "model", None), text_strength)

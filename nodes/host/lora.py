@@ -89,7 +89,8 @@ def _target(layer: Layer, key: str, rows: int) -> Any:
 def host_patch(layer: Layer) -> Any:
     """The host's own adapter of a product of matrices."""
     name = "layer"
-    tensors = {f"{name}.{HOST_ROLES.get(role, role)}": tensor for role, tensor in layer.tensors.items() if role in MATRICES and role != "lora_bias"}
+    matrices = {role: tensor for role, tensor in layer.tensors.items() if role in MATRICES and role != "lora_bias"}
+    tensors = {f"{name}.{HOST_ROLES.get(role, role)}": tensor for role, tensor in matrices.items()}
     if layer.rank:
         tensors[f"{name}.alpha"] = torch.tensor(layer.scale * layer.rank, dtype=torch.float64)
     elif layer.scale != 1.0:  # LoKr of two whole factors: the host knows no scale there

@@ -21,14 +21,17 @@ MODELS = (
 )
 # Methods whose tensors can't be applied: end of a key, or a part of it -> name.
 METHODS = (
-    (r"\.(?:a[12]|b[12]|bm)\.weight$|\.glora_[A-E]\b", "GLoRA"), (r"\.p?vera_(?:lambda_[bd]|[AB])\b", "VeRA"), (r"\.fourierft_", "FourierFT"),
+    (r"\.(?:a[12]|b[12]|bm)\.weight$|\.glora_[A-E]\b", "GLoRA"), (r"\.p?vera_(?:lambda_[bd]|[AB])\b", "VeRA"),
+    (r"\.fourierft_", "FourierFT"),
     (r"\.lora_E\b|\.ranknum\b", "AdaLoRA"), (r"\.hra_u\b", "HRA"), (r"\.vblora_", "VB-LoRA"), (r"\.randlora_", "RandLoRA"),
     (r"\.road_(?:theta|alpha)\b", "RoAd"), (r"\.shira_weight\b", "SHiRA"), (r"\.c3a_kernel\b", "C3A"), (r"\.waveft_", "WaveFT"),
     (r"\.(?:bone|miss)_", "MiSS (Bone)"), (r"\.delora_", "DeLoRA"), (r"\.gralora_", "GraLoRA"), (r"\.ln_tuning_", "LN tuning"),
-    (r"\.(?:p_layer|q_layer)\.weight$|\.lambda_layer$", "T-LoRA"), (r"\.(?:oft_r|oft_s)\b", "OFT of PEFT before 0.16"), (r"\.poly_", "Poly"),
-    (r"\.(?:lora|hira|oft)_embedding_", "embeddings adapted by PEFT"), (r"\.trainable_tokens_", "trained tokens of PEFT"), (r"\.hira_", "HiRA"),
-    (r"^bundle_emb\.", "embeddings bundled by OneTrainer"), (r"\.(?:scale_weight|scale_input|weight_scale|scaled_fp8)$", "scaled fp8"),
-    (r"\.(?:lily|peanut|psoft|deft|frod|beft|adamss|unilora|tinylora|supertuning|osf)_", "another method of PEFT"),
+    (r"\.(?:p_layer|q_layer)\.weight$|\.lambda_layer$", "T-LoRA"), (r"\.(?:oft_r|oft_s)\b", "OFT of PEFT before 0.16"),
+    (r"\.(?:lora|hira|oft)_embedding_", "embeddings adapted by PEFT"), (r"\.trainable_tokens_", "trained tokens of PEFT"),
+    (r"^bundle_emb\.", "embeddings bundled by OneTrainer"),
+    (r"\.(?:scale_weight|scale_input|weight_scale|scaled_fp8)$", "scaled fp8"), (r"\.hira_", "HiRA"),
+    (r"\.lokr_t1$", "LoKr with two cores"),
+    (r"\.(?:poly|lily|peanut|psoft|deft|frod|beft|adamss|unilora|tinylora|supertuning|osf)_", "another method of PEFT"),
 )  # fmt: skip
 SHOWN = 3
 EXPECTED = "LoRA, LoHa, LoKr, DoRA, OFT, BOFT, (IA)^3 or whole differences"

@@ -174,7 +174,8 @@ def _unclear(module: str, layer: Layer, entries: Entries, settings: Settings | N
         return []
     return [
         f"{module}: OFT whose alpha of {alpha:g} bounds either a norm, here {norm:.3g}, as ComfyUI's trainer has it, or the norm for each "
-        f"row, as LyCORIS and kohya have it. ComfyUI's trainer makes no {blocks.shape[0]} blocks of {blocks.shape[-1]} rows, the others no such names"
+        f"row, as LyCORIS and kohya have it. ComfyUI's trainer makes no {blocks.shape[0]} blocks of {blocks.shape[-1]} rows, the others no "
+        "such names"
     ]
 
 

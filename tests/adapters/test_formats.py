@@ -142,7 +142,7 @@ HARMLESS = {
     ),
     "positions": ({"transformer.pos_embed.pos_embed": torch.ones(1, 4, 144)}, "1 positions, which are computed"),
     "quantized copies": (
-        {f"transformer.proj_out.base_layer.weight.{end}": torch.ones(2) for end in ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")},
+        {f"proj_out.base_layer.weight.{end}": torch.ones(2) for end in ("absmax", "quant_map", "quant_state.bitsandbytes__nf4")},
         "3 copies of the base model's own weights",
     ),
     "originals": ({"base_model.model.proj_out.original_module.weight": torch.ones(2, 2)}, "1 copies of the base model's own weights"),
@@ -178,7 +178,8 @@ def test_tables_are_changed_like_layers(model, weights, tmp_path):
 def test_biases_are_changed_with_their_layers(model, weights, tmp_path):
     """A piece of a fused one, one for all of it, and one by itself."""
     key, piece, whole = "blocks.0.attn.qkv.bias", torch.randn(144), torch.randn(144)
-    tensors = matrices("transformer.transformer_blocks.0.attn1.to_k", ends={"lora_B.weight": torch.zeros(144, 2), "lora_A.weight": torch.ones(2, 144)})
+    zero = {"lora_B.weight": torch.zeros(144, 2), "lora_A.weight": torch.ones(2, 144)}
+    tensors = matrices("transformer.transformer_blocks.0.attn1.to_k", ends=zero)
     tensors |= {"transformer.transformer_blocks.0.attn1.to_k.diff_b": piece, "diffusion_model.blocks.1.attn.proj.bias": whole}
     merge(save(tensors, tmp_path), model, -1.0)
     expected = {**weights, key: weights[key].clone(), "blocks.1.attn.proj.bias": 2 * weights["blocks.1.attn.proj.bias"] - whole}

@@ -174,8 +174,8 @@ def test_butterflies_of_several_stages(stages):
     size, number, columns = 4, 8, 32
     order = torch.Generator().manual_seed(0)
     parameters, weight = 0.3 * torch.randn(stages, number, size, size, generator=order), torch.randn(5, columns, generator=order)
-    layer = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(columns, 5)), peft.BOFTConfig(boft_block_size=size, target_modules=["0"]))
-    theirs = layer.base_model.model[0]
+    config = peft.BOFTConfig(boft_block_size=size, target_modules=["0"])
+    theirs = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(columns, 5)), config).base_model.model[0]
     turn = torch.eye(columns)
     for stage, blocks in enumerate(parameters):
         gather = theirs.perm2mat(theirs.block_butterfly_perm(columns, number // 2**stage, size // 2, stages - 1))

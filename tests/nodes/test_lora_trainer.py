@@ -1,4 +1,4 @@
-"""Adapters as the host's own trainer makes them, by its own classes: every method that it offers, with its differences of biases and norms."""
+"""Adapters as the host's own trainer makes them, by its own classes: every method, with its differences of biases and norms."""
 from __future__ import annotations
 
 from pathlib import Path

@@ -148,7 +148,8 @@ def tucker_lokr(shape, order):
         core, a, b = random(rank, rank, *kernel, order=order), random(rank, rows, order=order), random(rank, columns, order=order)
         second = torch.einsum("mnxy,mo,ni->oixy", core, a, b)
         tensors |= {".lokr_t2": core, ".lokr_w2_a": a, ".lokr_w2_b": b}
-        change = torch.stack([torch.stack([kron(w1a @ w1b, second[..., x, y]) for y in range(kernel[1])], -1) for x in range(kernel[0])], -2)
+        rows_of_kernel = [[kron(w1a @ w1b, second[..., x, y]) for y in range(kernel[1])] for x in range(kernel[0])]
+        change = torch.stack([torch.stack(line, -1) for line in rows_of_kernel], -2)
     else:
         a, b = random(rows, rank, order=order), random(rank, columns, order=order)
         tensors |= {".lokr_w2_a": a, ".lokr_w2_b": b}
@@ -195,7 +196,8 @@ def ia3(shape, order):
     """What comes out of a linear layer, and what goes into a convolution, is scaled."""
     on_input = len(shape) > 2
     factors = random(1, shape[1], 1, 1, order=order) if on_input else random(shape[0], order=order)
-    return {".weight": factors, ".on_input": torch.tensor(int(on_input))}, lambda weight: weight * (factors if on_input else factors[:, None])
+    change = factors if on_input else factors[:, None]
+    return {".weight": factors, ".on_input": torch.tensor(int(on_input))}, lambda weight: weight * change
 
 
 def replaced(shape, order):
@@ -250,7 +252,9 @@ def make(name: str, weights: Weights, seed: int = 0) -> Sample:
             size = weights[key].shape[1] if columns else rows
             magnitude = torch.rand(size, generator=order) + 0.5
             others = [1] * (weights[key].ndim - 2)
-            shape = ((1, size, *others) if others else (size,)) if name == "dora-peft" else (1, size, *others) if columns else (size, 1, *others)
+            shape = (1, size, *others) if columns else (size, 1, *others)
+            if name == "dora-peft":
+                shape = (1, size, *others) if others else (size,)
             tensors[MAGNITUDES[name]] = magnitude.reshape(shape)
             function = partial(_dora, change=change, magnitude=magnitude, columns=columns)
         flat = layer.replace(".", "_") if prefix.endswith("_") else layer
