@@ -162,7 +162,7 @@ def _is_norm(module: str, blocks: Tensor) -> bool:
 def _unclear(module: str, layer: Layer, entries: Entries, settings: Settings | None) -> list[str]:
     """Layers that can be read in two ways."""
     if "oft_R" in layer.tensors and settings is None:
-        return [f"{module}: PEFT's OFT without its {CONFIG_NAME}; expected both in one folder"]
+        return [f"{module}: OFT of PEFT or OneTrainer without its {CONFIG_NAME}, which tells how it is made; expected both in one folder"]
     packed = [f"{role} {t.dtype}" for role, t in layer.tensors.items() if role != "reshape_weight" and not t.is_floating_point()]
     if packed:
         return [f"{module}: stored as integers ({', '.join(packed)}); expected floating-point numbers"]

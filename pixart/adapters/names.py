@@ -55,6 +55,7 @@ TABLES = ("scale_shift_table", "y_embedding")  # parameters without a layer, sto
 _NAMED = re.compile(
     r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+?|lokr_\w+?|oft_R|boft_[Rs]|ia3_l)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$"
 )
+_ONLY_BLOCKS = re.compile(r"\.oft_blocks\.0$")  # kohya's list of the pieces of a fused weight, where it has one
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
 _ORIGINAL = re.compile(r"\.original_module\.")  # PEFT's copy of a layer that it saves whole
 _BASE_COPY = re.compile(  # bitsandbytes' constants of a frozen base model's weights
@@ -73,7 +74,7 @@ def without_effect(key: str) -> str:
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(module as the file names it, role), or None for a tensor of no known algorithm."""
-    key = _NAMED.sub(r".\1\2", without_wrappers(_SAVED.sub(".", key)))
+    key = _ONLY_BLOCKS.sub(".oft_blocks", _NAMED.sub(r".\1\2", without_wrappers(_SAVED.sub(".", key))))
     if key.endswith(TABLES):
         return key, "whole"
     ending = next((end for end in _ENDINGS if key.endswith(end)), None)
@@ -98,7 +99,7 @@ _PLACES = _flattened(MODULES, TENSORS)
 _BLOCK_PLACES = _flattened(BLOCK_MODULES, BLOCK_TENSORS)
 _PROCESSOR = re.compile(r"(attn[12]_)processor_(to_out(?=$)|to_[qkv]$)")  # diffusers, until 2023: attn1.processor.to_q_lora.up
 _BLOCK = re.compile(r"^(?:transformer_)?blocks_(\d+)_(.+)$")
-_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_", "lora_", *map(_flat, PREFIXES))
+_PREFIXES = ("lora_unet_", "oft_unet_", "lora_transformer_", "lycoris_", "lora_", *map(_flat, PREFIXES))
 _TEXT_PREFIX = re.compile(r"^(?:lora_te\d*_|(?:lora_|lycoris_)?text_encoders?_|(?:lora_)?te\d?_)")
 _T5 = re.compile(r"(?:^|_)encoder_block_(\d+)_layer_([01])_(SelfAttention|DenseReluDense)_(q|k|v|o|wi_0|wi_1|wi|wo)$")
 

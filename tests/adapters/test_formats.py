@@ -193,6 +193,7 @@ NAMES = {
     "early diffusers": "unet.transformer_blocks.0.attn1.processor.to_out",
     "kohya": "lora_unet_blocks_0_attn_proj",
     "LyCORIS of diffusers": "lycoris_transformer_blocks_0_attn1_to_out_0",
+    "SimpleTuner in 2024": "transformer.base_model.model.transformer_blocks.0.attn1.to_out.0",
     "ComfyUI": "model.diffusion_model.blocks.0.attn.proj",
 }
 
@@ -345,6 +346,20 @@ def test_methods_that_are_not_known_are_named(tmp_path):
     for end, name in (("a1.weight", "GLoRA"), ("vera_lambda_d", "VeRA"), ("hra_u", "HRA"), ("lambda_layer", "T-LoRA")):
         with pytest.raises(CheckpointError, match=f"{name}, which is not supported.*expected LoRA, LoHa, LoKr, DoRA, OFT"):
             load_adapter(save({f"lycoris_blocks_0_attn_qkv.{end}": torch.randn(2, 2)}, tmp_path))
+
+
+def test_oft_in_triangles_needs_its_settings(tmp_path):
+    """OneTrainer writes PEFT's tensors without PEFT's settings."""
+    tensors = {"transformer.transformer_blocks.0.attn1.to_k.oft_R.weight": torch.randn(36, 6)}
+    with pytest.raises(UnsupportedError, match="OFT of PEFT or OneTrainer without its adapter_config.json"):
+        load_adapter(save(tensors, tmp_path))
+
+
+def test_pieces_of_kohyas_oft_are_refused(model, weights, tmp_path):
+    tensors = {f"oft_unet_blocks_0_attn_qkv.oft_blocks.{i}": torch.randn(36, 4, 4) for i in range(3)}
+    with pytest.raises(CheckpointError, match="2 of 3 keys can't be applied.*of no supported kind: .*oft_blocks"):
+        merge(save(tensors, tmp_path), model)
+    assert_equal(model, weights)
 
 
 def test_integers_without_a_scale_are_refused(tmp_path):

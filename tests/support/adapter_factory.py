@@ -179,6 +179,12 @@ def lycoris_oft(shape, order):
     return {**tensors, ".rescale": factors}, lambda weight: factors * (change(weight) + weight) - weight
 
 
+def kohya_oft(shape, order):
+    """The blocks in a list of one."""
+    tensors, change = oft(shape, order, 0.002, per_row=True)
+    return {end.replace(".oft_blocks", ".oft_blocks.0"): tensor for end, tensor in tensors.items()}, change
+
+
 def boft(shape, order):
     """Two stages: neighbours, then rows that lie four apart."""
     size, rows = 4, shape[0]
@@ -228,6 +234,7 @@ FORMATS: dict[str, tuple[str, dict, Callable]] = {  # name -> prefix, layers, al
     "lokr-tucker": ("lycoris_", FUSED, tucker_lokr),
     "oft-lycoris": ("lycoris_", FUSED, lycoris_oft),
     "oft-split": ("lora_transformer_", SPLIT, partial(oft, alpha=0.01, per_row=True)),
+    "oft-kohya": ("oft_unet_", FUSED, kohya_oft),
     "oft-comfyui": ("diffusion_model.", FUSED, partial(oft, alpha=1.0, per_row=False)),
     "boft": ("lycoris_", FUSED, boft),
     "ia3": ("lycoris_", FUSED, ia3),
