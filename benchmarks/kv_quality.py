@@ -79,13 +79,13 @@ def settings(size: str = "256") -> Iterator[Setting]:
 
 def trained_settings(recipe_path: Path) -> Iterator[Setting]:
     """The model that a recipe makes: where it is compressed as it begins, and its result if there is one."""
-    from pixart.training.loop import Trainer
+    from pixart.training.loop import Loop
 
     recipe = replace(load_recipe(recipe_path), compile_blocks=False, precision="no")
     name, group = f"{EXACT}, trained further", EXACT
-    if recipe.compressed_blocks:
+    if recipe.method.name == "kv":
         name, group = "conv, trained", "conv"
-        begun = Trainer(recipe).transformer.cpu().eval().requires_grad_(False)
+        begun = Loop(recipe).network.cpu().eval().requires_grad_(False)
         yield Setting("conv, not yet trained", group, transformer=begun)
     if Path(recipe.output).is_file():
         name += unfinished(recipe)

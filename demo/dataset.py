@@ -5,8 +5,12 @@ import numpy as np
 import torch
 
 from pixart import load_text_encoder
-from pixart.training.data import Batch
-from pixart.training.recipe import Recipe
+from pixart.config import get_variant
+from pixart.training.batch import Batch
+from pixart.training.buckets import bucket_sizes, draw_size
+from pixart.training.draws import Draws
+from pixart.training.recipe import Recipe, Stage
+from pixart.training.sources.scenes import Settings
 
 from .autoencoder import latents_from_rgb
 from .captions import caption
@@ -19,34 +23,40 @@ DRAWN_PIXELS = 4  # each latent cell is the mean of 4x4 soft-edged pixels: 8x8 d
 
 
 class SceneSource:
-    """Batches of training scenes. Captions are dropped to the empty prompt, as guidance will ask for it."""
+    """Batches of training scenes."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.encoder = load_text_encoder(recipe.text_encoder)
-        self.dropout = recipe.caption_dropout
-        self.feature_count = FEATURE_COUNT
-        self.with_hints = recipe.control_blocks > 0
+    feature_count = FEATURE_COUNT
 
-    def batch(self, size: tuple[int, int], count: int, rng: np.random.Generator) -> Batch:
-        """`count` scenes drawn at (height, width) pixels."""
-        scenes = [sample_scene(rng) for _ in range(count)]
-        texts = ["" if rng.random() < self.dropout else caption(scene, rng).text for scene in scenes]
-        encoded = self.encoder.encode(texts)
-        scenes = [arrange(scene, size[1], size[0]) for scene in scenes]
-        latents = np.stack([latent_grid(scene, *size) for scene in scenes])
-        features = np.stack([token_features(scene, size[1], size[0]) for scene in scenes])
+    def __init__(self, settings: Settings, recipe: Recipe) -> None:
+        self.encoder = load_text_encoder(settings.text_encoder)
+        self.bin_base = get_variant(recipe.variant).base_size
+        self.null_context = self.encoder.encode([""]).states[0].float()
+
+    def batch(self, settings: Settings, stage: Stage, draws: Draws) -> Batch:
+        """Scenes of one size, drawn by chance; the size too."""
+        sizes = bucket_sizes(self.bin_base, stage.base_size)
+        height, width = draw_size(sizes, draws.shared("size"), settings.square_share)
+        rngs = [draws.of_row(row, "scene") for row in draws.rows]
+        scenes = [sample_scene(rng) for rng in rngs]
+        encoded = self.encoder.encode([caption(scene, rng).text for scene, rng in zip(scenes, rngs)])
+        scenes = [arrange(scene, width, height) for scene in scenes]
+        latents = np.stack([latent_grid(scene, height, width) for scene in scenes])
+        features = np.stack([token_features(scene, width, height) for scene in scenes])
         return Batch(
             latent=torch.from_numpy(latents).permute(0, 3, 1, 2).contiguous(),
             context=encoded.states.float(),
             mask=encoded.mask,
-            size=torch.tensor([size], dtype=torch.float32).expand(count, 2),
+            size=torch.tensor([[height, width]], dtype=torch.float32).expand(len(scenes), 2),
+            weight=torch.ones(len(scenes)),
+            total=float(stage.batch_size),
+            hint=self._hints(scenes, height, width, rngs) if settings.hints else None,
             features=torch.from_numpy(features),
-            hint=self._hints(scenes, *size, rng) if self.with_hints else None,
         )
 
-    def _hints(self, scenes: list[Scene], height: int, width: int, rng: np.random.Generator) -> torch.Tensor:
+    @staticmethod
+    def _hints(scenes: list[Scene], height: int, width: int, rngs: list[np.random.Generator]) -> torch.Tensor:
         """Latents (B, 4, height/8, width/8) of the scenes' outlines, in lines of one to three pixels."""
-        grids = [edge_grid(scene, height, width, int(rng.integers(1, 4))) for scene in scenes]
+        grids = [edge_grid(scene, height, width, int(rng.integers(1, 4))) for scene, rng in zip(scenes, rngs)]
         return torch.from_numpy(np.stack(grids)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -73,8 +73,14 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
     train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
-    train.add_argument("config", type=Path, help="a recipe, e.g. configs/train/demo.json")
-    train.add_argument("--restart", action="store_true", help="begin anew instead of going on")
+    train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
+        help="change one field of the recipe, e.g. seed=1 or stages.0.steps=500; may be repeated",
+    )  # fmt: skip
+    train.add_argument("--output", type=Path, help="where the weights go, instead of the recipe's output")
+    train.add_argument("--overwrite", action="store_true", help="begin anew, over a former run and its output")
+    train.add_argument("--accept-changes", action="store_true", help="go on although the recipe has changed since")
     train.add_argument("--stop-after", type=float, metavar="SECONDS", help="save and stop after this long")
     train.set_defaults(run=_train)
     return parser
@@ -165,7 +171,9 @@ def _convert(given: argparse.Namespace) -> None:
 def _train(given: argparse.Namespace) -> None:
     from .training.loop import train
 
-    written = train(given.config, resume=not given.restart, stop_after=given.stop_after)
+    changes = [*given.changes, *([f"output={given.output}"] if given.output else ())]
+    options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes, "stop_after": given.stop_after}
+    written = train(given.recipe, changes, **options)
     sys.stdout.write(f"{written}\n")
 
 

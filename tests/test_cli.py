@@ -116,9 +116,11 @@ def test_foreign_file_is_explained(tmp_path, capsys):
 def test_train_calls_the_loop(tmp_path, capsys, monkeypatch):
     loop = pytest.importorskip("pixart.training.loop")
     calls = []
-    monkeypatch.setattr(loop, "train", lambda config, **options: calls.append((config, options)) or "model.safetensors")
-    assert cli.main(["train", "recipe.json", "--restart", "--stop-after", "5"]) == 0
-    assert calls == [(Path("recipe.json"), {"resume": False, "stop_after": 5.0})]
+    monkeypatch.setattr(loop, "train", lambda *given, **options: calls.append((given, options)) or "model.safetensors")
+    assert cli.main(["train", "recipe.json", "--set", "seed=1", "--output", "o.safetensors", "--overwrite", "--stop-after", "5"]) == 0
+    assert calls == [
+        ((Path("recipe.json"), ["seed=1", "output=o.safetensors"]), {"overwrite": True, "accept_changes": False, "stop_after": 5.0})
+    ]
 
 
 def test_train_without_accelerate_says_what_to_install(capsys, monkeypatch):
@@ -134,7 +136,7 @@ def test_train_outside_the_repository_says_where_to_run(tmp_path):
     pytest.importorskip("accelerate")
     (tmp_path / "pixart").symlink_to(ROOT / "pixart")
     recipe = json.loads((ROOT / "configs/train/demo.json").read_text())
-    (tmp_path / "r.json").write_text(json.dumps({**recipe, "run_dir": str(tmp_path / "run"), "initialize": None}))
+    (tmp_path / "r.json").write_text(json.dumps({**recipe, "run_dir": str(tmp_path / "run"), "output": str(tmp_path / "o.safetensors")}))
     code = "import sys; sys.path.remove(sys.argv[1]) if sys.argv[1] in sys.path else None\n"
     code += "from pixart import cli; sys.exit(cli.main(['train', 'r.json']))"
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path, timeout=300)

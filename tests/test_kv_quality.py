@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pixart.training.recipe import load_recipe
 from safetensors.torch import load_file, save_file
 
 from benchmarks import kv_pictures, kv_quality
@@ -49,7 +50,7 @@ def test_share_of_attention() -> None:
 
 
 def test_a_recipe_without_compression_adds_its_result_alone(tmp_path) -> None:
-    recipe = json.loads((ROOT / "configs/train/demo-kv-control.json").read_text())
+    recipe = load_recipe(ROOT / "configs/train/demo-kv-control.json").to_dict()
     (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"output": str(tmp_path / "none.safetensors")}))
     assert not list(kv_quality.trained_settings(tmp_path / "recipe.json"))
     (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"output": str(WEIGHTS["diffusion_models"])}))

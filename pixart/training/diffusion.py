@@ -48,27 +48,23 @@ def _spread(table: Tensor, timestep: Tensor) -> Tensor:
     return table[timestep][:, None, None, None]
 
 
-def sample_timesteps(batch: int, mean: float, std: float, generator: torch.Generator | None = None) -> Tensor:
-    """(batch,) integers in 0..999: 1000 * sigmoid(normal(mean, std)), as Stable Diffusion 3 draws them."""
-    drawn = torch.sigmoid(mean + std * torch.randn(batch, generator=generator))
-    return (drawn * STEPS).long().clamp(0, STEPS - 1)
+def uniform_timesteps(uniform: Tensor) -> Tensor:
+    """(B,) integers in 0..999, each as likely; uniform: (B,) in [0, 1)."""
+    return (uniform * STEPS).long().clamp(0, STEPS - 1)
 
 
-def training_loss(
-    schedule: NoiseSchedule, prediction: Tensor, latent: Tensor, noise: Tensor, timestep: Tensor, max_weight: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Mean (noise loss, variance loss) of a batch; their sum is IDDPM's hybrid loss.
+def logit_normal_timesteps(normal: Tensor, mean: float, std: float) -> Tensor:
+    """(B,) integers in 0..999: 1000 * sigmoid(mean + std * normal), as Stable Diffusion 3 draws them."""
+    return (torch.sigmoid(mean + std * normal) * STEPS).long().clamp(0, STEPS - 1)
 
-    prediction: (B, 2C, H, W), noise then variance. The noise loss is weighted by min(1/alpha_bar,
-    max_weight): 1/alpha_bar makes it the loss of velocity, which small runs need to learn composition;
-    1 is the plain loss. The variance loss leaves the predicted noise alone (equation 16).
+
+def noise_loss(schedule: NoiseSchedule, predicted: Tensor, noise: Tensor, timestep: Tensor, max_weight: float = 1.0) -> Tensor:
+    """(B,): squared error of the noise, weighted by min(1/alpha_bar, max_weight).
+
+    1/alpha_bar makes it the loss of velocity, which small runs need to learn composition; 1 is the plain loss.
     """
-    prediction = prediction.float()
-    predicted_noise, fraction = prediction.chunk(2, dim=1)
     weight = (1 / schedule.alphas_cumprod[timestep]).clamp(max=max_weight)
-    noise_loss = ((predicted_noise - noise).square().mean(dim=(1, 2, 3)) * weight).mean()
-    variance = variance_loss(schedule, predicted_noise.detach(), fraction, latent, noise, timestep)
-    return noise_loss, variance.mean()
+    return (predicted - noise).square().mean(dim=(1, 2, 3)) * weight
 
 
 def variance_loss(

@@ -1,6 +1,6 @@
 """Training batches of scenes: latents as the autoencoder makes them, captions through the demo's T5."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +11,13 @@ from demo.autoencoder import encode
 from demo.dataset import SceneSource, latent_grid
 from demo.layout import FEATURE_COUNT, arrange
 from demo.scenes import render, sample_scene
+from pixart.errors import ConfigError
+from pixart.training.batch import drop_captions
+from pixart.training.draws import Draws
+from pixart.training.recipe import Stage, load_recipe
+from pixart.training.sources.scenes import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("width, height", [(256, 256), (208, 304)])
@@ -24,28 +31,69 @@ def test_latents_are_the_encoders_but_for_soft_edges(width: int, height: int) ->
         assert np.linalg.norm(drawn - exact) < 0.02 * np.linalg.norm(exact)
 
 
+RECIPE = load_recipe(ROOT / "configs/train/demo-continued.json")
+
+
+def source_of(**changes: object) -> tuple[SceneSource, Settings]:
+    settings = Settings(str(WEIGHTS["text_encoders"]), **changes)
+    return SceneSource(settings, RECIPE), settings
+
+
+def stage(pixels: int, count: int) -> Stage:
+    return Stage(pixels, steps=1, batch_size=count, learning_rate=1e-3)
+
+
 def test_batch_has_the_shapes_that_training_expects() -> None:
-    source = SceneSource(SimpleNamespace(text_encoder=str(WEIGHTS["text_encoders"]), caption_dropout=0.0, control_blocks=0))
-    batch = source.batch((304, 208), 3, np.random.default_rng(0))
-    assert batch.latent.shape == (3, 4, 38, 26) and batch.features.shape == (3, 19 * 13, FEATURE_COUNT)
-    assert source.feature_count == FEATURE_COUNT
-    assert batch.context.shape[:2] == batch.mask.shape and batch.mask.any(1).all()
-    assert batch.size.tolist() == [[304, 208]] * 3
-    again = source.batch((304, 208), 3, np.random.default_rng(0))
-    assert torch.equal(again.latent, batch.latent) and torch.equal(again.context, batch.context)
+    source, settings = source_of()
+    for number in range(4):
+        batch = source.batch(settings, stage(256, 3), Draws(0, 0, number, range(3)))
+        height, width = (int(side) for side in batch.size[0])
+        assert batch.latent.shape == (3, 4, height // 8, width // 8)
+        assert batch.features.shape == (3, height * width // 256, FEATURE_COUNT) and source.feature_count == FEATURE_COUNT
+        assert batch.context.shape[:2] == batch.mask.shape and batch.mask.any(1).all()
+        assert batch.weight.tolist() == [1, 1, 1] and batch.total == 3
 
 
-def test_dropped_captions_are_the_empty_prompt() -> None:
-    source = SceneSource(SimpleNamespace(text_encoder=str(WEIGHTS["text_encoders"]), caption_dropout=1.0, control_blocks=0))
-    batch = source.batch((128, 128), 2, np.random.default_rng(1))
-    empty = source.encoder.encode([""])
-    assert torch.equal(batch.mask, empty.mask.expand(2, -1))
-    torch.testing.assert_close(batch.context, empty.states.float().expand(2, -1, -1))
+def test_a_batch_depends_on_its_draws_alone_and_can_be_shared() -> None:
+    """Two processes draw the halves of what one would draw."""
+    source, settings = source_of(hints=True)
+    whole = source.batch(settings, stage(128, 4), Draws(5, 1, 7, range(4)))
+    again = source.batch(settings, stage(128, 4), Draws(5, 1, 7, range(4)))
+    assert torch.equal(again.latent, whole.latent) and torch.equal(again.context, whole.context) and torch.equal(again.hint, whole.hint)
+    halves = [source.batch(settings, stage(128, 4), Draws(5, 1, 7, rows)) for rows in (range(2), range(2, 4))]
+    assert torch.equal(torch.cat([half.latent for half in halves]), whole.latent)
+    assert torch.equal(torch.cat([half.hint for half in halves]), whole.hint)
+    other = source.batch(settings, stage(128, 4), Draws(5, 1, 8, range(4)))
+    assert other.latent.shape != whole.latent.shape or not torch.equal(other.latent, whole.latent)
+
+
+@pytest.mark.parametrize("keep_mask", [False, True])
+def test_dropped_captions_are_the_empty_prompt(keep_mask: bool) -> None:
+    source, settings = source_of()
+    batch = source.batch(settings, stage(128, 3), Draws(1, 0, 0, range(3)))
+    null = torch.randn(300, 128) if keep_mask else source.null_context
+    dropped = drop_captions(batch, null, 1.0, keep_mask, Draws(1, 0, 0, range(3)))
+    if keep_mask:  # as the reference's trainers: its own rows under the caption's mask
+        assert torch.equal(dropped.mask, batch.mask)
+        torch.testing.assert_close(dropped.context, null[: batch.mask.shape[1]].expand(3, -1, -1))
+    else:
+        empty = source.encoder.encode([""])
+        assert dropped.mask.sum() == 3 and dropped.mask[:, 0].all()
+        torch.testing.assert_close(dropped.context[:, :1], empty.states.float().expand(3, -1, -1))
+    kept = drop_captions(batch, null, 0.0, keep_mask, Draws(1, 0, 0, range(3)))
+    assert torch.equal(kept.context, batch.context)
+
+
+def test_too_few_rows_for_a_captions_mask_are_refused() -> None:
+    source, settings = source_of()
+    batch = source.batch(settings, stage(128, 3), Draws(1, 0, 0, range(3)))
+    with pytest.raises(ConfigError, match="null caption has 1 rows"):
+        drop_captions(batch, source.null_context, 1.0, True, Draws(1, 0, 0, range(3)))
 
 
 def test_hints_are_the_outlines_of_the_pictures() -> None:
-    source = SceneSource(SimpleNamespace(text_encoder=str(WEIGHTS["text_encoders"]), caption_dropout=0.0, control_blocks=3))
-    batch = source.batch((256, 256), 4, np.random.default_rng(2))
+    source, settings = source_of(hints=True)
+    batch = source.batch(settings, stage(256, 4), Draws(2, 0, 0, range(4)))
     assert batch.hint.shape == batch.latent.shape
     for latent, hint in zip(batch.latent, batch.hint):
         dark = hint[:, 0, 0]  # no outline in the corner

@@ -1,9 +1,7 @@
 """KV compression that begins in a trained model: what it keeps, and a run that starts with it."""
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,18 +9,18 @@ import torch.nn.functional as F
 
 from pixart.checkpoints import inspect_file, load_transformer
 from pixart.checkpoints.keys import to_native
-from pixart.config import TransformerConfig, get_variant
+from pixart.config import TransformerConfig
 from pixart.errors import ConfigError
 from pixart.model import PixArtTransformer
-from pixart.training import initialize, loop
+from pixart.training import initialize
 from pixart.training.compression import begin_compression
+from pixart.training.loop import Loop, train
 from pixart.training.recipe import load_recipe
+from pixart.training.state import newest_state
 from tests.support.checkpoint_factory import diffusers_config, reference_model
-from tests.training.test_loop import recipe_path  # noqa: F401 - a fixture
 
 CONFIG = TransformerConfig(hidden_size=144, depth=3, num_heads=2, mlp_hidden=576, caption_channels=32, null_caption=False)
 BLOCKS = {1: 2, 2: 2}
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -82,26 +80,25 @@ def test_nearer_to_the_uncompressed_model_than_the_papers_beginning(plain):
     assert errors[0] < 0.7 * errors[1], errors
 
 
-def test_a_run_begins_from_weights_without_compression(recipe_path, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(initialize, "load_transformer", lambda path, variant, dtype: load_transformer(path, dtype=dtype))
-    first = str(loop.train(recipe_path(steps=1)))
-    asked = {"initialize": first, "compressed_blocks": [[1, 2]], "run_dir": str(tmp_path / "kv")}
+def test_a_run_begins_from_weights_without_compression(recipe_path, tmp_path):
+    first = str(train(recipe_path(steps=1)))
+    asked = {"initialize": first, "method": {"name": "kv", "blocks": [[1, 2]]}, "run_dir": str(tmp_path / "kv")}
     config = recipe_path(steps=3, output=str(tmp_path / "kv.safetensors"), **asked)
-    begun = loop.Trainer(load_recipe(config)).transformer
+    begun = Loop(load_recipe(config)).network
     start = load_transformer(first, dtype=torch.float32)
     assert torch.equal(begun.blocks[1].attn.sr.weight, torch.full((72, 1, 2, 2), 0.25))
     for name in ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight"):
         assert torch.equal(begun.state_dict()[name], start.state_dict()[name])
-    out = loop.train(config)
+    out = train(config)
     assert inspect_file(out).config.compressed_blocks == ((1, 2),)
-    resumed = loop.Trainer(load_recipe(config))
-    resumed.resume()
+    resumed = Loop(load_recipe(config))
+    resumed.resume(newest_state(tmp_path / "kv"))
     assert resumed.step == 3
     again = recipe_path(**{**asked, "initialize": str(out), "run_dir": str(tmp_path / "again")})  # goes on, begins nothing anew
-    continued = loop.Trainer(load_recipe(again)).transformer.state_dict()
+    continued = Loop(load_recipe(again)).network.state_dict()
     torch.testing.assert_close(continued, load_transformer(out, dtype=torch.float32).state_dict())
     with pytest.raises(ConfigError, match=r"was trained with KV compression, conv, .*\[\(1, 2\)\]; this run has conv of \[\]"):
-        loop.Trainer(load_recipe(recipe_path(initialize=str(out), run_dir=str(tmp_path / "plain"))))
+        Loop(load_recipe(recipe_path(initialize=str(out), run_dir=str(tmp_path / "plain"))))
 
 
 def test_compression_without_weights_is_no_start_of_a_run_without_it(tmp_path, monkeypatch):
@@ -112,23 +109,7 @@ def test_compression_without_weights_is_no_start_of_a_run_without_it(tmp_path, m
         initialize.copy_weights(PixArtTransformer(CONFIG), "first.safetensors", "demo")
 
 
-@pytest.mark.parametrize("value", ["all", [[1]], [[1, "2"]], [1, 2], [[9, 2]], [[1, 1]]])
-def test_bad_blocks_are_refused(recipe_path, value):  # noqa: F811
-    with pytest.raises(ConfigError, match="compressed_blocks"):
-        loop.Trainer(load_recipe(recipe_path(compressed_blocks=value)))
-
-
-def test_the_demos_recipe_compresses_its_last_half_and_keeps_the_demos_weights():
-    path = ROOT / "configs/train/demo-kv.json"
-    recipe = load_recipe(path)
-    config = replace(get_variant(recipe.variant).transformer, compressed_blocks=recipe.compressed_blocks)
-    assert config.compressed_blocks == ((4, 2), (5, 2), (6, 2), (7, 2)) and config.depth == 8
-    values = json.loads(path.read_text())
-    assert values["output"] != values["initialize"] and (ROOT / values["initialize"]).is_file()
-
-
-def test_the_control_of_that_recipe_differs_in_the_compression_alone():
-    compressed, control = (load_recipe(ROOT / f"configs/train/{name}.json") for name in ("demo-kv", "demo-kv-control"))
-    same = {name: getattr(compressed, name) for name in ("compressed_blocks", "output", "run_dir")}
-    assert replace(control, **same) == compressed
-    assert not control.compressed_blocks and control.run_dir != compressed.run_dir
+@pytest.mark.parametrize("value", [[], [[9, 2]], [[1, 1]]])
+def test_blocks_that_can_not_be(recipe_path, value):
+    with pytest.raises(ConfigError, match="blocks"):
+        Loop(load_recipe(recipe_path(method={"name": "kv", "blocks": value})))

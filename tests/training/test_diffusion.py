@@ -4,7 +4,14 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from pixart.training.diffusion import NoiseSchedule, gaussian_divergence, sample_timesteps, training_loss, variance_loss
+from pixart.training.diffusion import (
+    NoiseSchedule,
+    gaussian_divergence,
+    logit_normal_timesteps,
+    noise_loss,
+    uniform_timesteps,
+    variance_loss,
+)
 
 SCHEDULE = NoiseSchedule()
 REFERENCE = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", variance_type="fixed_small", clip_sample=False)
@@ -49,15 +56,14 @@ def test_perfect_prediction_has_no_loss_but_the_first_steps_likelihood():
     torch.testing.assert_close(loss[1:], torch.zeros(3), atol=1e-5, rtol=0)
     likelihood = -Normal(latent, (0.5 * SCHEDULE.log_posterior[0]).exp()).log_prob(latent) / torch.log(torch.tensor(2.0))
     torch.testing.assert_close(loss[0], likelihood[0].mean(), atol=1e-3, rtol=1e-3)
-    noise_loss, _ = training_loss(SCHEDULE, torch.cat([noise, lowest_variance], 1), latent, noise, timestep)
-    assert noise_loss == 0
+    assert not noise_loss(SCHEDULE, noise, noise, timestep).any()
 
 
 def test_variance_loss_does_not_move_the_noise():
     latent, noise, timestep = batch()
     prediction = torch.randn(4, 8, 4, 6, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    _, variance = training_loss(SCHEDULE, prediction, latent, noise, timestep)
-    variance.backward()
+    predicted, fraction = prediction.chunk(2, dim=1)
+    variance_loss(SCHEDULE, predicted.detach(), fraction, latent, noise, timestep).sum().backward()
     assert prediction.grad[:, :4].abs().max() == 0
     assert prediction.grad[:, 4:].abs().max() > 0
 
@@ -66,10 +72,9 @@ def test_plain_loss_is_the_mean_square_and_the_weight_is_velocitys():
     latent, noise, _ = batch()
     timestep = torch.full((4,), 300)
     predicted = noise + 0.1 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(3))
-    prediction = torch.cat([predicted, torch.zeros_like(noise)], 1)
-    plain, _ = training_loss(SCHEDULE, prediction, latent, noise, timestep, max_weight=1.0)
+    plain = noise_loss(SCHEDULE, predicted, noise, timestep, max_weight=1.0).mean()
     torch.testing.assert_close(plain, (predicted - noise).square().mean())
-    weighted, _ = training_loss(SCHEDULE, prediction, latent, noise, timestep, max_weight=1e9)
+    weighted = noise_loss(SCHEDULE, predicted, noise, timestep, max_weight=1e9).mean()
     noisy, signal = SCHEDULE.add_noise(latent, noise, timestep), SCHEDULE.alphas_cumprod[300]
 
     def velocity(eps):  # v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, x0 implied by eps
@@ -79,6 +84,7 @@ def test_plain_loss_is_the_mean_square_and_the_weight_is_velocitys():
 
 
 def test_timesteps_are_where_they_were_asked():
-    drawn = sample_timesteps(20000, mean=0.5, std=0.5, generator=torch.Generator().manual_seed(0))
+    drawn = logit_normal_timesteps(torch.randn(20000, generator=torch.Generator().manual_seed(0)), mean=0.5, std=0.5)
     assert drawn.min() >= 0 and drawn.max() <= 999
     assert abs(drawn.float().median().item() - 1000 * torch.sigmoid(torch.tensor(0.5)).item()) < 10
+    assert uniform_timesteps(torch.tensor([0.0, 0.5, 0.9999])).tolist() == [0, 500, 999]

@@ -1,0 +1,71 @@
+"""What a step eats: pictures of one size, with their captions and whatever else is known of them."""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .draws import Draws
+from .recipe import Stage
+
+
+@dataclass(frozen=True)
+class Batch:
+    """latent: (B, C, H, W), in the model's space; context: (B, M, C'); mask: (B, M) bool; size: (B, 2) pixels.
+
+    weight: (B,), 0 for rows that only fill up; total: the sum of weights over all processes' rows.
+    hint: (B, C, H, W), the latent of what a ControlNet is shown. features: (B, N, F), what is known of every token.
+    """
+
+    latent: Tensor
+    context: Tensor
+    mask: Tensor
+    size: Tensor
+    weight: Tensor
+    total: float
+    hint: Tensor | None = None
+    features: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)})
+
+
+class Source(Protocol):
+    """Batches without end; which pictures are in one depends on `draws` alone."""
+
+    null_context: Tensor  # (M, C'), what the text encoder makes of an empty caption
+    feature_count: int  # F, 0 if nothing is known of tokens
+
+    def batch(self, settings: Any, stage: Stage, draws: Draws) -> Batch:
+        """The rows of `draws`; settings: those of the stage."""
+
+
+def drop_captions(batch: Batch, null: Tensor, share: float, keep_mask: bool, draws: Draws) -> Batch:
+    """Replaces about `share` of the captions by the empty one, as guidance will ask for it.
+
+    null: (M0, C'). keep_mask: the caption's own mask stays and covers as many rows of `null`, as in the reference's trainers;
+    else the mask becomes that of the empty caption, as diffusers and ComfyUI draw. Raises ConfigError for too few rows.
+    """
+    dropped = draws.uniform("caption dropout") < share
+    if not dropped.any():
+        return batch
+    if keep_mask and len(null) < batch.mask.shape[1]:
+        raise ConfigError(f"The null caption has {len(null)} rows, a caption {batch.mask.shape[1]} tokens; choose dropped_mask 'empty'.")
+    null = null[: batch.mask.shape[1]] if keep_mask else null
+    rows, length = dropped.to(batch.context.device), max(batch.mask.shape[1], len(null))
+    context, mask = _lengthened(batch.context, length), _lengthened(batch.mask, length)
+    covered = _lengthened(null[None].to(context), length)
+    empty = torch.arange(length, device=mask.device) < len(null)
+    context = torch.where(rows[:, None, None], covered, context)
+    return replace(batch, context=context, mask=mask if keep_mask else torch.where(rows[:, None], empty, mask))
+
+
+def _lengthened(tensor: Tensor, length: int) -> Tensor:
+    """Zeros (False) at the end of dimension 1."""
+    missing = length - tensor.shape[1]
+    return tensor if missing <= 0 else torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], dim=1)

@@ -1,0 +1,65 @@
+"""The whole transformer: from scratch, or on from weights of the same sizes."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...attention import dense_attention, torch_attention
+from ...checkpoints.hints import NOTE_KEY
+from ...config import TransformerConfig, get_variant
+from ...model import PixArtTransformer
+from ..batch import Batch, Source
+from ..initialize import copy_weights, initialize_weights, pass_noise_through
+from ..recipe import Recipe
+from ..write import write_weights
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Beside the recipe's own `initialize`."""
+
+    pass_noise: bool = False  # from scratch: begin as the identity on noise, see `initialize.pass_noise_through`
+
+
+class Part:
+    """See `methods.Method`."""
+
+    def __init__(self, settings: Any, recipe: Recipe) -> None:
+        self.settings, self.recipe = settings, recipe
+
+    def build(self, source: Source, device: torch.device) -> PixArtTransformer:
+        return self.begin(self.config(), device)[0].to(device)
+
+    def config(self) -> TransformerConfig:
+        """Sizes of the network."""
+        return get_variant(self.recipe.variant).transformer
+
+    def begin(self, config: TransformerConfig, device: torch.device) -> tuple[PixArtTransformer, list[int]]:
+        """A network of these sizes with its first weights, and the blocks whose compression has none yet."""
+        attention = dense_attention if device.type == "cpu" else torch_attention
+        network = PixArtTransformer(config, attention=attention)
+        if self.recipe.initialize:
+            return network, copy_weights(network, self.recipe.initialize, self.recipe.variant)
+        initialize_weights(network)
+        if getattr(self.settings, "pass_noise", False):
+            pass_noise_through(network)
+        return network, [block for block, _ in config.compressed_blocks]
+
+    def blocks(self, network: nn.Module) -> Iterable[nn.Module]:
+        return network.blocks
+
+    def null_rows(self, network: nn.Module) -> Tensor | None:
+        return network.y_embedder.y_embedding if network.config.null_caption else None
+
+    def conditions(self, network: nn.Module, batch: Batch) -> dict[str, Any]:
+        size = {"size": batch.size} if network.config.micro_condition else {}
+        return {"context": batch.context, "context_mask": batch.mask, **size}
+
+    def write(self, network: nn.Module, averages: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        write_weights({**network.state_dict(), **averages}, path, {**metadata, NOTE_KEY: json.dumps({"ema": True})})

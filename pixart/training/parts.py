@@ -1,0 +1,62 @@
+"""A recipe's named parts: what is trained (methods), what a step computes (objectives), where pictures come from (sources).
+
+Each part is one module of the package of its kind, named as the recipe names it, with a dataclass `Settings` and a class
+`Part` that is made from them. A new part is a new file; nothing lists it. A recipe can only name what lies there.
+"""
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from ..errors import ConfigError
+from .fields import typed
+
+KINDS = {"method": "methods", "objective": "objectives", "source": "sources"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A part by name, with its settings; `make` builds it."""
+
+    kind: str
+    name: str
+    settings: Any
+
+    def make(self, *arguments: Any) -> Any:
+        """The part itself."""
+        return part_module(self.kind, self.name).Part(self.settings, *arguments)
+
+    def changed(self, values: Mapping[str, Any], source: str) -> Chosen:
+        """The same part with some settings replaced; raises ConfigError by name."""
+        if not values:
+            return self
+        given = {name: getattr(self.settings, name) for name in self.settings.__dataclass_fields__}
+        return Chosen(self.kind, self.name, typed(type(self.settings), {**given, **values}, f"{source}, {self.kind} {self.name}"))
+
+
+def part_names(kind: str) -> list[str]:
+    """Every part of a kind."""
+    package = import_module(f"{__package__}.{KINDS[kind]}")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def part_module(kind: str, name: str) -> ModuleType:
+    """The module of a part; raises ConfigError with the list of names for any other."""
+    if name not in part_names(kind):
+        raise ConfigError(f"Unknown {kind} {name!r}; expected one of {', '.join(part_names(kind))}.")
+    return import_module(f"{__package__}.{KINDS[kind]}.{name}")
+
+
+def choose(kind: str, values: Any, source: str) -> Chosen:
+    """A part from a recipe's value: its name, or an object with `name` and settings."""
+    if isinstance(values, str):
+        values = {"name": values}
+    if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
+        raise ConfigError(f"{source}: {kind} is {values!r}; expected a name, or an object with a name and settings.")
+    settings = {key: value for key, value in values.items() if key != "name"}
+    module = part_module(kind, values["name"])
+    return Chosen(kind, values["name"], typed(module.Settings, settings, f"{source}, {kind} {values['name']}"))

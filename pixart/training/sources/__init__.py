@@ -1,0 +1,1 @@
+"""Where pictures and captions come from: one module a source, with its `Settings` and `Part`, a `batch.Source`."""

@@ -1,0 +1,156 @@
+"""What a run needs to go on: tensors in safetensors shards by torch's distributed checkpoint, plain values in `info.json`.
+
+A state is a folder that appears whole; a run that is killed at any moment has the one before. It can be read by another
+number of processes than wrote it.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from ..errors import CheckpointError, ConfigError
+
+INFO, PARTIAL = "info.json", ".partial"
+FREE = ("output", "run_dir", "save_every", "log_every", "compile_blocks")  # fields of a recipe that change no weight
+
+
+def newest_state(run_dir: Path) -> Path | None:
+    """The folder of the last whole state of a run."""
+    found = [folder for folder in (run_dir / "states").glob("*") if folder.name.isdigit() and (folder / INFO).is_file()]
+    return max(found, key=lambda folder: int(folder.name), default=None)
+
+
+def write_state(run_dir: Path, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> Path:
+    """Writes the state of a step and removes older ones; every process calls it. Raises OSError where it can't be written."""
+    folder = run_dir / "states" / f"{step:08}"
+    partial = folder.with_name(folder.name + PARTIAL)
+    first = _rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _wait()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            checkpoint.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+    except Exception as error:  # torch wraps what a full disk raises
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"The state of step {step} can't be written to {folder} ({error}); is the disk full?") from None
+    if first:
+        (partial / INFO).write_text(json.dumps({**info, "step": step}, indent=1), encoding="utf-8")
+        _flush(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        for old in folder.parent.glob("*"):
+            if old != folder and (old.name.isdigit() or old.name.endswith(PARTIAL)):
+                shutil.rmtree(old, ignore_errors=True)
+    _wait()
+    return folder
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The plain values of a state; raises CheckpointError if they are damaged."""
+    try:
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        return {**info, "step": int(info["step"]), "recipe": dict(info["recipe"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / INFO} is damaged ({error}). Remove this folder, or begin anew with --overwrite.") from None
+
+
+def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills `tensors` in place; raises CheckpointError unless the state has each of them in its shape."""
+    stored = stored_shapes(folder)
+    wrong = [f"{name} {tuple(stored.get(name, ()))}" for name, value in tensors.items() if stored.get(name) != value.shape]
+    if wrong:
+        raise CheckpointError(f"{folder} belongs to another model: found {', '.join(wrong[:4])}. Begin anew with --overwrite.")
+    with _damage(folder):
+        checkpoint.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
+
+
+def stored_shapes(folder: Path) -> dict[str, torch.Size]:
+    """Name -> shape of every tensor of a state; raises CheckpointError if it is damaged."""
+    with _damage(folder):
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: found.size for name, found in stored.items()}
+
+
+@contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """Whatever torch and safetensors raise while they read, as one sentence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
+            yield
+    except Exception as error:
+        raise CheckpointError(f"{folder} is damaged ({error}). Remove it, or begin anew with --overwrite.") from None
+
+
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: Mapping[int, str]) -> dict[str, Tensor]:
+    """Every tensor that the optimizers keep, as optimizer.<number>.<parameter>.<what>; names: of parameters, by id."""
+    return {
+        f"optimizer.{number}.{names[id(parameter)]}.{what}": value
+        for number, optimizer in enumerate(optimizers)
+        for parameter, kept in optimizer.state.items()
+        for what, value in kept.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def prepare_optimizers(optimizers: list[torch.optim.Optimizer], names: Mapping[int, str], stored: Mapping[str, torch.Size]) -> None:
+    """Gives fresh optimizers the tensors that a state holds for them, to be filled."""
+    for number, optimizer in enumerate(optimizers):
+        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+            start = f"optimizer.{number}.{names[id(parameter)]}."
+            for name in (name for name in stored if name.startswith(start) and "." not in name[len(start) :]):
+                like = stored[name] == parameter.shape
+                empty = torch.zeros_like(parameter) if like else torch.zeros(stored[name], device=parameter.device)
+                optimizer.state[parameter][name[len(start) :]] = empty
+
+
+def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ConfigError naming every field by which a recipe differs from the one that a state was made with."""
+    changed = [text for text in differences(then, now) if text.partition(":")[0].partition(".")[0] not in FREE]
+    if changed:
+        raise ConfigError(
+            f"The run in {folder.parent.parent} was trained with another recipe: {'; '.join(changed[:6])}. Go on with the changes by "
+            "--accept-changes, begin anew with --overwrite, or give another run_dir."
+        )
+
+
+def differences(then: Any, now: Any, name: str = "") -> list[str]:
+    """Every value by which two recipes differ, as "stages.0.steps: 5 -> 6"."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = [*then, *(key for key in now if key not in then)]
+        return [text for key in keys for text in differences(then.get(key), now.get(key), f"{name}.{key}" if name else key)]
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return [text for number, pair in enumerate(zip(then, now)) for text in differences(*pair, f"{name}.{number}")]
+    return [] if then == now else [f"{name}: {json.dumps(then)} -> {json.dumps(now)}"]
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _flush(folder: Path) -> None:
+    """What is written reaches the disk before the folder gets its name."""
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())

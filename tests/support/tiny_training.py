@@ -1,0 +1,42 @@
+"""A tiny model and a source of two pictures, for runs of a few steps."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pixart.config import TransformerConfig, Variant
+from pixart.training.batch import Batch
+from pixart.training.draws import Draws
+from pixart.training.recipe import Recipe, Stage
+
+TINY = TransformerConfig(hidden_size=72, depth=2, num_heads=1, mlp_hidden=144, caption_channels=8)
+VARIANT = Variant("demo", "tiny", "sigma", 256, 300, 0.13025, "demo", TINY)
+
+
+class TwoPictures:
+    """A context of ones means a bright latent, of minus ones a dark one; the hint says the same."""
+
+    feature_count = 0
+
+    def __init__(self, settings: Any, recipe: Recipe) -> None:
+        self.null_context = torch.zeros(1, 8)
+
+    def batch(self, settings: Any, stage: Stage, draws: Draws) -> Batch:
+        """Squares of the stage's size."""
+        sign = torch.where(draws.uniform("sign") < 0.5, -1.0, 1.0).float()
+        latent = sign[:, None, None, None].expand(-1, 4, stage.base_size // 8, stage.base_size // 8).clone()
+        context, size = sign[:, None, None].expand(-1, 2, 8), torch.full((len(sign), 2), float(stage.base_size))
+        mask = torch.ones(len(sign), 2, dtype=torch.bool)
+        hint = latent.clone() if settings.hints else None
+        return Batch(latent, context, mask, size, torch.ones(len(sign)), float(stage.batch_size), hint=hint)
+
+
+def recipe_values(folder: Any, steps: int = 6, **changes: Any) -> dict[str, Any]:
+    """A recipe's values; its files lie in `folder`."""
+    return {
+        "variant": "demo", "method": "full", "objective": {"name": "denoise", "timesteps": "logit_normal"},
+        "source": {"name": "scenes", "text_encoder": ""}, "output": str(folder / "out.safetensors"), "run_dir": str(folder / "run"),
+        "precision": "no", "warmup_steps": 2, "ema_decay": 0.9, "save_every": 1000, "caption_dropout": 0.0,
+        "stages": [{"base_size": 64, "steps": steps, "batch_size": 8, "learning_rate": 2e-3}], **changes,
+    }  # fmt: skip
