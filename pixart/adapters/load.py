@@ -25,6 +25,7 @@ WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_
 # Why a key is not applied.
 NOT_PIXART, OTHER_TEXT, UNKNOWN = "no layer of PixArt", "for another text encoder than T5", "of no supported kind"
 NOTHING = "for layers that this model doesn't have, all zero"
+CONVOLUTIONS = ("x_embedder.proj", "attn.sr")  # layers of PixArt with kernels
 WHOLE = ("whole", "whole_bias")  # what whole checkpoints have too
 Entries = Mapping[str, tuple[str, Tensor]]  # role -> key in the file, tensor
 
@@ -163,6 +164,8 @@ def _unclear(module: str, layer: Layer, entries: Entries, settings: Settings | N
     """Layers that can be read in two ways."""
     if "oft_R" in layer.tensors and settings is None:
         return [f"{module}: OFT of PEFT or OneTrainer without its {CONFIG_NAME}, which tells how it is made; expected both in one folder"]
+    if "oft_R" in layer.tensors and layer.place.module.endswith(CONVOLUTIONS):
+        return [f"{module}: OFT of PEFT on a convolution, where PEFT itself draws one picture while it trains and another when merged"]
     packed = [f"{role} {t.dtype}" for role, t in layer.tensors.items() if role != "reshape_weight" and not t.is_floating_point()]
     if packed:
         return [f"{module}: stored as integers ({', '.join(packed)}); expected floating-point numbers"]

@@ -88,7 +88,7 @@ def _rotation(config: Mapping[str, Any], source: str) -> Rotation:
 
 
 def settings_from_metadata(text: str | None, source: str) -> dict[str, Settings]:
-    """TRANSFORMER and TEXT -> settings, from the JSON that diffusers writes into a file's header."""
+    """TRANSFORMER and TEXT -> settings, from the JSON of diffusers in a file's header, with or without the component's name."""
     try:
         values = json.loads(text) if text else {}
     except (ValueError, RecursionError):
@@ -101,6 +101,8 @@ def settings_from_metadata(text: str | None, source: str) -> dict[str, Settings]
             config = {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
             if config:
                 found[model] = settings_from_config(config, source)
+    if not found and not values.keys().isdisjoint(("peft_type", "r", "lora_alpha")):  # an adapter_config.json as it is
+        found = dict.fromkeys(_COMPONENTS, settings_from_config(values, source))
     return found
 
 

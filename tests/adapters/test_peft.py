@@ -105,7 +105,9 @@ def test_the_file_inside_the_folder_and_diffusers_header_say_the_same(tmp_path):
         {layer.place: layer.scale for layer in load_adapter(path).layers}
         for path in (tmp_path / "adapter", tmp_path / "adapter/adapter_model.safetensors", tmp_path / "diffusers.safetensors")
     ]
-    assert scales[0] == scales[1] == scales[2]
+    save_file(renamed, tmp_path / "plain.safetensors", metadata={"lora_adapter_metadata": json.dumps(config)})
+    scales.append({layer.place: layer.scale for layer in load_adapter(tmp_path / "plain.safetensors").layers})
+    assert scales[0] == scales[1] == scales[2] == scales[3]
     assert len(set(scales[0].values())) > 2
     save_file(tensors, tmp_path / "alone.safetensors")  # without either, alpha is the rank
     assert {layer.scale for layer in load_adapter(tmp_path / "alone.safetensors").layers} == {1.0}
@@ -158,6 +160,14 @@ def test_a_dora_without_magnitudes_is_refused(tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "magnitude" not in key or "to_v" in key}, file)
     with pytest.raises(CheckpointError, match=r"(?s)damaged.*attn1.to_q: its settings say DoRA, but the magnitude is missing"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_oft_of_the_patch_embedding_is_refused(tmp_path):
+    """PEFT folds overlapping patches there: what was trained is no weight, and its own merge draws another picture."""
+    randomized(peft.OFTConfig(oft_block_size=4, target_modules=["to_q", "pos_embed.proj"])).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"(?s)1 layer.*pos_embed.proj: OFT of PEFT on a convolution"):
         load_adapter(tmp_path)
 
 
