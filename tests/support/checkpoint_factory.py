@@ -28,13 +28,14 @@ def diffusers_config(
     position_range: float = 32,
     micro: bool = False,
     heads: int = 0,
+    channels: int = 4,
 ) -> dict[str, Any]:
     """Arguments of diffusers' PixArtTransformer2DModel whose positions run to `position_range`."""
     heads = heads or hidden // 72
     return {
         "num_attention_heads": heads, "attention_head_dim": hidden // heads, "num_layers": depth, "cross_attention_dim": hidden,
         "sample_size": pixels // 8, "interpolation_scale": pixels / 16 / position_range, "caption_channels": captions,
-        "use_additional_conditions": micro, "in_channels": 4, "out_channels": 8, "patch_size": 2,
+        "use_additional_conditions": micro, "in_channels": channels, "out_channels": 2 * channels, "patch_size": 2,
     }  # fmt: skip
 
 

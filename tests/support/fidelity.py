@@ -50,7 +50,7 @@ def make_case(name: str, depth: int = 1) -> Case:
     sizes = variant.transformer
     config = diffusers_config(
         hidden=sizes.hidden_size, depth=depth, captions=sizes.caption_channels, pixels=variant.base_size,
-        position_range=sizes.position_range, micro=sizes.micro_condition,
+        position_range=sizes.position_range, micro=sizes.micro_condition, channels=sizes.in_channels,
     )  # fmt: skip
     reference = reference_model(config)
     tensors = reference.state_dict()
@@ -77,7 +77,7 @@ def sweep_count(name: str) -> int:
 def make_inputs(case: Case, height: int, width: int, batch: int = BATCH) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latent, timestep, context and mask for a size in pixels, with captions of unequal length."""
     generator = torch.Generator().manual_seed(height * 31 + width)
-    latent = torch.randn(batch, 4, height // 8, width // 8, generator=generator)
+    latent = torch.randn(batch, case.config["in_channels"], height // 8, width // 8, generator=generator)
     context = torch.randn(batch, TOKENS, case.config["caption_channels"], generator=generator)
     lengths = torch.tensor([TOKENS, 37, 1][:batch] if batch > 1 else [37])
     mask = torch.arange(TOKENS)[None] < lengths[:, None]
