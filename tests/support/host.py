@@ -14,7 +14,7 @@ from demo.launch.checkout import find_comfyui
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
 PACK_NAME = "pixart_pack"
-CUDA = "PIXART_TEST_CUDA"  # set: on the GPU
+CUDA = "PIXART_TEST_CUDA"  # set: on the GPU, or where there is none, on tests/support/card
 PYTORCH_ATTENTION = "PIXART_TEST_PYTORCH_ATTENTION"  # set: torch's attention on a CPU too, where the host slices its own
 
 
@@ -33,15 +33,47 @@ def host_path() -> Path:
 
 @lru_cache(maxsize=None)
 def start_host() -> Path:
-    """Puts the host first on sys.path and chooses the CPU; must run before any `import comfy`."""
-    path = host_path()
-    # The host's `nodes`, `utils` and `app` must win over the pack's folders.
-    sys.path.insert(0, str(path))
+    """Puts the host first on sys.path and chooses the CPU, or with PIXART_TEST_CUDA the GPU; before any `import comfy`."""
+    path = _find()
     args = importlib.import_module("comfy.cli_args").args
-    args.cpu = not os.environ.get(CUDA)
+    if os.environ.get(CUDA):
+        # A card would compute in fp16, where tests compare sums of fp32
+        _choose_card(path, fp32_unet=True, fp32_vae=True, fp32_text_enc=True)
+    else:
+        args.cpu = True
     args.use_pytorch_cross_attention = bool(os.environ.get(PYTORCH_ATTENTION))
     importlib.import_module("comfy.model_management")
     return path
+
+
+def start_on_card(**options: bool) -> None:
+    """Starts the host on a card, real or pretended, with the host's arguments by name, e.g. `novram=True`."""
+    _choose_card(_find(), **options)
+    importlib.import_module("comfy.model_management")
+
+
+def _find() -> Path:
+    """The host's `nodes`, `utils` and `app` must win over the pack's folders."""
+    path = host_path()
+    sys.path.insert(0, str(path))
+    return path
+
+
+def _choose_card(path: Path, **options: bool) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        from tests.support.card import machine
+
+        machine.install()
+    args = importlib.import_module("comfy.cli_args").args
+    for name, value in options.items():
+        if not hasattr(args, name):
+            raise AttributeError(f"{path} has no argument {name}")
+        setattr(args, name, value)
+    floats = importlib.import_module("comfy.float")
+    if hasattr(floats, "_CK_STOCHASTIC_ROUNDING_AVAILABLE"):
+        floats._CK_STOCHASTIC_ROUNDING_AVAILABLE = False  # its kernel needs a real card
 
 
 @lru_cache(maxsize=None)
