@@ -40,6 +40,8 @@ FRAME = """([scale, x, y]) => {
     window.app.canvas.setDirty(true, true);
 }"""
 HIDE_MINIMAP = "async () => { await window.app.extensionManager.setting.set('Comfy.Minimap.Visible', false); }"
+# Messages at the upper right, e.g. that a newer frontend exists, lie over the Run button
+CLOSE_MESSAGES = "() => document.querySelectorAll('.p-toast button').forEach(each => each.click())"
 RUN_BUTTON = "[data-testid='queue-button'], .comfyui-queue-button button"
 PICTURE_WIDTH = 1600
 PATIENCE = 300_000  # milliseconds; the page loads hundreds of scripts from a host that may be busy
@@ -79,6 +81,7 @@ def fresh_page(browser: Browser, url: str, width: int = 1920, height: int = 1080
 def click_run(page: Page, client: ComfyClient, seconds: float = 300) -> dict[str, Any]:
     """Click the Run button; the history entry of the run it starts, once that is over."""
     before = set(client.get_json("/history"))
+    page.evaluate(CLOSE_MESSAGES)
     page.locator(RUN_BUTTON).first.click()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -67,8 +67,9 @@ import torch
 from tests.support.card import LOG, machine
 machine.install()
 here, there = torch.ones(3), torch.ones(3, device="cuda")
-for wrong in (lambda: here + there, lambda: torch.nn.functional.scaled_dot_product_attention(*(each.reshape(1, 1, 3, 1) for each in (here, there, there))),
-              there.numpy):
+attention = torch.nn.functional.scaled_dot_product_attention
+four = [each.reshape(1, 1, 3, 1) for each in (here, there)]
+for wrong in (lambda: here + there, lambda: attention(four[0], four[1], four[1]), there.numpy):
     try:
         wrong()
     except (RuntimeError, TypeError):

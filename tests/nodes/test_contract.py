@@ -8,7 +8,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from tests.support import host
-from tests.support.host_models import CAPTIONS, captions, difference, forward, noise, sample
+from tests.support.host_models import CAPTIONS, captions, difference, forward, noise, sample, to_device
 
 errors = host.pack_module("pixart.errors")
 attention = host.pack_module("nodes.host.attention")
@@ -116,7 +116,7 @@ class Residuals(comfy.controlnet.ControlBase):
 
 def controlled(model, control: dict) -> torch.Tensor:
     """Samples with residuals on both prompts."""
-    net = Residuals(control)
+    net = Residuals(to_device(model, control))
     entries = [captions(5), captions(2, seed=1)]
     for entry in entries:
         entry[0][1].update(control=net, control_apply_to_uncond=False)

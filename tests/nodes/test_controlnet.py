@@ -8,6 +8,7 @@ import nodes as host_nodes
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_map_only
 
 from tests.support import host, host_models
 from tests.support.checkpoint_factory import diffusers_config, reference_model
@@ -63,7 +64,7 @@ def steps_of(model, monkeypatch):
     original = network._denoise
 
     def look(x, timesteps, context, context_mask, size, positions, control, *others):
-        seen.append((x.clone(), timesteps.clone(), context, context_mask, control))
+        seen.append(tree_map_only(torch.Tensor, lambda tensor: tensor.cpu().clone(), (x, timesteps, context, context_mask, control)))
         return original(x, timesteps, context, context_mask, size, positions, control, *others)
 
     monkeypatch.setattr(network, "_denoise", look)

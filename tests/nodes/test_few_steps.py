@@ -14,7 +14,7 @@ from demo.launch import graph as workflow
 from tests.support import host
 from tests.support.demo import ROOT
 from tests.support.graphs import node_of
-from tests.support.host_models import captions, difference, noise
+from tests.support.host_models import captions, difference, forward, noise
 
 errors = host.pack_module("pixart.errors")
 few_steps = host.pack_module("nodes.few_steps")
@@ -44,9 +44,7 @@ def first_noise(seed=1):
 
 def predicted_noise(model, latent, timestep, positive=None):
     """The network's prediction for an input of unit variance."""
-    states = (positive or captions(5))[0][0]
-    with torch.no_grad():
-        return model.model.diffusion_model(latent, torch.tensor([float(timestep)]), context=states)
+    return forward(model, latent, torch.tensor([float(timestep)]), (positive or captions(5))[0][0])
 
 
 @pytest.fixture
@@ -54,8 +52,8 @@ def fixed_noise(monkeypatch):
     """The same noise for every step of the host's samplers and of diffusers' schedulers."""
     drawn = [torch.randn(SHAPE, generator=torch.Generator().manual_seed(100 + i)) for i in range(60)]
 
-    def host_sampler(*_, **__):
-        waiting = iter(drawn)
+    def host_sampler(x, *_, **__):
+        waiting = (each.to(x.device) for each in drawn)
         return lambda sigma, sigma_next: next(waiting)
 
     monkeypatch.setattr(k_diffusion, "default_noise_sampler", host_sampler)
@@ -233,7 +231,7 @@ def test_sa_solver_equals_diffusers(sigma, fixed_noise, monkeypatch, tau) -> Non
 
     monkeypatch.setattr(sigma.model.diffusion_model, "_denoise", look)
     # The host draws noise only where tau isn't 0: the n-th step's, whatever was drawn before.
-    monkeypatch.setattr(k_diffusion, "default_noise_sampler", lambda *_, **__: lambda *_: first_noise(99 + len(seen)))
+    monkeypatch.setattr(k_diffusion, "default_noise_sampler", lambda x, *_, **__: lambda *_: first_noise(99 + len(seen)).to(x.device))
     solver = sa_sampler(sigma)
     if tau is not None:
         solver.extra_options["tau_func"] = lambda s: tau

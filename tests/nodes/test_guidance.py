@@ -229,7 +229,7 @@ class TestRegionalPrompts:
 
         def record(apply_model, args):
             out = apply_model(args["input"], args["timestep"], **args["c"])
-            seen.append((args["input"], out))
+            seen.append((args["input"].cpu(), out.cpu()))
             return out
 
         patched.set_model_unet_function_wrapper(record)

@@ -135,7 +135,10 @@ def test_regions_by_area_and_mask(sigma) -> None:
     assert torch.isfinite(out).all() and difference(out, everywhere) > 1e-3
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "sa_solver", "lcm", "uni_pc", "ddim"])
+ASKS_THE_DRIVER = pytest.mark.skipif(host.on_pretended_card(), reason="uni_pc makes one tensor of several on the card")
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "sa_solver", "lcm", pytest.param("uni_pc", marks=ASKS_THE_DRIVER), "ddim"])
 def test_samplers(sigma, sampler: str) -> None:
     assert torch.isfinite(sample(sigma, captions(4), captions(1, seed=1), steps=4, sampler=sampler)).all()
 

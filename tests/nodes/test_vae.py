@@ -146,6 +146,7 @@ class TestShortOfMemory:
         asked, loaded = {}, []
         monkeypatch.setattr(management, "load_models_gpu", lambda models, **options: asked.update(options))
         monkeypatch.setattr(vae.patcher, "load", lambda device, **options: loaded.append((device, options)))
+        vae.device = torch.device("cpu")
         vae.decode(latent())
         assert asked["force_full_load"] is True and loaded == []
         narrow = asked["memory_required"]

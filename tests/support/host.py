@@ -46,6 +46,17 @@ def start_host() -> Path:
     return path
 
 
+def on_card() -> bool:
+    """Whether the host of these tests computes on a card, real or pretended."""
+    start_host()
+    return importlib.import_module("comfy.model_management").get_torch_device().type != "cpu"
+
+
+def on_pretended_card() -> bool:
+    """Where what needs a card's own kernels, or torch.compile, can't run."""
+    return on_card() and "tests.support.card.machine" in sys.modules
+
+
 def start_on_card(**options: bool) -> None:
     """Starts the host on a card, real or pretended, with the host's arguments by name, e.g. `novram=True`."""
     _choose_card(_find(), **options)

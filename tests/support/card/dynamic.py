@@ -83,7 +83,8 @@ class _Mapping:
 
 def enable(resident: bool) -> None:
     """Turns dynamic VRAM on. resident: the card takes weights; otherwise each is streamed at its use."""
-    aimdo = {name: importlib.import_module(f"comfy_aimdo.{name}") for name in ("host_buffer", "model_mmap", "model_vbar", "torch", "vram_buffer")}
+    names = ("host_buffer", "model_mmap", "model_vbar", "torch", "vram_buffer")
+    aimdo = {name: importlib.import_module(f"comfy_aimdo.{name}") for name in names}
     reserves = aimdo["model_vbar"]
     reserves.ModelVBAR = _Reserve
     reserves.vbar_fault = lambda allocation: (ctypes.c_uint32 * 2)(1, 1) if resident else None

@@ -44,10 +44,10 @@ def _leave_little_room() -> None:
     management = importlib.import_module("comfy.model_management")
     load = management.load_models_gpu
 
-    def short(models: Any, memory_required: int = 0, force_patch_weights: bool = False, minimum_memory_required: Any = None, **rest: Any) -> None:
+    def short(models: Any, *args: Any, **options: Any) -> None:
         free = management.get_free_memory(management.get_torch_device())
-        load(models, memory_required=free - 3 * 2**30, force_patch_weights=force_patch_weights,
-             minimum_memory_required=free - management.extra_reserved_memory() - KEPT_IN_LOW, **rest)  # fmt: skip
+        options["minimum_memory_required"] = free - management.extra_reserved_memory() - KEPT_IN_LOW
+        load(models, **{**options, "memory_required": free - 3 * 2**30})
 
     management.load_models_gpu = short
 
