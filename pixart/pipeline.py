@@ -15,6 +15,7 @@ from .adapters import merge_file
 from .canvas import Canvas, canvas_of_latents, choose_canvas, crop_to_wanted
 from .checkpoints.load import load_transformer
 from .config import get_variant
+from .cpu import fastest_dtype
 from .errors import InputError
 from .guidance import PerturbedGuidance
 from .habits import described, plain_number, unknown_arguments
@@ -86,12 +87,12 @@ class Pipeline:
         """Loads every part; each path is a file or folder, also a diffusers pipeline's folder.
 
         Without a text encoder, calls need `prompt_embeds`; without a VAE, `output="latent"`.
-        dtype: of transformer and T5 (default: as stored, but a CPU runs an fp16 transformer in fp32);
+        dtype: of transformer and T5 (default: as stored, but on a CPU `cpu.fastest_dtype` chooses the transformer's);
         the VAE runs in fp32 unless dtype is bf16. text_precision: int8, nf4, fp4 or fp8_e4m3fn for T5's linear layers.
         """
         model = load_transformer(transformer, variant=variant, dtype=dtype, device=device, ema=ema)
-        if dtype is None and torch.device(device).type == "cpu" and model.detection.dtype == "float16":
-            model.float()  # most CPUs are slow in fp16
+        if dtype is None and torch.device(device).type == "cpu":
+            model.to(fastest_dtype(getattr(torch, model.detection.dtype)))
         found = model.detection
         encoder = load_text_encoder(text_encoder, tokenizer, dtype, device, text_precision) if text_encoder else None
         # The SDXL VAE overflows in fp16.

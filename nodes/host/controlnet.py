@@ -24,7 +24,7 @@ from ...pixart.errors import InputError
 from ...pixart.logs import get_logger
 from ...pixart.model import PIXELS_PER_LATENT
 from .attention import host_attention
-from .dtypes import computing_dtype
+from .dtypes import computing_dtype, control_dtype
 from .transformer import IDENTITY_BLOCKS, SKIPPED_BLOCKS, HostTransformer
 
 log = get_logger(__name__)
@@ -46,7 +46,8 @@ def load_control(path: str) -> PixArtControl:
 def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies in the dtype that the host keeps ControlNets in; no longer mapped to the file, so that it can be replaced."""
     supported = list(comfy.supported_models.PixArtSigma.supported_inference_dtypes)
-    dtype = management.unet_dtype(model_params=-1, supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(tensors))
+    stored = comfy.utils.weight_dtype(tensors)
+    dtype = control_dtype(management.unet_dtype(model_params=-1, supported_dtypes=supported, weight_dtype=stored), stored)
     return {key: tensor.to(dtype, copy=True) for key, tensor in tensors.items()}
 
 

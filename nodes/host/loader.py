@@ -16,7 +16,7 @@ from ...pixart.checkpoints import QUANTIZATION_SUFFIXES, Detection, prepare, rea
 from ...pixart.checkpoints.shards import SAFE_SUFFIXES
 from ...pixart.logs import get_logger
 from . import quantized
-from .dtypes import DTYPES
+from .dtypes import DTYPES, on_cpu
 from .noise_levels import watch_noise_levels
 from .paging import SAMPLED, pages_weights
 from .supported import model_config
@@ -77,12 +77,16 @@ def _read(path: Path, variant: str, sampled: int | None) -> tuple[dict[str, Tens
 def _set_dtype(config: Any, wanted: torch.dtype | None, state_dict: Mapping[str, Tensor], device: torch.device) -> None:
     """Storage and computing dtype, chosen as the host's UNETLoader does it."""
     supported = list(config.supported_inference_dtypes)
-    if wanted is None:
-        stored = None if quantized.is_quantized(config) else comfy.utils.weight_dtype(state_dict)
+    chosen = wanted is not None
+    stored = None if quantized.is_quantized(config) else comfy.utils.weight_dtype(state_dict)
+    if not chosen:
         parameters = comfy.utils.calculate_parameters(state_dict)
         wanted = management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
     cast_from = None if quantized.has_layer_formats(config) else wanted
     cast = management.unet_manual_cast(cast_from, device, supported)
+    if management.is_device_cpu(device):
+        wanted, cast = on_cpu(wanted, cast, stored, chosen)
+        log.info("PixArt model: computes in %s on this CPU.", str(cast or wanted).removeprefix("torch."))
     takes_device = "device" in inspect.signature(config.set_inference_dtype).parameters
     config.set_inference_dtype(wanted, cast, **({"device": device} if takes_device else {}))
 
