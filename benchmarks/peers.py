@@ -106,7 +106,7 @@ def choose_host(attention: str, device: str) -> None:
     from tests.support import host
 
     os.environ[host.PYTORCH_ATTENTION] = "1" if attention == "pytorch" else ""
-    os.environ[host.CUDA] = "1" if device == "cuda" else ""
+    os.environ[host.CUDA] = host.AS_HOST if device == "cuda" else ""
     host.start_host()
     chosen = importlib.import_module("comfy.cli_args").args
     if chosen.cpu != (device == "cpu"):

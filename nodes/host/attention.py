@@ -5,7 +5,10 @@ from typing import Any
 
 import comfy.ldm.modules.attention as host
 import torch
+from comfy.cli_args import args
 from torch import Tensor
+
+from ...pixart.attention import by_head
 
 # These drop a mask silently (sage, on hosts that don't test for it) or complain at every call (flash).
 MASKLESS_BACKENDS = ("attention_sage", "attention3_sage", "attention_flash")
@@ -16,11 +19,13 @@ def host_attention(
 ) -> Tensor:
     """`optimized_attention` of the host, looked up at each call, so that a replaced backend is used."""
     attend = host.optimized_attention
-    if mask is None:
-        return attend(q, k, v, heads, transformer_options=options)
-    if _drops_masks(attend):
-        attend = host.attention_pytorch
-    return attend(q, k, v, heads, mask=additive_mask(mask, q.dtype), transformer_options=options)
+    if mask is not None:
+        mask = additive_mask(mask, q.dtype)
+        attend = host.attention_pytorch if _drops_masks(attend) else attend
+    if _is_slow_default(attend, q):
+        q, k, v = (by_head(x, heads) for x in (q, k, v))
+        return host.attention_pytorch(q, k, v, heads, mask=mask, skip_reshape=True, transformer_options=options)
+    return attend(q, k, v, heads, mask=mask, transformer_options=options)
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,3 +44,8 @@ def _drops_masks(attend: Any) -> bool:
     if getattr(attend, "__name__", "") not in MASKLESS_BACKENDS:
         return False
     return not (attend.__name__ == "attention_sage" and getattr(host, "SAGE_ATTENTION_SUPPORTS_MASK", False))
+
+
+def _is_slow_default(attend: Any, q: Tensor) -> bool:
+    """On a CPU the host cuts attention into slices unless it is told how to attend; torch's own kernel takes half the time."""
+    return attend is host.attention_sub_quad and q.device.type == "cpu" and not args.use_quad_cross_attention

@@ -75,3 +75,18 @@ def test_a_controlnet_is_kept_as_the_model(fast: bool, tmp_path: Path) -> None:
     save_file({key: value.half() for key, value in original_keys(reference_control(144, 1)).items()}, tmp_path / "c.safetensors")
     control = host.pack_module("nodes.host.controlnet").load_control(str(tmp_path / "c.safetensors"))
     assert {each.dtype for each in control.control_model.parameters()} == {BF16 if fast else F32}
+
+
+def test_on_a_cpu_torchs_kernel_attends_unless_the_host_is_told_otherwise(monkeypatch) -> None:
+    """The host's default there cuts attention into slices, and takes twice the time."""
+    attention = host.pack_module("nodes.host.attention")
+    monkeypatch.setattr(attention.host, "optimized_attention", attention.host.attention_sub_quad)
+    seen, real = [], attention.host.attention_pytorch
+    look = lambda *given, **options: (seen.append(given[0].shape), real(*given, **options))[1]  # noqa: E731
+    monkeypatch.setattr(attention.host, "attention_pytorch", look)
+    q, k, v = (torch.randn(2, length, 32, generator=torch.Generator().manual_seed(length)) for length in (9, 5, 5))
+    mask = torch.arange(5)[None] < torch.tensor([[5], [2]])
+    found = attention.host_attention(q, k, v, heads=4, mask=mask)
+    assert seen == [(2, 4, 9, 8)]
+    monkeypatch.setattr(comfy.cli_args.args, "use_quad_cross_attention", True)
+    assert difference(found, attention.host_attention(q, k, v, heads=4, mask=mask)) < 1e-6 and len(seen) == 1

@@ -14,7 +14,8 @@ from demo.launch.checkout import find_comfyui
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
 PACK_NAME = "pixart_pack"
-CUDA = "PIXART_TEST_CUDA"  # set: on the GPU, or where there is none, on tests/support/card
+# "1": on the GPU, or where there is none on tests/support/card, in fp32, for comparisons; AS_HOST: in the host's precision
+CUDA, AS_HOST = "PIXART_TEST_CUDA", "as the host computes"
 PYTORCH_ATTENTION = "PIXART_TEST_PYTORCH_ATTENTION"  # set: torch's attention on a CPU too, where the host slices its own
 
 
@@ -36,8 +37,9 @@ def start_host() -> Path:
     """Puts the host first on sys.path and chooses the CPU, or with PIXART_TEST_CUDA the GPU; before any `import comfy`."""
     path = _find()
     args = importlib.import_module("comfy.cli_args").args
-    if os.environ.get(CUDA):
-        # A card would compute in fp16, where tests compare sums of fp32
+    if os.environ.get(CUDA) == AS_HOST:
+        _choose_card(path)
+    elif os.environ.get(CUDA):
         _choose_card(path, fp32_unet=True, fp32_vae=True, fp32_text_enc=True)
     else:
         args.cpu = True

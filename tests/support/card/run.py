@@ -29,6 +29,7 @@ def start(mode: str) -> None:
     """The host with the pack, its weights placed as `mode` says."""
     if mode == "cpu":
         host.start_host()
+        importlib.import_module("comfy.cli_args").args.fp32_unet = True
     else:
         host.start_on_card(fp32_unet=True, fp32_vae=True, novram=mode == "none")
     if mode in ("dynamic", "streamed"):
