@@ -8,8 +8,9 @@ import torch
 from comfy.cli_args import args
 from torch import Tensor
 
-from ...pixart.attention import by_head
+from ...pixart.attention import torch_attention
 
+OVERRIDE = "optimized_attention_override"  # of the transformer options: another node's attention
 # These drop a mask silently (sage, on hosts that don't test for it) or complain at every call (flash).
 MASKLESS_BACKENDS = ("attention_sage", "attention3_sage", "attention_flash")
 
@@ -19,13 +20,13 @@ def host_attention(
 ) -> Tensor:
     """`optimized_attention` of the host, looked up at each call, so that a replaced backend is used."""
     attend = host.optimized_attention
-    if mask is not None:
-        mask = additive_mask(mask, q.dtype)
-        attend = host.attention_pytorch if _drops_masks(attend) else attend
-    if _is_slow_default(attend, q):
-        q, k, v = (by_head(x, heads) for x in (q, k, v))
-        return host.attention_pytorch(q, k, v, heads, mask=mask, skip_reshape=True, transformer_options=options)
-    return attend(q, k, v, heads, mask=mask, transformer_options=options)
+    if _is_slow_default(attend, q) and OVERRIDE not in (options or {}):
+        return torch_attention(q, k, v, heads=heads, mask=mask)
+    if mask is None:
+        return attend(q, k, v, heads, transformer_options=options)
+    if _drops_masks(attend):
+        attend = host.attention_pytorch
+    return attend(q, k, v, heads, mask=additive_mask(mask, q.dtype), transformer_options=options)
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

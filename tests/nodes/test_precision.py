@@ -81,12 +81,13 @@ def test_on_a_cpu_torchs_kernel_attends_unless_the_host_is_told_otherwise(monkey
     """The host's default there cuts attention into slices, and takes twice the time."""
     attention = host.pack_module("nodes.host.attention")
     monkeypatch.setattr(attention.host, "optimized_attention", attention.host.attention_sub_quad)
-    seen, real = [], attention.host.attention_pytorch
-    look = lambda *given, **options: (seen.append(given[0].shape), real(*given, **options))[1]  # noqa: E731
-    monkeypatch.setattr(attention.host, "attention_pytorch", look)
+    seen, real = [], attention.torch_attention
+    monkeypatch.setattr(attention, "torch_attention", lambda q, *given, **options: (seen.append(q.shape), real(q, *given, **options))[1])
     q, k, v = (torch.randn(2, length, 32, generator=torch.Generator().manual_seed(length)) for length in (9, 5, 5))
     mask = torch.arange(5)[None] < torch.tensor([[5], [2]])
     found = attention.host_attention(q, k, v, heads=4, mask=mask)
-    assert seen == [(2, 4, 9, 8)]
+    assert seen == [(2, 9, 32)]
+    override = {"optimized_attention_override": lambda function, *given, **options: function(*given, **options) * 2}
+    assert difference(attention.host_attention(q, k, v, heads=4, mask=mask, options=override), 2 * found) < 1e-6 and len(seen) == 1
     monkeypatch.setattr(comfy.cli_args.args, "use_quad_cross_attention", True)
     assert difference(found, attention.host_attention(q, k, v, heads=4, mask=mask)) < 1e-6 and len(seen) == 1
