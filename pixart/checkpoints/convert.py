@@ -20,6 +20,7 @@ from .detect import AUTO, Detection
 from .hints import NOTE_KEY, TRANSFORMER_CLASSES
 from .keys import to_diffusers
 from .load import prepare_file
+from .notes import note_of
 from .read import WEIGHTS_NAME
 
 LAYOUTS = ("original", "diffusers")
@@ -68,7 +69,7 @@ def write_original(state_dict: Mapping[str, Tensor], dst: str | Path, detection:
     dst = Path(dst)
     if dst.suffix not in (".safetensors", ".pth", ".pt"):
         dst = dst / "pixart.safetensors" if dst.is_dir() else dst.with_name(dst.name + ".safetensors")
-    note = _note(detection)
+    note = note_of(detection)
     with _replacing(dst) as temporary:
         if dst.suffix == ".safetensors":
             save_file(_separate(state_dict), str(temporary), metadata={"format": "pt", NOTE_KEY: json.dumps(note)})
@@ -90,7 +91,7 @@ def write_diffusers(state_dict: Mapping[str, Tensor], dst: str | Path, detection
         raise CheckpointError(f"{dst}: diffusers files are written as .safetensors or as a folder; choose such a name.")
     file = dst if single else dst / f"{WEIGHTS_NAME}.safetensors"
     tensors = _separate(to_diffusers(state_dict))
-    metadata = {"format": "pt", NOTE_KEY: json.dumps(_note(detection))}
+    metadata = {"format": "pt", NOTE_KEY: json.dumps(note_of(detection))}
     with _replacing(file) as temporary:
         save_file(tensors, str(temporary), metadata=metadata)
     if not single:
@@ -124,21 +125,6 @@ def diffusers_config(detection: Detection) -> dict[str, Any]:
         "sample_size": sample,
         "use_additional_conditions": c.micro_condition,
     }
-
-
-def _note(detection: Detection) -> dict[str, Any]:
-    """What the weights can't tell, so that a converted file is detected as its source was."""
-    compression: dict[str, Any] = {}
-    if detection.config.compressed_blocks and detection.config.compression_mode != "conv":
-        blocks = [list(pair) for pair in detection.config.compressed_blocks]
-        compression = {"compressed_blocks": blocks, "compression_mode": detection.config.compression_mode}
-    return {
-        "family": detection.family if detection.family_known else None,
-        "base_size": detection.base_size,
-        "num_heads": detection.config.num_heads,
-        "position_range": detection.config.position_range,
-        "ema": detection.ema,
-    } | compression
 
 
 def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

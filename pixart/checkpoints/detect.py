@@ -118,10 +118,12 @@ def examine(
     table = read_stored_positions(state_dict.get(POSITION_KEY), sizes["hidden_size"])
     problems = hints.contradictions(sizes)
     sizes["compressed_blocks"], mode = _compression(sizes, hints, reasons, problems)
-    if variant == AUTO and hints.variant in variant_names():
-        variant = hints.variant
-        reasons.append(f"{hints.where} says that it was saved as {variant}.")
-    if variant == AUTO:
+    asked = variant != AUTO
+    if not asked and hints.variant in variant_names():
+        chosen, base, known = get_variant(hints.variant), hints.base_size, True
+        reasons.append(f"{hints.noted_where or hints.where} says that it was saved as {chosen.name}.")
+        problems += _contradictions(chosen, sizes, rows, reasons)
+    elif not asked:
         chosen, base, known = _choose(sizes, rows, table, hints, reasons)
     else:
         chosen, base, known = get_variant(variant), get_variant(variant).base_size, True
@@ -136,7 +138,7 @@ def examine(
         heads = 1
     if sizes["hidden_size"] % 4:
         raise CheckpointError(f"{origin.source}: hidden size {sizes['hidden_size']}; expected a multiple of 4, in heads of {HEAD_DIM}.")
-    position_range = _position_range(chosen, variant != AUTO, hints, table, reasons)
+    position_range = _position_range(chosen, asked, hints, table, reasons)
     config = TransformerConfig(
         **sizes, num_heads=heads, max_tokens=rows or chosen.max_tokens, position_range=position_range, null_caption=rows is not None,
         compression_mode=mode,

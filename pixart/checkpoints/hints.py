@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Hints:
     vae: str | None = None  # "sd1" | "sdxl" | "sd3" | "flux"
     variant: str | None = None  # of the zoo, as it was loaded before it was saved
     where: str = "config.json"
+    noted_where: str = ""  # of the variant, if that is elsewhere
 
     def contradictions(self, found: Mapping[str, Any]) -> list[str]:
         """Sizes that differ from the weights' own."""
@@ -97,6 +98,16 @@ def hints_from_note(note: str | Mapping[str, Any] | None) -> Hints:
     if not known:
         return Hints()
     return Hints(**known, family_reason="a note in the file says so", where="a note in the file")
+
+
+def with_note(config: Hints, note: Hints) -> Hints:
+    """A config.json's hints, and of a note in the weights beside it what such a file has no place for."""
+    if config.family not in (None, note.family):
+        return replace(config, ema=note.ema)  # the pipeline around it says otherwise
+    return replace(
+        config, family=note.family, family_reason=config.family_reason or note.family_reason, vae=config.vae or note.vae,
+        variant=note.variant, noted_where=note.where, ema=note.ema,
+    )  # fmt: skip
 
 
 def _compression_of(note: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,17 +25,22 @@ def saving_note(state_dict: Mapping[str, Tensor], detection: Detection) -> Tenso
         seen, problems = examine(bare, AUTO, origin=Origin(), hints=Hints())
     except CheckpointError:
         return None  # not the weights that the detection was made of
-    facts = [(getattr(each, name) for name in KEPT) for each in (seen, detection)]
-    if not problems and list(facts[0]) == list(facts[1]) and _config(seen) == _config(detection):
+    if not problems and _facts(seen) == _facts(detection):
         return None
-    config = detection.config
-    note = {
-        "variant": detection.variant, "family": detection.family, "base_size": detection.base_size, "num_heads": config.num_heads,
-        "position_range": config.position_range,
+    return torch.tensor(list(json.dumps(note_of(detection)).encode()), dtype=torch.uint8)
+
+
+def note_of(detection: Detection) -> dict[str, Any]:
+    """Fields of Hints from which the weights alone are detected as this again; where the family was a guess, it stays one."""
+    config, known = detection.config, detection.family_known
+    note: dict[str, Any] = {
+        "variant": detection.variant if known else None, "family": detection.family if known else None, "vae": detection.vae,
+        "base_size": detection.base_size, "num_heads": config.num_heads, "position_range": config.position_range, "ema": detection.ema,
     }  # fmt: skip
     if config.compressed_blocks:
-        note |= {"compressed_blocks": config.compressed_blocks, "compression_mode": config.compression_mode}
-    return torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
+        blocks = [list(pair) for pair in config.compressed_blocks]
+        note |= {"compressed_blocks": blocks, "compression_mode": config.compression_mode}
+    return note
 
 
 def take_note(tensors: dict[str, Tensor], hints: Hints) -> Hints:
@@ -48,8 +54,12 @@ def take_note(tensors: dict[str, Tensor], hints: Hints) -> Hints:
     return replace(read, ema=hints.ema or read.ema)
 
 
-def _config(detection: Detection) -> tuple:
+def _facts(detection: Detection) -> tuple:
+    """All that a note can tell."""
     config = detection.config
-    return config.num_heads, config.position_range, config.compressed_blocks, config.compression_mode
+    return (
+        *(getattr(detection, name) for name in KEPT),
+        config.num_heads, config.position_range, config.compressed_blocks, config.compression_mode,
+    )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, PixArtError
 from ..json_files import read_json
 from .content import SAFETENSORS, content_of, reading_error
 from .foreign import PICKLED_BY
-from .hints import NOTE_KEY, Hints, hints_from_config, hints_from_note
+from .hints import NOTE_KEY, Hints, hints_from_config, hints_from_note, with_note
 from .keys import find_prefixes
 from .shards import WEIGHTS_NAME, is_index, weight_files
 
@@ -209,7 +209,9 @@ def _read_folder(folder: Path, ema: bool) -> RawCheckpoint:
     for file in files:
         _, part, extra = _read_file(file)
         tensors.update(part)
-    hints = hints_from_config(config, str(weights), pipeline or weights.parent) if config else hints_from_note(extra.get(NOTE_KEY))
+    hints = hints_from_note(extra.get(NOTE_KEY))
+    if config:
+        hints = with_note(hints_from_config(config, str(weights), pipeline or weights.parent), hints)
     kind = f"folder, {len(files)} shards" if len(files) > 1 else "folder"
     raw = _unwrap(tensors, str(folder), f"diffusers {kind}" if config else kind, ema, hints)
     return replace(raw, notes=(*raw.notes, *note))

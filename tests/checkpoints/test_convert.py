@@ -118,3 +118,27 @@ def test_destinations(tmp_path):
     assert convert_file(src, tmp_path / "new" / "deep.safetensors", "original").is_file()
     assert json.loads((convert_file(src, tmp_path / "f", "diffusers") / "config.json").read_text())["num_layers"] == 2
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(("sizes", "variant"), [
+    ({"channels": 16}, "sigma-flux"), ({"null_rows": None}, "alpha-512"), ({"null_rows": None}, "alpha-256"), ({}, "sigma-2k"),
+])  # fmt: skip
+@pytest.mark.parametrize(("to", "name"), [
+    ("original", "m.safetensors"), ("original", "m.pth"), ("diffusers", "m.safetensors"), ("diffusers", "folder"),
+])  # fmt: skip
+def test_the_variant_that_was_chosen_comes_back(tmp_path, sizes, variant, to, name):
+    """Family, VAE and positions, which the weights don't tell."""
+    source = write("safetensors", tmp_path, *tiny_weights(**sizes))
+    before = inspect_file(source, variant)
+    after = inspect_file(convert_file(source, tmp_path / name, to, variant=variant))
+    for fact in ("variant", "family", "family_known", "base_size", "vae", "latent_scale", "latent_shift", "config"):
+        assert getattr(after, fact) == getattr(before, fact), fact
+
+
+def test_a_pipeline_around_the_weights_knows_better_than_their_note(tmp_path):
+    """Somebody put converted weights into another family's folder."""
+    source = write("safetensors", tmp_path, *tiny_weights(null_rows=None))
+    folder = convert_file(source, tmp_path / "pipeline" / "transformer", "diffusers", variant="sigma-512")
+    assert inspect_file(folder).variant == "sigma-512"
+    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}', encoding="utf-8")
+    assert inspect_file(tmp_path / "pipeline").family == "alpha"

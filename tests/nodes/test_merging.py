@@ -118,11 +118,32 @@ def test_compression_without_weights_is_saved(tmp_path: Path, mode: str) -> None
     assert torch.equal(run(again), run(model))
 
 
-def test_a_chosen_variant_is_saved(tmp_path: Path) -> None:
-    model = load_model(write_model(tmp_path, null_rows=120), variant="alpha-256")
-    again, _ = Saved(tmp_path / "out").again(model)
-    assert again.model.detection.variant == "alpha-256" and again.model.diffusion_model.config.position_range == 16
-    assert torch.equal(run(again), run(model))
+FACTS = ("variant", "family", "base_size", "vae", "latent_scale", "max_tokens", "family_known", "config")
+
+
+def assert_comes_back(model, folder: Path) -> None:
+    again, _ = Saved(folder).again(model)
+    for name in FACTS:
+        assert getattr(again.model.detection, name) == getattr(model.model.detection, name), name
+    assert type(again.model.latent_format) is type(model.model.latent_format)
+    if model.model.diffusion_model.config.in_channels == 4:
+        assert torch.equal(run(again), run(model))
+
+
+@pytest.mark.parametrize(("sizes", "variant"), [
+    ({"null_rows": 120}, "alpha-256"), ({"null_rows": None}, "alpha-256"), ({"null_rows": None}, "alpha-512"),
+    ({"channels": 16}, "sigma-flux"), ({"channels": 16}, "sigma-sd3"), ({}, "sigma-2k"), ({}, "sigma-256"), ({"null_rows": None}, "auto"),
+])  # fmt: skip
+def test_a_chosen_variant_is_saved(tmp_path: Path, sizes: dict, variant: str) -> None:
+    assert_comes_back(load_model(write_model(tmp_path, **sizes), variant=variant), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("pixels", "positions"), [(1024, 16), (512, 16), (512, 64), (256, 32), (2048, 64)])
+def test_the_positions_of_a_config_are_saved(tmp_path: Path, pixels: int, positions: int) -> None:
+    path = write_model(tmp_path, "diffusers-folder", pixels=pixels, position_range=positions, null_rows=None)
+    model = load_model(path)
+    assert model.model.diffusion_model.config.position_range == positions
+    assert_comes_back(model, tmp_path / "out")
 
 
 def test_a_note_of_another_form_is_an_error(sigma_file: Path, tmp_path: Path) -> None:
