@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parse(arguments)
     choose_host(chosen.attention, chosen.device)
     keep_freed_memory()
-    name = f"forward-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else "")
+    name = f"forward-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else "") + ("-as-user" if chosen.as_user else "")
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG,
-        "attention": chosen.attention, "tokens": TOKENS, "diffusers_tokens": PADDED,
+        "attention": chosen.attention, "as_user": chosen.as_user, "tokens": TOKENS, "diffusers_tokens": PADDED,
         "matmul_rate": matmul_rate(DTYPES[chosen.dtype], chosen.device),
         "rounds": chosen.rounds, "peers": chosen.peers, "kv": [str(one) for one in chosen.kv], "sizes": [],
     }  # fmt: skip
@@ -45,7 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, lists split."""
-    return make_parser("forward", __doc__).parse_args(arguments)
+    parser = make_parser("forward", __doc__)
+    parser.add_argument(
+        "--as-user", action="store_true",
+        help="what a user gets: the host's loaders and its attention choose for themselves (diffusers: the file's dtype)",
+    )  # fmt: skip
+    chosen = parser.parse_args(arguments)
+    chosen.attention = "host" if chosen.as_user else chosen.attention
+    return chosen
 
 
 def make_parser(command: str, description: str | None) -> argparse.ArgumentParser:
@@ -116,7 +123,7 @@ def parse_kv(text: str) -> list[Compressed]:
 
 def measure(size: Size, names: Sequence[str], chosen: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every peer at one size, our ratio to each, and that of KV compression to none."""
-    work = Workload(size, DTYPES[chosen.dtype], chosen.device)
+    work = Workload(size, DTYPES[chosen.dtype], chosen.device, as_user=chosen.as_user)
     contenders, errors = {}, {}
     for name in names:
         try:
@@ -188,7 +195,9 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", "BLOCKS:RATIO is training-free KV compression, an approximation, of the last so many of 28 blocks (where fewer are "
                   "run, of that part of them); its ratios are to ours without, turn by turn."]  # fmt: skip
     facts = report["machine"]
-    lines += ["", f"One step with guidance {report['cfg']}, {report['dtype']}, {report['device']}; prompts of {report['tokens'][0]} and "
+    chosen = ", the host's loaders choose what to compute in" if report.get("as_user") else ""
+    precision = f"a file in {report['dtype']}{chosen}"
+    lines += ["", f"One step with guidance {report['cfg']}, {precision}, {report['device']}; prompts of {report['tokens'][0]} and "
               f"{report['tokens'][1]} tokens (diffusers: {report['diffusers_tokens']} each); {turns(report['rounds'])}. "
               f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {versions(facts)} (attention: {report['attention']}). {report['note']}".rstrip()]  # fmt: skip
     return "\n".join(lines)

@@ -69,10 +69,15 @@ class Size:
 
 
 class Workload:
-    """Weights and inputs that all peers share."""
+    """Weights and inputs that all peers share.
 
-    def __init__(self, size: Size, dtype: torch.dtype, device: str, tokens: tuple[int, int] = TOKENS) -> None:
-        self.size, self.dtype, self.device = size, dtype, device
+    dtype: of the file, and of everybody's computing; as_user: the host's loaders choose what they compute in.
+    """
+
+    def __init__(
+        self, size: Size, dtype: torch.dtype, device: str, tokens: tuple[int, int] = TOKENS, as_user: bool = False
+    ) -> None:
+        self.size, self.dtype, self.device, self.as_user = size, dtype, device, as_user
         self.config = replace(get_variant("sigma-512").transformer, depth=size.blocks)
         generator = torch.Generator().manual_seed(size.pixels)
         side = size.pixels // 8
@@ -129,7 +134,8 @@ def _host_step(work: Workload, name: str) -> Callable[[], float]:
     host.load_pack()
     sampling, samplers = importlib.import_module("comfy.sample"), importlib.import_module("comfy.samplers")
     model = host_model(work, name)
-    model.set_model_compute_dtype(work.dtype)  # on a CPU the host would compute all in fp32
+    if not work.as_user:
+        model.set_model_compute_dtype(work.dtype)  # on a CPU the host's own PixArt would compute in fp32
     positive, negative = ([[caption, {}]] for caption in work.captions)
     times: list[float] = []
 
@@ -182,9 +188,11 @@ def _load(work: Workload, name: str) -> Any:
         save_file({**work.weights, "pos_embed": positions}, path)
         if name == OURS:
             dtypes = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-            model = host.pack_module("nodes.host.loader").load_model(str(path), "sigma-512", dtypes[work.dtype])
+            chosen = "default" if work.as_user else dtypes[work.dtype]
+            model = host.pack_module("nodes.host.loader").load_model(str(path), "sigma-512", chosen)
         else:
-            model = importlib.import_module("comfy.sd").load_diffusion_model(str(path), model_options={"dtype": work.dtype})
+            options = {} if work.as_user else {"dtype": work.dtype}
+            model = importlib.import_module("comfy.sd").load_diffusion_model(str(path), model_options=options)
     for weight in model.model.parameters():  # out of the file's pages, which the system may drop while others have their turn
         weight.data = weight.data.clone()
     return model

@@ -35,7 +35,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def cast_table(table: Tensor, like: Tensor) -> Tensor:
-    """A raw parameter at the dtype and device of use; hosts may keep it elsewhere."""
+    """A raw parameter at the dtype and device of use; hosts may keep it elsewhere.
+
+    In a host's low-VRAM mode each prediction copies the 29 tables one by one, as with ComfyUI's own PixArt: 0.8 MB in
+    fp32 for XL, beside 1.2 GB of matrices that travel too.
+    """
     return table.to(dtype=like.dtype, device=like.device)
 
 

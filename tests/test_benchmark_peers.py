@@ -50,6 +50,16 @@ def test_every_peer_runs_a_step(name: str) -> None:
     assert make_peer(name, Workload(Size(512 if name == "comfyui" else 64, 1), torch.float32, "cpu"))() > 0
 
 
+def test_as_a_user_the_loaders_choose(monkeypatch) -> None:
+    """A file in fp16 on a CPU with instructions for bf16; the host's own PixArt computes in fp32."""
+    monkeypatch.setattr(host.pack_module("nodes.host.dtypes"), "bf16_instructions", lambda: "avx512_bf16")
+    for as_user, ours, theirs in ((True, torch.bfloat16, torch.float32), (False, torch.float16, torch.float16)):
+        work = Workload(Size(512, 1), torch.float16, "cpu", as_user=as_user)
+        assert host_model(work, "ours").model.get_dtype() == ours
+        assert host_model(work, "comfyui").model.get_dtype() == theirs
+    assert forward.parse(["--as-user"]).attention == "host" and not forward.parse([]).as_user
+
+
 def keys_of_each_block(work: Workload, name: str) -> list[int]:
     """Keys of self-attention in one step of a peer; self- and cross-attention take turns."""
     model, seen = host_model(work, name), []
