@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted(path for path in ROOT.glob("[a-z]*/README.md"))]
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
