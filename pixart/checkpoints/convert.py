@@ -70,11 +70,11 @@ def write_original(state_dict: Mapping[str, Tensor], dst: str | Path, detection:
     if dst.suffix not in (".safetensors", ".pth", ".pt"):
         dst = dst / "pixart.safetensors" if dst.is_dir() else dst.with_name(dst.name + ".safetensors")
     note = note_of(detection)
-    with _replacing(dst) as temporary:
+    with replacing(dst) as temporary:
         if dst.suffix == ".safetensors":
-            save_file(_separate(state_dict), str(temporary), metadata={"format": "pt", NOTE_KEY: json.dumps(note)})
+            save_file(separate(state_dict), str(temporary), metadata={"format": "pt", NOTE_KEY: json.dumps(note)})
         else:
-            torch.save({"state_dict": _separate(state_dict), NOTE_KEY: note}, str(temporary))
+            torch.save({"state_dict": separate(state_dict), NOTE_KEY: note}, str(temporary))
     return dst
 
 
@@ -90,9 +90,9 @@ def write_diffusers(state_dict: Mapping[str, Tensor], dst: str | Path, detection
     if dst.suffix in (".pth", ".pt") or (dst.is_file() and not single):
         raise CheckpointError(f"{dst}: diffusers files are written as .safetensors or as a folder; choose such a name.")
     file = dst if single else dst / f"{WEIGHTS_NAME}.safetensors"
-    tensors = _separate(to_diffusers(state_dict))
+    tensors = separate(to_diffusers(state_dict))
     metadata = {"format": "pt", NOTE_KEY: json.dumps(note_of(detection))}
-    with _replacing(file) as temporary:
+    with replacing(file) as temporary:
         save_file(tensors, str(temporary), metadata=metadata)
     if not single:
         text = json.dumps(diffusers_config(detection), indent=2) + "\n"
@@ -127,7 +127,7 @@ def diffusers_config(detection: Detection) -> dict[str, Any]:
     }
 
 
-def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors with storage of their own: pieces of a fused weight are copied, others are not."""
     return {
         key: t.detach().contiguous() if t.untyped_storage().nbytes() == t.numel() * t.element_size() else t.detach().clone()
@@ -136,7 +136,7 @@ def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary neighbour that takes the name `path` only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -6,8 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ..config import variant_names
 from ..device import check_device
 from .names import PRECISIONS, STORED_PRECISIONS
+
+AUTO, TRANSFORMER_PRECISION = "auto", "fp8"
 
 
 def add_text_commands(commands: argparse._SubParsersAction, default_encoder: Path) -> None:
@@ -25,10 +28,14 @@ def add_text_commands(commands: argparse._SubParsersAction, default_encoder: Pat
     encode.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     encode.set_defaults(run=_encode)
 
-    quantize = commands.add_parser("quantize", help="write a T5 in 8 or 4 bits, which loads fast ever after")
-    quantize.add_argument("source", type=Path, help="T5: Hugging Face folder or weight file")
-    quantize.add_argument("destination", type=Path, help="a new folder")
-    quantize.add_argument("--precision", choices=STORED_PRECISIONS, required=True)
+    quantize = commands.add_parser("quantize", help="write a T5 in 8 or 4 bits, which loads fast ever after, or a transformer in fp8")
+    quantize.add_argument("source", type=Path, help="T5 or transformer: folder or weight file")
+    quantize.add_argument("destination", type=Path, help="T5: a new folder; transformer: a .safetensors")
+    quantize.add_argument(
+        "--precision", choices=(*STORED_PRECISIONS, TRANSFORMER_PRECISION), required=True,
+        help=f"{TRANSFORMER_PRECISION} is of the transformer, in ComfyUI's scaled format; the others are T5's",
+    )  # fmt: skip
+    quantize.add_argument("--variant", choices=(AUTO, *variant_names()), default=AUTO, help="of the transformer: what weights can't tell")
     quantize.add_argument("--device", default="auto", help="where to quantize: auto, cpu, cuda, ...")
     quantize.set_defaults(run=_quantize)
 
@@ -54,8 +61,12 @@ def _encode(given: argparse.Namespace) -> None:
 
 
 def _quantize(given: argparse.Namespace) -> None:
+    from ..checkpoints.quantize import quantize_transformer
     from .folder import quantize_folder
 
+    if given.precision == TRANSFORMER_PRECISION:
+        sys.stdout.write(f"{quantize_transformer(given.source, given.destination, given.variant)}\n")
+        return
     device = check_device(given.device)
     written = quantize_folder(given.source, given.destination, given.precision, device, _show("tensors"))
     sys.stdout.write(f"{written}\n")
