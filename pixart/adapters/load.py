@@ -100,7 +100,10 @@ def build_adapter(tensors: Mapping[str, Any], source: str, settings: Mapping[str
 
 
 def _group(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, tuple[str, Tensor]]], dict[str, str], dict[str, str], list[str]]:
-    """Module -> role -> (key, tensor); keys of no known method; keys without effect; and roles that two keys claim."""
+    """Module -> role -> (key, tensor); keys of no known method; keys without effect; and roles that two keys claim.
+
+    PEFT stores the biases of layers that it saves whole twice: copies are one.
+    """
     modules: dict[str, dict[str, tuple[str, Tensor]]] = {}
     unfit: dict[str, str] = {}
     left: dict[str, str] = {}
@@ -118,14 +121,18 @@ def _group(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, tuple[str, T
             unfit[key] = f"of {method}, which is not supported" if method else UNKNOWN
             continue
         module, role = found
-        first, _ = modules.setdefault(module, {}).setdefault(role, (key, tensor))
-        if first != key:
+        first, known = modules.setdefault(module, {}).setdefault(role, (key, tensor))
+        if first != key and not _is_copy(tensor, known):
             twice.append(f"{first} and {key} are the same matrix; expected one adapter in a file")
     strange = {key.rpartition(".")[0]: reason for key, reason in unfit.items()}
     strange |= {module.rpartition(".")[0]: reason for module, reason in strange.items()}
     for module in [module for module, roles in modules.items() if set(roles) == {"alpha"} and module in strange]:
         unfit[modules.pop(module)["alpha"][0]] = strange[module]  # beside matrices of a method that isn't known
     return modules, unfit, left, twice
+
+
+def _is_copy(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype == other.dtype and tensor.shape == other.shape and torch.equal(tensor.float(), other.float())
 
 
 def _layer(module: str, place: Place, entries: Entries, settings: Settings | None) -> Layer:

@@ -56,7 +56,7 @@ _NAMED = re.compile(
     r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+?|lokr_\w+?|oft_R|boft_[Rs]|ia3_l)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$"
 )
 _ONLY_BLOCKS = re.compile(r"\.oft_blocks\.0$")  # kohya's list of the pieces of a fused weight, where it has one
-_SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")  # with the adapter's name, which PEFT leaves out where it is the last but one
 _ORIGINAL = re.compile(r"\.original_module\.")  # PEFT's copy of a layer that it saves whole
 _BASE_COPY = re.compile(  # bitsandbytes' constants of a frozen base model's weights
     r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format)$"
@@ -74,7 +74,13 @@ def without_effect(key: str) -> str:
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(module as the file names it, role), or None for a tensor of no known algorithm."""
-    key = _ONLY_BLOCKS.sub(".oft_blocks", _NAMED.sub(r".\1\2", without_wrappers(_SAVED.sub(".", key))))
+    ways = dict.fromkeys((_SAVED.sub(".", key), key.replace(".modules_to_save.", ".")))
+    found = [_split(way) for way in ways]
+    return next((each for each in found if each and find_place(each[0])), found[0])
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    key = _ONLY_BLOCKS.sub(".oft_blocks", _NAMED.sub(r".\1\2", without_wrappers(key)))
     if key.endswith(TABLES):
         return key, "whole"
     ending = next((end for end in _ENDINGS if key.endswith(end)), None)
