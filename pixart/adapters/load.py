@@ -17,7 +17,7 @@ from ..json_files import read_json
 from .foreign import name_method, no_adapter
 from .layer import Layer
 from .matrices import is_nothing, rank_of
-from .names import TEXT, TRANSFORMER, Place, find_place, is_text, split_key, without_effect
+from .names import BOOKKEEPING, TEXT, TRANSFORMER, Place, find_place, is_bookkeeping, is_text, split_key, without_effect
 from .rotation import Rotation, generator_norm, rows_of
 from .settings import CONFIG_NAME, METADATA_KEY, Settings, settings_from_config, settings_from_metadata
 
@@ -117,6 +117,9 @@ def _group(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, tuple[str, T
             tensor = torch.tensor(float(tensor))
         method = name_method(key)
         found = split_key(key) if isinstance(tensor, Tensor) and not method else None
+        if found is None and not method and is_bookkeeping(key, tensor.numel() if isinstance(tensor, Tensor) else None):
+            left[key] = BOOKKEEPING
+            continue
         if found is None:
             unfit[key] = f"of {method}, which is not supported" if method else UNKNOWN
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ..checkpoints.keys import BLOCK_MODULES, BLOCK_TENSORS, MODULES, POSITION_KEY, PREFIXES, TENSORS, without_wrappers
+from ..checkpoints.keys import BLOCK_MODULES, BLOCK_TENSORS, MODULES, POSITION_KEY, PREFIXES, TENSORS, is_known_prefix, without_wrappers
 
 TRANSFORMER, TEXT = "transformer", "text"
 
@@ -62,7 +62,11 @@ _BASE_COPY = re.compile(  # bitsandbytes' constants of a frozen base model's wei
     r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format)$"
 )
 _POSITIONS = re.compile(rf"(?:^|\.){POSITION_KEY}$")
+_STATE = re.compile(r"(?:^|\.)(?:_extra_state|rng_state)$")  # of torch's modules and of trainers
+_COUNTER = re.compile(r"(?:^|[._])(?:steps?|epochs?|iter(?:ation)?s?|num_updates|num_batches_tracked|logit_(?:scale|bias))$")
+_STRENGTH = re.compile(r"alpha|scal|rank|dim|strength|multiplier|factor|weight|fp8|lora|lycoris|oft", re.IGNORECASE)
 COPY_OF_BASE, POSITIONS = "copies of the base model's own weights", "positions, which are computed"
+BOOKKEEPING = "notes of the training, which no picture depends on"
 
 
 def without_effect(key: str) -> str:
@@ -70,6 +74,17 @@ def without_effect(key: str) -> str:
     if _ORIGINAL.search(key) or _BASE_COPY.search(key):
         return COPY_OF_BASE
     return POSITIONS if _POSITIONS.search(key) else ""
+
+
+def is_bookkeeping(key: str, numbers: int | None) -> bool:
+    """Whether an entry of no method is a counter or state of the training. numbers: how many it has; None for what is no tensor.
+
+    So is a single number that belongs to no layer, unless its name may mean how strongly the adapter works.
+    """
+    if _STATE.search(key) or numbers == 1 and _COUNTER.search(key):
+        return True
+    owner = key.rpartition(".")[0]
+    return numbers == 1 and (not owner or is_known_prefix(f"{owner}.")) and not _STRENGTH.search(key) and find_place(key) is None
 
 
 def split_key(key: str) -> tuple[str, str] | None:
