@@ -11,18 +11,18 @@ from typing import Any
 import folder_paths
 
 from ...pixart.errors import CheckpointError
+from ...pixart.text.tokenizer import tokenizer_files
 
 CONFIG = "config.json"
 WEIGHT_ENDINGS = (".safetensors", ".bin")  # of the weights in a Hugging Face folder
 OTHER_PARTS = {"transformer", "text_encoder", "vae", "tokenizer", "scheduler"}  # of a whole pipeline
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model")
-BESIDE_WEIGHTS = (  # what may be read together with a weight file, by its place
-    CONFIG, "adapter_config.json", *TOKENIZER_FILES, *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+TEXT_ENCODER = "text_encoder"  # the component that is read together with a tokenizer
+BESIDE_WEIGHTS = (  # what else may be read together with a weight file, by its place
+    CONFIG, "adapter_config.json",
     *(f"{stem}.index.json" for stem in (
         "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors", "pytorch_model.bin",
     )),
     "../model_index.json", "../scheduler/scheduler_config.json", "../vae/config.json",
-    *(f"../tokenizer/{name}" for name in TOKENIZER_FILES),
 )  # fmt: skip
 
 CLOCK_TICK_NS = 20_000_000  # file systems note times this coarsely
@@ -81,8 +81,8 @@ def fingerprint(kind: str, component: str, name: Any, config: str = CONFIG) -> s
                         if _posix(file).rpartition("/")[0].endswith(path.name))  # fmt: skip
     folder = path if path.is_dir() else path.parent
     files += [folder / beside for beside in BESIDE_WEIGHTS]
-    if path.is_file():
-        files += [path.with_suffix("") / beside for beside in TOKENIZER_FILES]
+    if component == TEXT_ENCODER:
+        files += tokenizer_files(path)
     return ";".join(filter(None, map(stamp, files)))
 
 

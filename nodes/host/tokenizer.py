@@ -11,10 +11,10 @@ import torch
 from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 
 from ...pixart.errors import TextEncoderError
-from ...pixart.text.tokenizer import END_TOKEN, WHERE_TO_GET, fits, from_json, from_sentencepiece, tokenizer_beside
+from ...pixart.text.encoder import own_tokenizer
+from ...pixart.text.tokenizer import END_TOKEN
 from ...pixart.text.weights import T5Weights
 
-END_ID = 1  # in the host's T5 classes, and in every T5
 T5_VOCABULARY, MOST_ROWS = 32100, 32512  # ids that the host's own T5 tokenizer can give; rows of an embedding that may go with it
 STREAM = "t5xxl"  # of the host's CLIP: what it saves under this prefix stays together
 
@@ -54,10 +54,10 @@ def tokenizer_class(weights: T5Weights) -> type:
     """
     source, kind = _source(weights)
     # The class lives as long as the CLIP: it must not name `weights`, which may hold all tensors of the file
-    path, width, rows = weights.path, int(weights.config["d_model"]), int(weights.config["vocab_size"])
+    width, rows = int(weights.config["d_model"]), int(weights.config["vocab_size"])
     if source is None and not T5_VOCABULARY <= rows <= MOST_ROWS:
         raise TextEncoderError(
-            f"{path}: has {rows} token embeddings and no tokenizer of its own; T5's common tokenizer belongs to {T5_VOCABULARY} to "
+            f"{weights.path}: has {rows} token embeddings and no tokenizer of its own; T5's common tokenizer belongs to {T5_VOCABULARY} to "
             f"{MOST_ROWS} of them. Put its tokenizer.json or spiece.model beside it, or choose T5-v1.1-XXL, which PixArt was trained with."
         )
 
@@ -78,7 +78,6 @@ def tokenizer_class(weights: T5Weights) -> type:
                 min_length=1,
                 tokenizer_data=tokenizer_data,
             )
-            _check(self, path, rows)
 
         def state_dict(self) -> dict[str, Any]:
             """Saved with the encoder, so that it stays complete."""
@@ -110,26 +109,13 @@ def tokenizer_class(weights: T5Weights) -> type:
 
 
 def _source(weights: T5Weights) -> tuple[bytes | None, type]:
-    """What the host builds a tokenizer of (None: its own), and the class; the host itself would fail on damaged ones without a name."""
+    """What the host builds a tokenizer of (None: its own), and the class; the core has read and checked it, which the host wouldn't."""
+    found = own_tokenizer(weights)
     if weights.sentencepiece is not None:
-        from_sentencepiece(weights.sentencepiece, f"{weights.path} (spiece_model)")
         return weights.sentencepiece, SPieceTokenizer
     if weights.tokenizer_json is not None:
-        from_json(weights.tokenizer_json, f"{weights.path} (tokenizer_json)")
         return weights.tokenizer_json, JsonTokenizer
-    found = tokenizer_beside(weights.path, int(weights.config["vocab_size"]))
     if found is None:
         return None, SPieceTokenizer
     file = Path(found.source)
     return file.read_bytes(), JsonTokenizer if file.suffix == ".json" else SPieceTokenizer
-
-
-def _check(tokenizer: Any, path: Path, rows: int) -> None:
-    highest = max(tokenizer.inv_vocab, default=0)
-    # tokenizer.json also lists T5's 100 sentinels, which prompts never produce
-    plain = max((i for i, piece in tokenizer.inv_vocab.items() if not piece.startswith("<extra_id_")), default=highest)
-    if tokenizer.end_token != END_ID or not fits(plain + 1, rows):
-        raise TextEncoderError(
-            f"{path}: its tokenizer has ids up to {plain} and end token {tokenizer.end_token}; expected ids "
-            f"below {rows}, the rows of the embedding, and end token {END_ID}. {WHERE_TO_GET}"
-        )

@@ -17,7 +17,7 @@ from ..json_files import read_json
 from .foreign import name_method, no_adapter
 from .layer import Layer
 from .matrices import is_nothing, rank_of
-from .names import TEXT, TRANSFORMER, Place, find_place, is_text, split_key, without_effect
+from .names import BOOKKEEPING, TEXT, TRANSFORMER, Place, find_place, is_bookkeeping, is_text, split_key, without_effect
 from .rotation import Rotation, generator_norm, rows_of
 from .settings import CONFIG_NAME, METADATA_KEY, Settings, settings_from_config, settings_from_metadata
 
@@ -100,7 +100,10 @@ def build_adapter(tensors: Mapping[str, Any], source: str, settings: Mapping[str
 
 
 def _group(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, tuple[str, Tensor]]], dict[str, str], dict[str, str], list[str]]:
-    """Module -> role -> (key, tensor); keys of no known method; keys without effect; and roles that two keys claim."""
+    """Module -> role -> (key, tensor); keys of no known method; keys without effect; and roles that two keys claim.
+
+    PEFT stores the biases of layers that it saves whole twice: copies are one.
+    """
     modules: dict[str, dict[str, tuple[str, Tensor]]] = {}
     unfit: dict[str, str] = {}
     left: dict[str, str] = {}
@@ -114,18 +117,25 @@ def _group(tensors: Mapping[str, Any]) -> tuple[dict[str, dict[str, tuple[str, T
             tensor = torch.tensor(float(tensor))
         method = name_method(key)
         found = split_key(key) if isinstance(tensor, Tensor) and not method else None
+        if found is None and not method and is_bookkeeping(key, tensor.numel() if isinstance(tensor, Tensor) else None):
+            left[key] = BOOKKEEPING
+            continue
         if found is None:
             unfit[key] = f"of {method}, which is not supported" if method else UNKNOWN
             continue
         module, role = found
-        first, _ = modules.setdefault(module, {}).setdefault(role, (key, tensor))
-        if first != key:
+        first, known = modules.setdefault(module, {}).setdefault(role, (key, tensor))
+        if first != key and not _is_copy(tensor, known):
             twice.append(f"{first} and {key} are the same matrix; expected one adapter in a file")
     strange = {key.rpartition(".")[0]: reason for key, reason in unfit.items()}
     strange |= {module.rpartition(".")[0]: reason for module, reason in strange.items()}
     for module in [module for module, roles in modules.items() if set(roles) == {"alpha"} and module in strange]:
         unfit[modules.pop(module)["alpha"][0]] = strange[module]  # beside matrices of a method that isn't known
     return modules, unfit, left, twice
+
+
+def _is_copy(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype == other.dtype and tensor.shape == other.shape and torch.equal(tensor.float(), other.float())
 
 
 def _layer(module: str, place: Place, entries: Entries, settings: Settings | None) -> Layer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ..checkpoints.keys import BLOCK_MODULES, BLOCK_TENSORS, MODULES, POSITION_KEY, PREFIXES, TENSORS, without_wrappers
+from ..checkpoints.keys import BLOCK_MODULES, BLOCK_TENSORS, MODULES, POSITION_KEY, PREFIXES, TENSORS, is_known_prefix, without_wrappers
 
 TRANSFORMER, TEXT = "transformer", "text"
 
@@ -56,13 +56,17 @@ _NAMED = re.compile(
     r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+?|lokr_\w+?|oft_R|boft_[Rs]|ia3_l)\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?$"
 )
 _ONLY_BLOCKS = re.compile(r"\.oft_blocks\.0$")  # kohya's list of the pieces of a fused weight, where it has one
-_SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")  # with the adapter's name, which PEFT leaves out where it is the last but one
 _ORIGINAL = re.compile(r"\.original_module\.")  # PEFT's copy of a layer that it saves whole
 _BASE_COPY = re.compile(  # bitsandbytes' constants of a frozen base model's weights
     r"\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format)$"
 )
 _POSITIONS = re.compile(rf"(?:^|\.){POSITION_KEY}$")
+_STATE = re.compile(r"(?:^|\.)(?:_extra_state|rng_state)$")  # of torch's modules and of trainers
+_COUNTER = re.compile(r"(?:^|[._])(?:steps?|epochs?|iter(?:ation)?s?|num_updates|num_batches_tracked|logit_(?:scale|bias))$")
+_STRENGTH = re.compile(r"alpha|scal|rank|dim|strength|multiplier|factor|weight|fp8|lora|lycoris|oft", re.IGNORECASE)
 COPY_OF_BASE, POSITIONS = "copies of the base model's own weights", "positions, which are computed"
+BOOKKEEPING = "notes of the training, which no picture depends on"
 
 
 def without_effect(key: str) -> str:
@@ -72,9 +76,26 @@ def without_effect(key: str) -> str:
     return POSITIONS if _POSITIONS.search(key) else ""
 
 
+def is_bookkeeping(key: str, numbers: int | None) -> bool:
+    """Whether an entry of no method is a counter or state of the training. numbers: how many it has; None for what is no tensor.
+
+    So is a single number that belongs to no layer, unless its name may mean how strongly the adapter works.
+    """
+    if _STATE.search(key) or numbers == 1 and _COUNTER.search(key):
+        return True
+    owner = key.rpartition(".")[0]
+    return numbers == 1 and (not owner or is_known_prefix(f"{owner}.")) and not _STRENGTH.search(key) and find_place(key) is None
+
+
 def split_key(key: str) -> tuple[str, str] | None:
     """(module as the file names it, role), or None for a tensor of no known algorithm."""
-    key = _ONLY_BLOCKS.sub(".oft_blocks", _NAMED.sub(r".\1\2", without_wrappers(_SAVED.sub(".", key))))
+    ways = dict.fromkeys((_SAVED.sub(".", key), key.replace(".modules_to_save.", ".")))
+    found = [_split(way) for way in ways]
+    return next((each for each in found if each and find_place(each[0])), found[0])
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    key = _ONLY_BLOCKS.sub(".oft_blocks", _NAMED.sub(r".\1\2", without_wrappers(key)))
     if key.endswith(TABLES):
         return key, "whole"
     ending = next((end for end in _ENDINGS if key.endswith(end)), None)

@@ -13,7 +13,7 @@ from .embeddings import TextEmbeddings, concatenate
 from .names import PRECISIONS
 from .prompt_file import fingerprint
 from .quantize import choose_precision, fill_layers, replace_linears
-from .tokenizer import WHERE_TO_GET, Tokenizer, fits, from_json, from_sentencepiece, load_tokenizer, tokenizer_beside
+from .tokenizer import WHERE_TO_GET, Tokenizer, from_json, from_sentencepiece, load_tokenizer, mismatch, tokenizer_beside
 from .weights import T5Weights, read_t5
 
 __all__ = ["TextEmbeddings", "TextEncoder", "concatenate", "load_text_encoder"]
@@ -93,11 +93,6 @@ def load_text_encoder(
     """
     weights, precision = open_weights(path, dtype, precision)
     found = find_tokenizer_of(weights, tokenizer)
-    if not fits(found.size, int(weights.config["vocab_size"])):
-        raise TextEncoderError(
-            f"{found.source} has {found.size} tokens, but {path} has embeddings for {weights.config['vocab_size']}: "
-            f"they don't belong together. {WHERE_TO_GET}"
-        )
     logger.info("T5 from %s: %s; tokenizer %s", path, weights.config, found.source)
     return TextEncoder(build_model(weights, precision, device), found, precision)
 
@@ -120,18 +115,28 @@ def build_model(weights: T5Weights, precision: str | None, device: torch.device 
 
 
 def find_tokenizer_of(weights: T5Weights, given: str | Path | None) -> Tokenizer:
-    """The tokenizer that was given, or that comes with the weights; raises TextEncoderError if there is none."""
-    path = weights.path
-    if given is not None:
-        return load_tokenizer(given)
-    if weights.sentencepiece is not None:
-        return from_sentencepiece(weights.sentencepiece, f"{path} (spiece_model)")
-    if weights.tokenizer_json is not None:
-        return from_json(weights.tokenizer_json, f"{path} (tokenizer_json)")
-    found = tokenizer_beside(path, int(weights.config["vocab_size"]))
+    """The tokenizer that was given, or that comes with the weights; raises TextEncoderError for none and for another model's."""
+    found = own_tokenizer(weights) if given is None else _checked(load_tokenizer(given), weights)
     if found is None:
-        raise TextEncoderError(f"{path} comes without a tokenizer, and there is none beside it. {WHERE_TO_GET}")
+        raise TextEncoderError(f"{weights.path} comes without a tokenizer, and there is none beside it. {WHERE_TO_GET}")
     return found
+
+
+def own_tokenizer(weights: T5Weights) -> Tokenizer | None:
+    """The tokenizer inside the weights, or in or near their folder; None for none, TextEncoderError for another model's."""
+    path = weights.path
+    if weights.sentencepiece is not None:
+        return _checked(from_sentencepiece(weights.sentencepiece, f"{path} (spiece_model)"), weights)
+    if weights.tokenizer_json is not None:
+        return _checked(from_json(weights.tokenizer_json, f"{path} (tokenizer_json)"), weights)
+    return tokenizer_beside(path, int(weights.config["vocab_size"]))
+
+
+def _checked(tokenizer: Tokenizer, weights: T5Weights) -> Tokenizer:
+    problem = mismatch(tokenizer, int(weights.config["vocab_size"]))
+    if problem:
+        raise TextEncoderError(f"{weights.path}: {problem}. {WHERE_TO_GET}")
+    return tokenizer
 
 
 def _build(weights: T5Weights) -> nn.Module:

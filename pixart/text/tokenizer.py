@@ -8,7 +8,9 @@ from typing import NamedTuple, Protocol
 from ..errors import InputError, TextEncoderError
 from .files import text_encoder_folder
 
-END_TOKEN, UNKNOWN_TOKEN = "</s>", "<unk>"
+END_TOKEN, UNKNOWN_TOKEN, PAD_TOKEN = "</s>", "<unk>", "<pad>"
+END_ID, PAD_ID = 1, 0  # in every T5
+SENTINEL = "<extra_id_"  # begins the names of ids that are never in a prompt
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 SHOWN = 200  # characters of a message's list of words
 WHERE_TO_GET = (
@@ -21,6 +23,7 @@ class Vocabulary(Protocol):
     """What is needed of a tokenizer library."""
 
     end_id: int
+    pad_id: int | None
     unknown_id: int | None  # of what the vocabulary has no tokens for
     size: int
 
@@ -92,6 +95,7 @@ class SentencePieceVocabulary:
         except RuntimeError as error:
             raise TextEncoderError(f"{source} is not a SentencePiece model ({error}). {WHERE_TO_GET}") from None
         self.end_id = self._processor.eos_id()
+        self.pad_id = None if self._processor.pad_id() < 0 else self._processor.pad_id()
         self.unknown_id = self._processor.unk_id()
         self.size = self._processor.get_piece_size()
         if self.end_id < 0:
@@ -124,9 +128,10 @@ class JsonVocabulary:
         if end_id is None:
             raise TextEncoderError(f"{source} has no end token {END_TOKEN}, so it is not a T5's. {WHERE_TO_GET}")
         self.end_id = end_id
+        self.pad_id = self._tokenizer.token_to_id(PAD_TOKEN)
         self.unknown_id = self._tokenizer.token_to_id(UNKNOWN_TOKEN)
-        # T5's 100 sentinel ids are in the file but never in a prompt, so only the plain vocabulary must fit.
-        self.size = self._tokenizer.get_vocab_size(with_added_tokens=False)
+        # T5's 100 sentinels are in the file but never in a prompt, so only the plain vocabulary must fit
+        self.size = 1 + max(number for piece, number in self._tokenizer.get_vocab().items() if not piece.startswith(SENTINEL))
 
     def ids(self, text: str) -> list[int]:
         """Token ids without the end token."""
@@ -186,6 +191,18 @@ def fits(size: int, rows: int) -> bool:
     return size <= rows <= 2 * size + 512
 
 
+def mismatch(tokenizer: Tokenizer, rows: int) -> str:
+    """Why a tokenizer can't belong to a T5 with an embedding of `rows`, "" if it can: its ids would mean other words."""
+    end, pad = tokenizer.vocabulary.end_id, tokenizer.vocabulary.pad_id
+    if (end, pad) != (END_ID, PAD_ID):
+        padding = "no padding token" if pad is None else f"padding token {pad}"
+        return f"{tokenizer.source} has end token {end} and {padding}, so it is another model's: every T5 has {END_ID} and {PAD_ID}"
+    if fits(tokenizer.size, rows):
+        return ""
+    expected = f"; expected ids below {rows}" if tokenizer.size > rows else ""
+    return f"{tokenizer.source} has {tokenizer.size} tokens, the weights have embeddings for {rows}: they don't belong together{expected}"
+
+
 def tokenizer_beside(path: Path, rows: int) -> Tokenizer | None:
     """The first tokenizer in or near a T5 that can belong to its embedding of `rows`; None if there is none at all.
 
@@ -198,9 +215,10 @@ def tokenizer_beside(path: Path, rows: int) -> Tokenizer | None:
         except TextEncoderError as error:
             problems.append(str(error).replace(WHERE_TO_GET, "").strip())
             continue
-        if fits(tokenizer.size, rows):
+        problem = mismatch(tokenizer, rows)
+        if not problem:
             return tokenizer
-        problems.append(f"{file} has {tokenizer.size} tokens, the weights have embeddings for {rows}: they don't belong together")
+        problems.append(problem)
     if problems:
         raise TextEncoderError(f"{path}: {'; '.join(problems)}. {WHERE_TO_GET}")
     return None

@@ -43,6 +43,9 @@ CASES = {
     ),
     "biases-of-layers": lambda: peft.LoraConfig(r=4, lora_alpha=2, bias="lora_only", target_modules=TARGETS),
     "biases": lambda: peft.LoraConfig(r=4, lora_alpha=2, bias="all", use_dora=True, target_modules=TARGETS),
+    "biases-and-modules-to-save": lambda: peft.LoraConfig(
+        r=4, lora_alpha=2, bias="all", target_modules=["attn1.to_q"], modules_to_save=["proj_out", "caption_projection", "attn2.to_k"]
+    ),
     # The targets and options of PixArt's own training script
     "dora-official": lambda: peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", use_dora=True, target_modules=OFFICIAL),
     "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=TARGETS),
@@ -84,12 +87,43 @@ def test_a_folder_of_peft_merges_as_peft_merges_it(case, tmp_path):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     fit = fit_adapter(load_adapter(tmp_path / "adapter"), parameter_shapes(model))
     merge_layers(model, fit.layers, 1.0)
-    assert not fit.left and len(fit.layers) >= 4
+    assert all(".original_module." in key for key in fit.left) and len(fit.layers) >= 4
     changed = 0
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
         changed += not torch.equal(value, before[key])
     assert changed >= 4
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["default", "", "style"])
+def test_biases_stored_twice_are_one_whatever_the_adapter_is_called(name, tmp_path):
+    """Older versions of PEFT leave the adapter's name out everywhere."""
+    adapted = randomized(CASES["biases-and-modules-to-save"]())
+    adapted.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    part = f"modules_to_save.{name}." if name else "modules_to_save."
+    tensors = {key.replace("modules_to_save.default.", part): value for key, value in load_file(file).items()}
+    save_file(tensors, file)
+    expected = factory.original_keys(adapted.merge_and_unload().state_dict(), 2)
+    model = ours(tmp_path)
+    fit = fit_adapter(load_adapter(tmp_path / "adapter"), parameter_shapes(model))
+    merge_layers(model, fit.layers, 1.0)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+    assert fit.describe().startswith(f"adapter: {len(tensors) - len(fit.left)} of {len(tensors)} keys applied")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("other", [lambda t: t + 1e-3, lambda t: t.half(), lambda t: t[None], lambda t: torch.full_like(t, torch.nan)])
+def test_biases_stored_twice_that_differ_are_refused(other, tmp_path):
+    randomized(CASES["biases-and-modules-to-save"]()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.proj_out.modules_to_save.bias"
+    save_file({**tensors, key: other(tensors[key])}, file)
+    with pytest.raises(CheckpointError, match=r"(?s)damaged, 1 problem.*proj_out.*are the same matrix; expected one adapter in a file"):
+        load_adapter(tmp_path)
 
 
 def test_the_file_inside_the_folder_and_diffusers_header_say_the_same(tmp_path):

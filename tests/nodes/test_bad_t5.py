@@ -62,6 +62,21 @@ class TestBadFiles:
         save_file(state, path)
         assert "expected ids below 40" in self.refused(path)
 
+    @pytest.mark.parametrize("inside", [True, False], ids=["tensor", "file"])
+    def test_tokenizer_of_another_model(self, inside: bool, reference, tmp_path: Path) -> None:
+        """Llama's order of the first ids; as the core says it."""
+        path = tiny_text.save_t5_file(reference, tmp_path / "t5.safetensors", tokenizer=False)
+        content = tiny_text.tokenizer_json(("<unk>", "<s>", "</s>")).encode()
+        if inside:
+            save_file({**load_file(path), "tokenizer_json": torch.tensor(list(content), dtype=torch.uint8)}, path)
+        else:
+            (tmp_path / "tokenizer.json").write_bytes(content)
+        message = self.refused(path)
+        assert "has end token 2 and no padding token, so it is another model's: every T5 has 1 and 0." in message
+        with pytest.raises(errors.TextEncoderError) as caught:
+            host.pack_module("pixart.text.encoder").load_text_encoder(path)
+        assert str(caught.value) == message
+
     @pytest.mark.parametrize("content", [b"", b"junk" * 9], ids=["empty", "junk"])
     @pytest.mark.parametrize("inside", [True, False], ids=["tensor", "file"])
     def test_damaged_tokenizer(self, content: bytes, inside: bool, reference, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import folder_paths
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.support import host
 
@@ -201,6 +203,46 @@ class TestFingerprints:
         before = files.fingerprint("text_encoders", "text_encoder", name)
         put(models / "text_encoders/set/text_encoder" / beside)
         assert files.fingerprint("text_encoders", "text_encoder", name) != before
+
+    @pytest.mark.parametrize(
+        ("name", "weights", "tokenizer"),
+        [
+            ("t5.safetensors", "t5.safetensors", "spiece.model"), ("t5.safetensors", "t5.safetensors", "../spiece.model"),
+            ("t5.safetensors", "t5.safetensors", "tokenizer/spiece.model"),
+            ("t5.safetensors", "t5.safetensors", "../tokenizer/spiece.model"),
+            ("t5.safetensors", "t5.safetensors", "t5/tokenizer/spiece.model"),
+            ("sd3/text_encoder_3", "sd3/text_encoder_3/model.safetensors", "sd3/tokenizer_3/spiece.model"),
+            ("set", "set/text_encoder/model.safetensors", "set/tokenizer/spiece.model"),
+            ("set", "set/text_encoder/model.safetensors", "set/spiece.model"),
+            ("own", "own/model.safetensors", "own/tokenizer/spiece.model"),
+        ],
+    )  # fmt: skip
+    def test_a_replaced_tokenizer_that_loading_reads(self, name: str, weights: str, tokenizer: str, models: Path, t5_file: Path) -> None:
+        """Damaged, it is named: so it was the one that is read."""
+        state = load_file(t5_file)
+        whole = bytes(state.pop("spiece_model").tolist())
+        put((models / "text_encoders" / weights).parent / "config.json", b"{}")
+        place = put(models / "text_encoders" / tokenizer, whole)
+        save_file(state, models / "text_encoders" / weights)
+        node = node_of(("text", "PixArtT5Loader", "t5_name"))
+        before = node.fingerprint_inputs(t5_name=name)
+        assert node.fingerprint_inputs(t5_name=name) == before
+        node.execute(t5_name=name, precision="default", device="default")
+        put(place, b"damaged")
+        assert node.fingerprint_inputs(t5_name=name) != before
+        with pytest.raises(errors.TextEncoderError, match=re.escape(tokenizer.rpartition("../")[2])):
+            node.execute(t5_name=name, precision="default", device="default")
+
+    def test_a_tokenizer_that_loading_passes_by(self, models: Path) -> None:
+        """Near a model of another kind, or behind a file that is read in its place."""
+        put(models / "loras/one.safetensors")
+        put(models / "text_encoders/t5.safetensors")
+        put(models / "text_encoders/tokenizer.json")
+        names = {("loras", "transformer"): "one.safetensors", ("text_encoders", "text_encoder"): "t5.safetensors"}
+        before = [files.fingerprint(*kind, name) for kind, name in names.items()]
+        put(models / "loras/tokenizer.json")
+        put(models / "text_encoders/spiece.model")
+        assert [files.fingerprint(*kind, name) for kind, name in names.items()] == before
 
     def test_names_that_are_linked_or_gone(self, models: Path) -> None:
         for loader in LOADERS:

@@ -14,8 +14,8 @@ WORDS = (
 
 
 @lru_cache(maxsize=None)
-def sentencepiece_model(vocab_size: int = 200) -> bytes:
-    """Bytes of a unigram model with T5's ids: pad 0, end 1, unknown 2."""
+def sentencepiece_model(vocab_size: int = 200, pad: int = 0, end: int = 1, unknown: int = 2, begin: int = -1) -> bytes:
+    """Bytes of a unigram model, by default with T5's ids; -1 for none."""
     import sentencepiece
 
     order = torch.Generator().manual_seed(0)
@@ -28,15 +28,26 @@ def sentencepiece_model(vocab_size: int = 200) -> bytes:
         sentence_iterator=iter(lines),
         model_writer=target,
         vocab_size=vocab_size,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
+        pad_id=pad,
+        eos_id=end,
+        unk_id=unknown,
+        bos_id=begin,
         hard_vocab_limit=False,
         minloglevel=2,
         num_threads=1,
     )
     return target.getvalue()
+
+
+def tokenizer_json(first: tuple[str, ...] = ("<pad>", "</s>", "<unk>"), words: tuple[str, ...] = ("a", "red", "circle")) -> str:
+    """A tokenizer.json of 200 words with these ids first, by default T5's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    pieces = [*first, *(f"\u2581{word}" for word in words)]
+    pieces += [f"word{i}" for i in range(len(pieces), 200)]
+    made = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    return made.to_str()
 
 
 def tiny_t5(width: int = 32, layers: int = 2, gated: bool = True, d_kv: int = 8, seed: int = 0):

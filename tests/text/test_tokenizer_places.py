@@ -6,13 +6,14 @@ import logging
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
 from pixart import load_text_encoder
 from pixart.errors import TextEncoderError
 from pixart.text.tokenizer import fits
-from tests.support.tiny_text import save_t5_file, sentencepiece_model, tiny_t5
+from tests.support.tiny_text import save_t5_file, sentencepiece_model, tiny_t5, tokenizer_json
 
 
 def without_tokenizer(path: Path) -> Path:
@@ -54,6 +55,66 @@ def test_where_none_fits_each_is_named_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "tokenizer" / "spiece.model").write_bytes(sentencepiece_model(400) + b"")
     with pytest.raises(TextEncoderError, match="no end token </s>"):
         load_text_encoder(path)
+
+
+LLAMA = ("<unk>", "<s>", "</s>")
+OTHERS = {  # a tokenizer of fitting size -> what is wrong with it
+    "Llama's order, json": ("tokenizer.json", lambda: tokenizer_json(LLAMA).encode(), "end token 2 and no padding token"),
+    "end and padding exchanged, json": (
+        "tokenizer.json", lambda: tokenizer_json(("</s>", "<pad>", "<unk>")).encode(), "end token 0 and padding token 1"),
+    "no padding, json": ("tokenizer.json", lambda: tokenizer_json(("<unk>", "</s>")).encode(), "end token 1 and no padding token"),
+    "Llama's order": (
+        "spiece.model", lambda: sentencepiece_model(pad=-1, end=2, unknown=0, begin=1), "end token 2 and no padding token"),
+    "padding last": ("spiece.model", lambda: sentencepiece_model(pad=3, end=1, unknown=0, begin=2), "end token 1 and padding token 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["beside", "inside", "given"])
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path, case: str, place: str) -> None:
+    """Of fitting size; every prompt would end, and every word be, another one than T5 has learned."""
+    name, content, problem = OTHERS[case]
+    path, file = without_tokenizer(tmp_path / "t5.safetensors"), tmp_path / ("other" if place == "given" else "") / name
+    if place == "inside":
+        key = "tokenizer_json" if name.endswith(".json") else "spiece_model"
+        save_file({**load_file(path), key: torch.frombuffer(bytearray(content()), dtype=torch.uint8)}, path)
+    else:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content())
+    with pytest.raises(TextEncoderError, match=f"t5.safetensors: .*{problem}, so it is another model's: every T5 has 1 and 0. Give"):
+        load_text_encoder(path, tokenizer=file if place == "given" else None)
+
+
+@pytest.mark.parametrize("place", ["beside", "inside", "given"])
+def test_a_tokenizer_json_of_t5_is_taken(tmp_path: Path, place: str) -> None:
+    path, content = without_tokenizer(tmp_path / "t5.safetensors"), tokenizer_json().encode()
+    if place == "inside":
+        save_file({**load_file(path), "tokenizer_json": torch.frombuffer(bytearray(content), dtype=torch.uint8)}, path)
+    else:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    encoder = load_text_encoder(path, tokenizer=tmp_path / "tokenizer.json" if place == "given" else None)
+    assert encoder.tokenizer.encode("a red circle", 20).ids == [3, 4, 5, 1] and encoder.tokenizer.size == 200
+
+
+def test_sentinels_count_for_nothing(tmp_path: Path) -> None:
+    """They are listed last, and may have no row."""
+    path = without_tokenizer(tmp_path / "t5.safetensors")
+    words = tuple(f"w{i}" for i in range(197))
+    made = tokenizers.Tokenizer.from_str(tokenizer_json(words=words))
+    made.add_special_tokens([f"<extra_id_{i}>" for i in range(100)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert load_text_encoder(path).tokenizer.size == 200
+    made.add_tokens(["<another>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TextEncoderError, match="has 301 tokens, the weights have embeddings for 256.*expected ids below 256"):
+        load_text_encoder(path)
+
+
+def test_the_tokenizer_of_another_model_is_passed_over(tmp_path: Path) -> None:
+    path = without_tokenizer(tmp_path / "encoders" / "t5.safetensors")
+    (path.parent / "tokenizer.json").write_text(tokenizer_json(LLAMA))
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    assert load_text_encoder(path).tokenizer.encode("a red circle", 20).ids == [3, 4, 5, 1]
 
 
 @pytest.mark.parametrize(
