@@ -16,7 +16,8 @@ from .logs import get_logger
 
 logger = get_logger(__name__)
 
-PREFIXES = ("", "first_stage_model.", "vae.")
+PREFIXES = ("", "first_stage_model.", "vae.")  # the last two in files that hold other models too
+MARKS = ("decoder.conv_in.weight", "decoder.layers.0.weight", "taesd_")  # beginnings of keys
 REMEDIES = {
     0.18215: "an SD1 VAE, e.g. stabilityai/sd-vae-ft-ema, as alpha needs",
     1.5305: "SD3's VAE, of 16 channels",
@@ -91,7 +92,7 @@ def load_vae(
     device: torch.device | str = "cpu",
     latent_shift: float = 0.0,
 ) -> Vae:
-    """Loads a diffusers folder (or a pipeline's, with vae/), or a single .safetensors file.
+    """Loads a diffusers folder (or a pipeline's, with vae/), a single .safetensors file, or the VAE in an all-in-one file.
 
     Files: AutoencoderKL in LDM or diffusers names, AutoencoderTiny in diffusers or TAESD names.
     latent_scale, latent_shift: the model's; a VAE that says otherwise is reported in the log.
@@ -131,10 +132,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
             raise CheckpointError(f"{path} is not a VAE folder: expected config.json and {WEIGHTS_NAME}.safetensors.")
         config = read_json(path / "config.json")
     raw = read_tensors(path).state_dict
-    if any(key.startswith("taesd_") for key in raw):
-        return raw, config
-    marks = ("decoder.conv_in.weight", "decoder.layers.0.weight")
-    prefix = next((p for p in PREFIXES if any(p + mark in raw for mark in marks)), None)
+    prefix = next((p for p in PREFIXES if any(key.startswith(tuple(p + mark for mark in MARKS)) for key in raw)), None)
     if prefix is None:
         raise CheckpointError(
             f"{called(path)} is not a VAE: no decoder.conv_in, decoder.layers or taesd_decoder among its {len(raw)} keys "
