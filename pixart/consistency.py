@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .autoencoder_config import build_autoencoder
 from .checkpoints.load import require_tensors, tensor_problems
 from .checkpoints.read import read_tensors
 from .errors import CheckpointError, InputError, UnsupportedError
@@ -76,13 +77,8 @@ def load_consistency_decoder(path: str | Path, dtype: torch.dtype = torch.float3
             f"{path}: not the consistency decoder (its config names {config.get('_class_name', 'no class')}; first keys: "
             f"{', '.join(list(tensors)[:3])}). Give the diffusers folder or file of openai/consistency-decoder."
         )
-    try:
-        module = ConsistencyDecoderVAE.from_config(config)
-    except Exception as error:  # diffusers builds whatever the config says, and raises nearly anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(
-            f"{path / 'config.json'}: no consistency decoder can be built from it ({reason}). Download openai/consistency-decoder again."
-        ) from error
+    remedy = "Download openai/consistency-decoder again."
+    module = build_autoencoder(ConsistencyDecoderVAE, config, path / "config.json", "consistency decoder", remedy)
     _check_weights(tensors, module, path)
     module.load_state_dict(tensors, strict=True)
     return ConsistencyVae(module.to(dtype).eval().requires_grad_(False))

@@ -7,6 +7,8 @@ from typing import Any
 
 from .errors import CheckpointError, PixArtError
 
+LARGEST = 1_000_000  # beyond this a size or scale is no measure of a model but damage
+
 
 def read_json(path: Path, *, required: bool = True, error: type[PixArtError] = CheckpointError) -> dict[str, Any]:
     """A JSON object; an absent file is {} unless required. Raises `error`."""
@@ -36,3 +38,24 @@ def shard_files(index: Path, *, error: type[PixArtError] = CheckpointError) -> l
     if missing:
         raise error(f"{index.parent}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}; download them too.")
     return [index.parent / name for name in names]
+
+
+def is_count(value: Any) -> bool:
+    """A whole number above 0; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
+
+
+def is_number(value: Any) -> bool:
+    """A number that later arithmetic can't overflow; NaN compares false."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+
+
+def is_measure(value: Any) -> bool:
+    """A number above 0."""
+    return is_number(value) and value >= 1 / LARGEST
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: as it stands in the file, and not too long."""
+    found = json.dumps(value)
+    return found if len(found) <= 40 else found[:37] + "..."

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .autoencoder_config import build_autoencoder
 from .checkpoints.content import called
 from .checkpoints.read import read_tensors
 from .checkpoints.shards import WEIGHTS_NAME
@@ -16,7 +17,8 @@ from .logs import get_logger
 
 logger = get_logger(__name__)
 
-PREFIXES = ("", "first_stage_model.", "vae.")
+PREFIXES = ("", "first_stage_model.", "vae.")  # the last two in files that hold other models too
+MARKS = ("decoder.conv_in.weight", "decoder.layers.0.weight", "taesd_")  # beginnings of keys
 REMEDIES = {
     0.18215: "an SD1 VAE, e.g. stabilityai/sd-vae-ft-ema, as alpha needs",
     1.5305: "SD3's VAE, of 16 channels",
@@ -91,14 +93,14 @@ def load_vae(
     device: torch.device | str = "cpu",
     latent_shift: float = 0.0,
 ) -> Vae:
-    """Loads a diffusers folder (or a pipeline's, with vae/), or a single .safetensors file.
+    """Loads a diffusers folder (or a pipeline's, with vae/), a single .safetensors file, or the VAE in an all-in-one file.
 
     Files: AutoencoderKL in LDM or diffusers names, AutoencoderTiny in diffusers or TAESD names.
     latent_scale, latent_shift: the model's; a VAE that says otherwise is reported in the log.
     Raises CheckpointError or UnsupportedError saying what to do.
     """
     path = Path(path)
-    tensors, config = _read(path)
+    tensors, config, source = _read(path)
     taesd = any(key.startswith("taesd_decoder.") for key in tensors)
     factor, shift = 1.0, 0.0
     if taesd:
@@ -107,21 +109,23 @@ def load_vae(
     name = config.get("_class_name") or ("AutoencoderTiny" if "decoder.layers.0.weight" in tensors else "AutoencoderKL")
     if name == "AutoencoderTiny":
         config = config or _tiny_config(tensors, path)
-        factor = factor if taesd else 1 / config.get("scaling_factor", 1.0)
     elif name == "AutoencoderKL":
         tensors = _to_diffusers(tensors)
         config = config or _kl_config(tensors, path)
         factor, shift = 1 / latent_scale, latent_shift
-        _check_scale(config, latent_scale, path)
     else:
         raise UnsupportedError(f"{path} is a {name}; expected an AutoencoderKL or AutoencoderTiny.")
-    module = _build(name, config, {key: value.to(dtype) for key, value in tensors.items()}, path)
+    module = _build(name, config, {key: value.to(dtype) for key, value in tensors.items()}, path, source)
+    if name == "AutoencoderKL":
+        _check_scale(config, latent_scale, path)
+    elif not taesd:
+        factor = 1 / (config.get("scaling_factor") or 1.0)
     module.enable_slicing()  # one picture at a time: the same result in a fraction of the memory
     return Vae(module.to(device), factor, shift)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors without prefix, and the folder's config.json."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
+    """Tensors without prefix, the folder's config.json, and the file that tells the settings: that one, or the weights'."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a VAE folder or a .safetensors file.")
     config: dict = {}
@@ -131,16 +135,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
             raise CheckpointError(f"{path} is not a VAE folder: expected config.json and {WEIGHTS_NAME}.safetensors.")
         config = read_json(path / "config.json")
     raw = read_tensors(path).state_dict
-    if any(key.startswith("taesd_") for key in raw):
-        return raw, config
-    marks = ("decoder.conv_in.weight", "decoder.layers.0.weight")
-    prefix = next((p for p in PREFIXES if any(p + mark in raw for mark in marks)), None)
+    prefix = next((p for p in PREFIXES if any(key.startswith(tuple(p + mark for mark in MARKS)) for key in raw)), None)
     if prefix is None:
         raise CheckpointError(
             f"{called(path)} is not a VAE: no decoder.conv_in, decoder.layers or taesd_decoder among its {len(raw)} keys "
             f"({', '.join(sorted(raw)[:3])}, ...). Give {' or '.join(REMEDIES.values())}."
         )
-    return {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}, config
+    tensors = {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}
+    return tensors, config, path / "config.json" if config else path
 
 
 def _taesd_space(tensors: dict[str, Tensor], latent_scale: float) -> tuple[float, float]:
@@ -232,14 +234,15 @@ def _check_scale(config: dict, latent_scale: float, path: Path) -> None:
         )  # fmt: skip
 
 
-def _build(name: str, config: dict, tensors: dict[str, Tensor], path: Path) -> nn.Module:
+def _build(name: str, config: dict, tensors: dict[str, Tensor], path: Path, source: Path) -> nn.Module:
     """The diffusers module holding the tensors themselves; all missing, unknown and misshapen keys raise at once."""
     try:
         import diffusers
     except ImportError as error:
         raise UnsupportedError(f"Decoding pictures needs the diffusers library ({error}): `pip install diffusers`.") from None
+    remedy = "Download the VAE again" + (", or choose its weight file: the shapes tell then." if source.name == "config.json" else ".")
     with torch.device("meta"):
-        module = getattr(diffusers, name).from_config(config)
+        module = build_autoencoder(getattr(diffusers, name), config, source, name, remedy)
     expected = {key: value.shape for key, value in module.state_dict().items()}
     problems = [f"missing {key}" for key in expected if key not in tensors]
     problems += [f"unknown {key}" for key in tensors if key not in expected]

@@ -69,6 +69,43 @@ def test_a_config_that_nothing_can_be_built_from(tmp_path, config):
         load_consistency_decoder(folder)
 
 
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"latent_channels": "4"}, 'latent_channels is "4"; expected a whole number above 0'),
+        ({"scaling_factor": "0.18215"}, "scaling_factor is .*; expected a number above 0"),
+        ({"encoder_double_z": "false"}, "encoder_double_z is .*; expected true or false"),
+        ({"encoder_layers_per_block": 10**6}, "encoder_layers_per_block is 1000000; expected a whole number from 1 to 64"),
+        ({"decoder_norm_eps": None}, "decoder_norm_eps is null"),
+        ({"decoder_downsample_padding": "1"}, "decoder_downsample_padding is"),
+        ({"encoder_block_out_channels": [32]}, "encoder_block_out_channels 1, encoder_down_block_types 4"),
+        ({"decoder_up_block_types": [None] * 4}, "decoder_up_block_types is .*each a text"),
+    ],
+)
+def test_a_wrong_field_of_the_config_is_named(tmp_path, config, said):
+    file = write_decoder(tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(CheckpointError, match=f"config.json: no consistency decoder can be built from it .*{said}"):
+        load_consistency_decoder(tmp_path)
+
+
+def test_a_config_without_a_scale_means_the_usual_one(tmp_path, folder):
+    file = write_decoder(tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": None}))
+    assert torch.equal(load_consistency_decoder(tmp_path).decode(latents()), load_consistency_decoder(folder).decode(latents()))
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_config(folder, monkeypatch):
+    from diffusers import ConsistencyDecoderVAE
+
+    def fail(config):
+        raise MemoryError
+
+    monkeypatch.setattr(ConsistencyDecoderVAE, "from_config", fail)
+    with pytest.raises(CheckpointError, match="not enough memory.*not at fault"):
+        load_consistency_decoder(folder)
+
+
 DAMAGED = {  # more entries of the state dict, and what the error says
     "no tensor": ({"epoch": "three"}, r"1 entries are no tensors \(epoch\)"),
     "no name": ({7: torch.zeros(1)}, r"1 entries are no tensors \(7\)"),

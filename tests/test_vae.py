@@ -7,31 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 from pixart.errors import CheckpointError, InputError, UnsupportedError
 from pixart.vae import load_vae
-
-SD1, SDXL = 0.18215, 0.13025
-
-
-def tiny_kl(scaling_factor: float = SDXL):
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        block_out_channels=(32, 32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=32,
-        scaling_factor=scaling_factor,
-    ).eval()
-
-
-def tiny_taesd():
-    torch.manual_seed(0)
-    return diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4
-    ).eval()
+from tests.support.tiny_vae import SD1, SDXL, tiny_kl, tiny_taesd
 
 
 def to_ldm(tensors: dict) -> dict:
@@ -77,7 +57,7 @@ def test_kl_folder_and_pipeline_folder(tmp_path):
     check_kl(load_vae(tmp_path, SDXL), model, SDXL)
 
 
-@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+@pytest.mark.parametrize("prefix", ["", "first_stage_model.", "vae."])
 def test_kl_single_file_in_ldm_names(tmp_path, prefix):
     model = tiny_kl()
     ldm = to_ldm(model.state_dict())
@@ -135,6 +115,34 @@ def test_taesd_layout_of_the_demo(tmp_path, scaled):
     assert expected.std() > 0.01
     torch.testing.assert_close(vae.decode(latents), expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
     torch.testing.assert_close(vae.encode(images), autoencoder.encode(images), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("prefix", ["first_stage_model.", "vae."])
+@pytest.mark.parametrize("layout", ["TAESD", "diffusers", "LDM"])
+def test_the_vae_in_an_all_in_one_file_is_the_same_as_alone(tmp_path, prefix, layout):
+    """As CheckpointSave writes it: beside a transformer and a T5, all of the VAE's own keys under one prefix."""
+    if layout == "TAESD":
+        autoencoder = pytest.importorskip("demo.autoencoder")
+        autoencoder.save_autoencoder(autoencoder.build_decoder(seed=3), tmp_path / "alone.safetensors")
+        tensors = {**load_file(tmp_path / "alone.safetensors"), "vae_scale": torch.tensor(0.5), "vae_shift": torch.tensor(0.25)}
+    else:
+        tensors = tiny_taesd().state_dict() if layout == "diffusers" else to_ldm(tiny_kl().state_dict())
+    others = {
+        "model.diffusion_model.x_embedder.proj.weight": torch.zeros(8, 4, 2, 2),
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(4, 4),
+    }
+    save_file(tensors, tmp_path / "alone.safetensors")
+    save_file({**others, **{prefix + key: value for key, value in tensors.items()}}, tmp_path / "all.safetensors")
+    alone, inside = (load_vae(tmp_path / f"{name}.safetensors", SDXL) for name in ("alone", "all"))
+    latents, images = torch.randn(1, 4, 4, 6), torch.rand(1, 3, 32, 48)
+    assert (inside.factor, inside.shift) == (alone.factor, alone.shift)
+    assert torch.equal(inside.decode(latents), alone.decode(latents)) and torch.equal(inside.encode(images), alone.encode(images))
+
+
+def test_an_all_in_one_file_without_a_vae_is_none(tmp_path):
+    save_file({"model.taesd_decoder.1.bias": torch.zeros(2), "vae_scale": torch.ones(())}, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="m.safetensors is not a VAE"):
+        load_vae(tmp_path / "m.safetensors", SDXL)
 
 
 def test_taesd_scale_and_shift_are_the_hosts(tmp_path):

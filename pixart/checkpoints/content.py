@@ -13,7 +13,8 @@ LONGEST_HEADER = 100_000_000  # bytes; safetensors itself allows no more
 START = 512  # bytes that are looked at: a tar says what it is at 257
 UNFINISHED = (".crdownload", ".part", ".partial", ".incomplete", ".download", ".aria2", ".!ut", ".tmp")
 AGAIN = "the download failed or needs a login; download the file itself"
-WEIGHTS = "here expected .safetensors or .pth"
+WEIGHTS = "here expected {expected}"
+EXPECTED = ".safetensors or .pth"
 
 
 class Stranger(NamedTuple):
@@ -50,8 +51,11 @@ _NO_MEMORY = ("cannot allocate memory", "can't allocate memory", "not enough mem
 _WINDOWS_NO_MEMORY = (8, 14, 1455)  # ERROR_NOT_ENOUGH_MEMORY, ERROR_OUTOFMEMORY, ERROR_COMMITMENT_LIMIT
 
 
-def content_of(path: Path, error: type[PixArtError] = CheckpointError) -> str:
-    """SAFETENSORS or PYTORCH, by the file's bytes alone; raises `error` naming whatever else it is, and what to do."""
+def content_of(path: Path, error: type[PixArtError] = CheckpointError, expected: str = EXPECTED) -> str:
+    """SAFETENSORS or PYTORCH, by the file's bytes alone; raises `error` naming whatever else it is, and what to do.
+
+    expected: what messages say is wanted.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -64,17 +68,17 @@ def content_of(path: Path, error: type[PixArtError] = CheckpointError) -> str:
         raise error(f"{path}: its name says that the download isn't finished; wait for it, or download it again.")
     stranger = _stranger(start)
     if stranger:
-        raise error(f"{path}: this is {stranger.kind}; {stranger.advice}.")
+        raise error(f"{path}: this is {stranger.kind}; {stranger.advice.format(expected=expected)}.")
     if _begins_header(start):
         return SAFETENSORS
     if start.startswith(b"PK\x03\x04"):
-        return _zip_content(path, error)
+        return _zip_content(path, error, expected)
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return PYTORCH
     if path.suffix.lower() in (".safetensors", ".sft"):
         return SAFETENSORS  # whose reader says what is damaged
     raise error(
-        f"{path}: neither safetensors nor a PyTorch file (it begins with {start[:8]!r}); {WEIGHTS}. "
+        f"{path}: neither safetensors nor a PyTorch file (it begins with {start[:8]!r}); {WEIGHTS.format(expected=expected)}. "
         "If it should be one, download it again."
     )
 
@@ -109,8 +113,9 @@ def _stranger(start: bytes) -> Stranger | None:
     return None
 
 
-def _zip_content(path: Path, error: type[PixArtError]) -> str:
+def _zip_content(path: Path, error: type[PixArtError], expected: str) -> str:
     """PyTorch's files are zip archives with a pickle named data.pkl."""
+    wanted = WEIGHTS.format(expected=expected)
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -118,10 +123,10 @@ def _zip_content(path: Path, error: type[PixArtError]) -> str:
         return PYTORCH  # whose reader says what is damaged
     if any(name.endswith("data.pkl") for name in names):
         if any("/code/" in name for name in names):
-            raise error(f"{path}: this is a TorchScript program; {WEIGHTS}, weights alone.")
+            raise error(f"{path}: this is a TorchScript program; {wanted}, weights alone.")
         return PYTORCH
     kind = "a NumPy archive" if any(name.endswith(".npy") for name in names) else "a zip archive"
-    raise error(f"{path}: this is {kind} ({', '.join(names[:3])}); {ARCHIVE if kind == 'a zip archive' else WEIGHTS}.")
+    raise error(f"{path}: this is {kind} ({', '.join(names[:3])}); {ARCHIVE if kind == 'a zip archive' else wanted}.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

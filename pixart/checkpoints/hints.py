@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import COMPRESSION_MODES, variant_names
 from ..errors import CheckpointError
-from ..json_files import read_json
+from ..json_files import LARGEST, is_count, is_measure, read_json, shown
 from ..logs import get_logger
 from ..model import PIXELS_PER_LATENT
 
@@ -19,7 +19,6 @@ FAMILY_OF_PIPELINE = {"PixArtAlphaPipeline": "alpha", "PixArtSigmaPipeline": "si
 FAMILY_OF_SCALE = {0.18215: "alpha", 0.13025: "sigma"}
 VAE_OF_SCALE = {0.18215: "sd1", 0.13025: "sdxl", 1.5305: "sd3", 0.3611: "flux"}
 NOTE_KEY = "pixart"  # safetensors metadata, or an entry of a .pth: JSON of the fields below
-LARGEST = 1_000_000  # beyond this a size or scale is no measure of a model but damage
 _DIFFUSERS_SIZES = {"num_layers": "depth", "in_channels": "in_channels", "out_channels": "out_channels",
                     "patch_size": "patch_size", "caption_channels": "caption_channels"}  # fmt: skip
 
@@ -64,12 +63,16 @@ def hints_from_config(config: Mapping[str, Any], source: str, folder: Path | Non
     scale = config.get("interpolation_scale")
     if scale is None:
         scale = max(sample // 64, 1)  # diffusers' own default
-    elif not _is_measure(scale):
+    elif not is_measure(scale):
         raise CheckpointError(_wrong_value(source, "interpolation_scale", scale, "a number above 0"))
-    sizes = [(ours, config[theirs]) for theirs, ours in _DIFFUSERS_SIZES.items() if config.get(theirs) is not None]
+    stated = [(theirs, ours) for theirs, ours in _DIFFUSERS_SIZES.items() if config.get(theirs) is not None]
+    sizes: list[tuple[str, Any]] = [(ours, _count(config, theirs, 0, source)) for theirs, ours in stated]
     sizes.append(("hidden_size", heads * head_dim))
-    if config.get("use_additional_conditions") is not None:
-        sizes.append(("micro_condition", bool(config["use_additional_conditions"])))
+    conditions = config.get("use_additional_conditions")
+    if conditions is not None:
+        if not isinstance(conditions, bool):  # the text "false" would count as true
+            raise CheckpointError(_wrong_value(source, "use_additional_conditions", conditions, "true, false or null"))
+        sizes.append(("micro_condition", conditions))
     family, reason = _family_of_pipeline(folder) if folder else (None, "")
     vae_scale = read_json(folder / "vae" / "config.json", required=False).get("scaling_factor") if folder else None
     return Hints(
@@ -129,30 +132,19 @@ def _compression_of(note: Mapping[str, Any]) -> dict[str, Any]:
 def _count(config: Mapping[str, Any], name: str, default: int, source: str) -> int:
     """A whole number above 0 of a config.json; raises CheckpointError for anything else, null too."""
     value = config.get(name, default)
-    if not _is_count(value):
+    if not is_count(value):
         raise CheckpointError(_wrong_value(source, name, value, "a whole number above 0"))
     return value
 
 
 def _wrong_value(source: str, name: str, value: Any, expected: str) -> str:
-    found = json.dumps(value)
-    found = found if len(found) <= 40 else found[:37] + "..."
-    return f"{source}: config.json says {name} {found}; expected {expected}. Download it again, or choose the weight file itself."
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
-
-
-def _is_measure(value: Any) -> bool:
-    """A number above 0 that later arithmetic can't overflow; NaN compares false."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1 / LARGEST <= value <= LARGEST
+    return f"{source}: config.json says {name} {shown(value)}; expected {expected}. Download it again, or choose the weight file itself."
 
 
 _NOTE_FIELDS = {
-    "num_heads": _is_count,
-    "base_size": _is_count,
-    "position_range": _is_measure,
+    "num_heads": is_count,
+    "base_size": is_count,
+    "position_range": is_measure,
     "ema": lambda value: isinstance(value, bool),
     "family": lambda value: isinstance(value, str) and value in FAMILY_OF_PIPELINE.values(),
     "vae": lambda value: isinstance(value, str) and value in VAE_OF_SCALE.values(),

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoints.content import SAFETENSORS, content_of, is_out_of_memory, reading_error
 from ..errors import InputError
 from .embeddings import TextEmbeddings
 
@@ -20,6 +21,7 @@ FORMAT_KEY, FORMAT = "pixart_prompt", "1"
 STATES, MASK = "prompt_embeds", "prompt_attention_mask"
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SIDE = 65536
+WRITERS = "PixArtSavePrompt and python -m pixart encode"
 _SAMPLE_ROWS = 64  # of the embedding, for the fingerprint
 
 
@@ -72,19 +74,11 @@ def load_prompts(path: str | Path, width: int | None = None) -> PromptFile:
     width: channels that the model reads (4096 for the released ones).
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such prompt file; check the path.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata, keys = file.metadata() or {}, set(file.keys())
-            tensors = {key: file.get_tensor(key) for key in (STATES, MASK) if key in keys}
-    except Exception as error:
-        raise InputError(f"{path} is no prompt file, or is damaged ({error}). Write it again.") from None
+    metadata, keys, tensors = _read(path)
     if metadata.get(FORMAT_KEY) != FORMAT or set(tensors) != {STATES, MASK}:
         raise InputError(
             f"{path}: expected a prompt file of format {FORMAT} with {STATES} and {MASK}; found format "
-            f"{metadata.get(FORMAT_KEY)} and {', '.join(sorted(keys)[:6]) or 'nothing'}. PixArtSavePrompt and "
-            "python -m pixart encode write them."
+            f"{metadata.get(FORMAT_KEY)} and {', '.join(sorted(keys)[:6]) or 'nothing'}. {WRITERS} write them."
         )
     states, mask = tensors[STATES], tensors[MASK] != 0
     fits = states.ndim == 3 and states.dtype in STATE_DTYPES and 0 not in states.shape and mask.shape == states.shape[:2]
@@ -102,6 +96,23 @@ def load_prompts(path: str | Path, width: int | None = None) -> PromptFile:
     if not torch.isfinite(states).all():
         raise InputError(f"{path}: NaN or infinite values in {STATES}. Write it again.")
     return _assemble(path, states, mask, metadata)
+
+
+def _read(path: Path) -> tuple[dict[str, str], set[str], dict[str, Tensor]]:
+    """Metadata, all keys, and the two tensors as far as they are there; raises InputError naming whatever else the file is."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such prompt file; check the path.")
+    expected = f"a prompt file, as {WRITERS} write"
+    if content_of(path, InputError, expected) != SAFETENSORS:
+        raise InputError(f"{path}: this is a PyTorch file, which was not opened; here expected {expected}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            keys = set(file.keys())
+            return file.metadata() or {}, keys, {key: file.get_tensor(key) for key in (STATES, MASK) if key in keys}
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise reading_error(path, error, InputError) from None
+        raise InputError(f"{path} is no prompt file, or is damaged ({error}). Write it again.") from None
 
 
 def _assemble(path: Path, states: Tensor, mask: Tensor, metadata: dict[str, str]) -> PromptFile:

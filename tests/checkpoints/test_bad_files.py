@@ -204,6 +204,22 @@ def test_config_with_values_of_no_model(tmp_path, field, value):
     assert len(refused(path, f"config.json says {field} ", "above 0")) < 400
 
 
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("num_layers", "2", 'num_layers "2"; expected a whole number above 0'),
+        ("in_channels", [4], "in_channels [4]; expected"),
+        ("use_additional_conditions", "false", 'use_additional_conditions "false"; expected true, false or null'),
+    ],
+)
+def test_config_with_text_for_a_number(tmp_path, field, value, expected):
+    """Text looks like the number that was expected, and "false" like true."""
+    path = write("diffusers-folder", tmp_path, *tiny_weights())
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, field: value}))
+    refused(path, f"config.json says {expected}")
+
+
 @pytest.mark.parametrize("value", [[0.13025], {"a": 1}, "x", None])
 def test_odd_values_beside_a_pipeline_tell_nothing(tmp_path, value):
     path = write("pipeline-folder", tmp_path, *tiny_weights(null_rows=None))

@@ -22,6 +22,7 @@ from pixart.checkpoints import content, load_transformer
 from pixart.checkpoints.controlnet import load_controlnet
 from pixart.checkpoints.read import read_tensors
 from pixart.errors import PixArtError
+from pixart.text.prompt_file import load_prompts
 from pixart.vae import load_vae
 from tests.support.checkpoint_factory import tiny_weights
 
@@ -69,7 +70,7 @@ FOREIGN = {
 def test_foreign_content_is_named_by_every_loader(tmp_path: Path, name: str, suffix: str) -> None:
     given, said = FOREIGN[name]
     (path := tmp_path / f"file{suffix}").write_bytes(given)
-    for kind, load in LOADERS.items():
+    for kind, load in {**LOADERS, "prompt": load_prompts}.items():
         with pytest.raises(PixArtError) as caught:
             load(path)
         message = str(caught.value).replace(str(path), "")

@@ -121,6 +121,49 @@ def test_damaged_and_absent(tmp_path):
         load_prompts(tmp_path / "absent.safetensors")
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aaaa\nsize 1234\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html><body>Access denied</body></html>", "web page"),
+        (b"GGUF" + bytes(100), "GGUF file.*expected a prompt file, as PixArtSavePrompt"),
+        (b"\x93NUMPY" + bytes(100), "NumPy array; here expected a prompt file"),
+        (b"", "the file is empty"),
+    ],
+)
+@pytest.mark.parametrize("name", ["p.safetensors", "p.pt"])
+def test_what_is_no_prompt_file_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: .*{said}") as caught:
+        load_prompts(tmp_path / name)
+    assert "header" not in str(caught.value)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_pickle_is_named_and_never_opened(tmp_path, monkeypatch, new):
+    path = tmp_path / "p.safetensors"
+    given = {"prompt_embeds": torch.zeros(1, 3, 32), "prompt_attention_mask": torch.ones(1, 3)}
+    torch.save(given, path, _use_new_zipfile_serialization=new)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(InputError, match="p.safetensors: this is a PyTorch file, which was not opened; here expected a prompt file"):
+        load_prompts(path)
+
+
+def test_its_content_counts_and_not_its_name(tmp_path):
+    path = written(tmp_path).rename(tmp_path / "p.pt")
+    assert load_prompts(path, 32).encoder == "t5-32x2"
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    path = written(tmp_path)
+    monkeypatch.setattr("pixart.text.prompt_file.safe_open", fail)
+    with pytest.raises(InputError, match="p.safetensors: there is not enough memory.*not at fault"):
+        load_prompts(path)
+
+
 def test_strange_metadata_is_passed_over(tmp_path):
     found = load_prompts(written(tmp_path, prompts="{", token_counts='["a"]', settings="[]"))
     assert found.prompts == () and found.embeddings.token_counts == () and found.settings == {}
