@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .autoencoder_config import build_autoencoder
 from .checkpoints.content import called
+from .checkpoints.load import require_tensors
 from .checkpoints.read import read_tensors
 from .checkpoints.shards import WEIGHTS_NAME
 from .errors import CheckpointError, InputError, UnsupportedError
@@ -134,7 +135,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} is not a VAE folder: expected config.json and {WEIGHTS_NAME}.safetensors.")
         config = read_json(path / "config.json")
-    raw = read_tensors(path).state_dict
+    raw = {str(key): value for key, value in read_tensors(path).state_dict.items()}  # a pickle may have any keys
     prefix = next((p for p in PREFIXES if any(key.startswith(tuple(p + mark for mark in MARKS)) for key in raw)), None)
     if prefix is None:
         raise CheckpointError(
@@ -142,6 +143,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict, Path]:
             f"({', '.join(sorted(raw)[:3])}, ...). Give {' or '.join(REMEDIES.values())}."
         )
     tensors = {key.removeprefix(prefix): value for key, value in raw.items() if key.startswith(prefix)}
+    require_tensors(tensors, called(path))
     return tensors, config, path / "config.json" if config else path
 
 

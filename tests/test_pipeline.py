@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("sentencepiece")
 
 from pixart import Pipeline
+from pixart.cpu import fastest_dtype
 from pixart.errors import InputError, UnsupportedError
 from pixart.sampling import make_scheduler
 from pixart.text.encoder import TextEmbeddings
@@ -278,11 +279,11 @@ def test_parts_that_do_not_fit_are_refused_before_anything_runs(parts, pipe, tmp
         Pipeline(pipe.transformer, pipe.text_encoder)("red", **FAST)
 
 
-def test_fp16_weights_run_in_fp32_on_a_cpu_unless_told(parts, tmp_path):
+def test_fp16_weights_run_in_what_the_cpu_is_fast_in_unless_told(parts, tmp_path):
     half = parts.transformer.half()
     half.save_pretrained(tmp_path)
     half.float()
-    assert Pipeline.from_files(transformer=tmp_path).dtype == torch.float32
+    assert Pipeline.from_files(transformer=tmp_path).dtype == fastest_dtype(torch.float16) != torch.float16
     assert Pipeline.from_files(transformer=tmp_path, dtype=torch.float16).dtype == torch.float16
 
 

@@ -217,3 +217,10 @@ def test_encode_checks_the_picture(tmp_path):
     tiny_kl().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="multiples of 8"):
         load_vae(tmp_path, SDXL).encode(torch.zeros(1, 3, 17, 33))
+
+
+@pytest.mark.parametrize("state", [{1: torch.zeros(2)}, {"decoder.conv_in.weight": 3, 2: "x"}])
+def test_entries_that_are_no_tensors_are_named(tmp_path, state):
+    torch.save(state, tmp_path / "vae.pt")
+    with pytest.raises(CheckpointError, match="vae.pt.*(is not a VAE|no tensors)"):
+        load_vae(tmp_path / "vae.pt")
