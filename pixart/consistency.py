@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoder_config import build_autoencoder
-from .checkpoints.load import require_tensors, tensor_problems
+from .checkpoints.load import tensor_problems
+from .checkpoints.parts import require_tensors
 from .checkpoints.read import read_tensors
 from .errors import CheckpointError, InputError, UnsupportedError
 from .json_files import read_json

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoints.load import require_tensors, tensor_problems
+from .checkpoints.load import tensor_problems
+from .checkpoints.parts import require_tensors
 from .checkpoints.read import read_tensors
 from .errors import CheckpointError, InputError
 

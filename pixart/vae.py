@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .autoencoder_config import build_autoencoder
 from .checkpoints.content import called
-from .checkpoints.load import require_tensors
+from .checkpoints.parts import require_tensors
 from .checkpoints.read import read_tensors
 from .checkpoints.shards import WEIGHTS_NAME
 from .errors import CheckpointError, InputError, UnsupportedError

@@ -14,6 +14,7 @@ import torch
 
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES
 from ...pixart.checkpoints.content import SAFETENSORS, content_of
+from ...pixart.checkpoints.parts import SCALED_FP8
 from ...pixart.checkpoints.read import safetensors_header
 from ...pixart.checkpoints.shards import SAFE_SUFFIXES
 from ...pixart.errors import TextEncoderError, UnsupportedError
@@ -32,6 +33,7 @@ log = get_logger(__name__)
 PRECISIONS = (*DTYPES, *STORED_PRECISIONS)
 DEVICES = (DEFAULT, "cpu")
 XXL_KEY = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"  # UMT5-XXL, which doesn't fit, has it too, but 256384 rows of tokens
+KNOWN_TO_HOST = {"logit_scale", SCALED_FP8}  # beside a T5
 ACTIVATIONS = {"gated-gelu": "gelu_pytorch_tanh", "relu": "relu"}
 # What the host's T5 has as constants
 FIXED = {
@@ -72,7 +74,8 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
     scaled = any(key.endswith(QUANTIZATION_SUFFIXES) for key in shapes)
     if not is_xxl or precision in STORED_PRECISIONS or not (precision == DEFAULT or scaled):
         return None
-    _check_names(Path(path), scaled, set(shapes))
+    if not _has_plain_names(Path(path), scaled, set(shapes)):
+        return None
     if scaled and precision != DEFAULT:
         log.warning("PixArt: %s keeps the precision of its file; %s was asked for.", path, precision)
     clip = comfy.sd.load_clip(
@@ -91,15 +94,19 @@ def _from_host(path: str, precision: str, options: dict[str, Any], disable_dynam
     return clip
 
 
-def _check_names(path: Path, scaled: bool, names: set[str]) -> None:
-    """The host only logs missing keys, and goes on with whatever was in memory."""
+def _has_plain_names(path: Path, scaled: bool, names: set[str]) -> bool:
+    """Whether the host will find every weight, and nothing else to take the file for; it only logs missing keys, and goes on
+    with whatever was in memory. Raises TextEncoderError for what is no whole T5."""
     try:
-        read_t5(path)  # shapes too
+        weights = read_t5(path)  # shapes too
     except UnsupportedError:
         if not scaled:
             raise
         # A quantization that the host alone knows: names are all that is sure
         check_shapes({name: shape for name, shape in expected_shapes(XXL).items() if name in names}, XXL, path)
+        return True
+    plain = not weights.layers and all(name == stored.key for name, stored in weights.stored.items())
+    return plain and set(weights.ignored) <= KNOWN_TO_HOST
 
 
 def _check_values(path: str, clip: Any) -> None:

@@ -15,7 +15,8 @@ from ..controlnet import ControlNetConfig, PixArtControlNet, heads_of
 from ..errors import CheckpointError
 from .foreign import name_foreign
 from .keys import control_block_key, control_key, diffusers_sources, find_prefixes, gather_native, native_target
-from .load import group_keys, plain_keys, value_problems
+from .load import group_keys, value_problems
+from .parts import plain_keys
 from .read import read_tensors
 from .sizes import MAX_DEPTH
 

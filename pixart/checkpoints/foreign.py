@@ -34,6 +34,11 @@ ADAPTER = "a LoRA or LyCORIS adapter"
 _LORA = "load the base model first and add it with a LoRA loader (LoraLoaderModelOnly in ComfyUI)"
 _DIFFUSION = "load it with ComfyUI's own UNETLoader / CheckpointLoaderSimple, or its diffusers pipeline"
 
+PIXART_CONTROLNET = Foreign(
+    "a PixArt ControlNet",
+    (("controlnet.", "copied_block."), ("controlnet_blocks.", "transformer_block.")),
+    "it is an adapter beside a PixArt transformer: load it with PixArtControlNetLoader, and choose the transformer's own file here",
+)
 # Files that share PixArt's layer names: looked for even where those names occur.
 ADAPTERS_AND_COUSINS = (
     Foreign(
@@ -50,11 +55,7 @@ ADAPTERS_AND_COUSINS = (
         ),  # fmt: skip
         _LORA,
     ),
-    Foreign(
-        "a PixArt ControlNet",
-        (("controlnet.", "copied_block."), ("controlnet_blocks.", "transformer_block.")),
-        "it is an adapter beside a PixArt transformer: load it with PixArtControlNetLoader, and choose the transformer's own file here",
-    ),
+    PIXART_CONTROLNET,
     Foreign("a Sana transformer", ((".inverted_conv.",), ("attention_y_norm.",), (".conv_inverted.",)), _DIFFUSION),
     Foreign("an Open-Sora transformer", ((".attn_temp.",), ("spatial_blocks.",)), _DIFFUSION),
     Foreign("an LTX-Video transformer", (("patchify_proj.",), ("adaln_single.", "proj_in.")), _DIFFUSION),
@@ -93,15 +94,19 @@ OTHERS = (
 
 def name_quantized(keys: Iterable[str]) -> Foreign | None:
     """By which library weights were packed, or None."""
-    joined = "\n".join(keys)
-    return next((one for one in QUANTIZED if any(all(part in joined for part in group) for group in one.markers)), None)
+    return _first_of(QUANTIZED, keys)
 
 
 def name_foreign(keys: Iterable[str], *, has_pixart_layers: bool) -> Foreign | None:
     """What the file is, or None if nothing known fits; a few distinctive key parts decide."""
+    return _first_of(ADAPTERS_AND_COUSINS if has_pixart_layers else ADAPTERS_AND_COUSINS + OTHERS, keys)
+
+
+def is_pixart_controlnet(keys: Iterable[str]) -> bool:
+    """Whether copied blocks of a PixArt ControlNet are among the keys; such a file may hold the model that it controls, too."""
+    return _first_of((PIXART_CONTROLNET,), keys) is not None
+
+
+def _first_of(table: tuple[Foreign, ...], keys: Iterable[str]) -> Foreign | None:
     joined = "\n".join(keys)
-    table = ADAPTERS_AND_COUSINS if has_pixart_layers else ADAPTERS_AND_COUSINS + OTHERS
-    for foreign in table:
-        if any(all(part in joined for part in group) for group in foreign.markers):
-            return foreign
-    return None
+    return next((one for one in table if any(all(part in joined for part in group) for group in one.markers)), None)

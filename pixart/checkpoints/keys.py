@@ -60,9 +60,13 @@ PREFIXES = (
 _WRAPPERS = re.compile(
     r"(?<=\.)(?:(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|_fpw_module|module|base_layer)\.)+"
 )
+# The first names of all that PixArt has, in either layout.
+OWN_NAMES = frozenset(
+    {"blocks", "transformer_blocks"}
+    | {name.partition(".")[0] for table in (MODULES, TENSORS) for native, sources in table.items() for name in (native, *sources)}
+)
 _OUTERMOST = re.compile(  # the first name that is PixArt's own; what stands before it is a prefix
-    r"(?:^|\.)(?:x_embedder|t_embedder|t_block|y_embedder|csize_embedder|ar_embedder|pos_embed|blocks|final_layer|"
-    r"adaln_single|caption_projection|transformer_blocks|proj_out|controlnet|controlnet_blocks)\."
+    r"(?:^|\.)(?:" + "|".join((*sorted(OWN_NAMES), "controlnet", "controlnet_blocks")) + r")\."
 )
 _ANCHORS = (  # layers that only PixArt and its cousins have, in either layout
     "t_block.1", "y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2", "cross_attn.kv_linear",
@@ -128,9 +132,12 @@ def diffusers_sources(key: str) -> tuple[str, ...] | None:
     return tuple(f"{lead}{source}.{leaf}" for source in modules[module])
 
 
-def without_wrappers(key: str) -> str:
-    """A key without the names that wrappers of modules put into it; those before the model's own names belong to its prefix."""
-    start = _OUTERMOST.search(key)
+def without_wrappers(key: str, outermost: re.Pattern[str] = _OUTERMOST) -> str:
+    """A key without the names that wrappers of modules put into it; those before the model's own names belong to its prefix.
+
+    outermost: finds the first name that is the model's own (default: PixArt's).
+    """
+    start = outermost.search(key)
     return key if start is None else key[: start.end()] + _WRAPPERS.sub("", key[start.end() - 1 :])[1:]
 
 
@@ -152,6 +159,18 @@ def is_known_prefix(prefix: str) -> bool:
             return False
         prefix = prefix[len(part) :]
     return True
+
+
+def has_every_part(keys: Iterable[str]) -> bool:
+    """Whether weights of every module that any PixArt has are among these keys without prefix; of the blocks the first counts."""
+    found = set(keys)
+    modules = {native: sources for native, sources in MODULES.items() if not native.startswith(("csize_embedder.", "ar_embedder."))}
+    some = ("attn.sr", "attn.norm", "attn.q_norm", "attn.k_norm")  # which only some have
+    modules |= {
+        f"blocks.0.{native}": tuple(f"transformer_blocks.0.{source}" for source in sources)
+        for native, sources in BLOCK_MODULES.items() if native not in some
+    }  # fmt: skip
+    return all(f"{native}.weight" in found or all(f"{s}.weight" in found for s in sources) for native, sources in modules.items())
 
 
 def key_layout(keys: Iterable[str]) -> str:

@@ -14,27 +14,12 @@ from ..config import TransformerConfig, get_variant
 from ..errors import CheckpointError, UnsupportedError
 from ..model import PixArtTransformer
 from .detect import AUTO, Detection, Origin, examine
-from .foreign import name_foreign, name_quantized
 from .hints import Hints
-from .keys import POSITION_KEY, find_prefixes, gather_native, is_known_prefix, key_layout, native_target, without_wrappers
+from .keys import POSITION_KEY, gather_native, is_known_prefix, key_layout, native_target
 from .notes import take_note
+from .parts import LISTED, QUANTIZATION_SUFFIXES, require_tensors, shard_advice, some_names, take_transformer
 from .read import RawCheckpoint, read_checkpoint
 
-QUANTIZATION_SUFFIXES = (
-    "scaled_fp8", ".scale_weight", ".scale_input", ".weight_scale", ".weight_scale_2", ".input_scale", ".comfy_quant",
-)  # fmt: skip
-# What else lies in one file: other models, and the tables and counters of merge tools and trainers.
-COMPANIONS = (
-    "first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.", "text_model.", "vae.", "model_ema.",
-    "ema.", "teacher.", "discriminator.", "lpips.", "loss.", "optimizer.", "denoiser.", "model_sampling.", "scheduler.",
-)  # fmt: skip
-TABLES = re.compile(
-    r"(?:.*\.)?(?:betas|alphas|alphas_cumprod|alphas_cumprod_prev|sigmas|log_sigmas|logvar|lvlb_weights|timesteps|"
-    r"(?:sqrt|log)_(?:recip_|recipm1_)?(?:one_minus_)?alphas_cumprod|sqrt_(?:recip|recipm1)_alphas_cumprod|posterior_\w+|"
-    r"decay|num_updates|global_step|step|epoch)"
-)
-LAST_PREFIXES = ("teacher", "fake", "critic", "discriminator", "real")  # never chosen beside another
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 COMPUTING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,7 +53,7 @@ def prepare(
     """
     if variant != AUTO:
         get_variant(variant)
-    tensors, prefix, dropped = _strip(state_dict, source)
+    tensors, prefix, dropped = take_transformer(state_dict, source)
     hints = take_note(tensors, hints)
     layout = key_layout(tensors)
     problems: list[str] = []
@@ -79,7 +64,7 @@ def prepare(
     if prefix and not is_known_prefix(prefix):
         notes += (f"the keys stand under {prefix!r}, an unusual prefix; it was taken off.",)
     if dropped:
-        notes += (f"left out, as it is not the transformer: {', '.join(dropped)}.",)
+        notes += (f"left out, as it is not the transformer: {some_names(dropped)}.",)
     if POSITION_KEY in tensors:
         notes += ("the stored pos_embed is not loaded; positions are computed.",)
     origin = Origin(source, container, layout, prefix, ema, notes)
@@ -88,6 +73,8 @@ def prepare(
     quantized = {key.rpartition(".")[0] for key in extras}
     problems += contradictions + list(unjoined.values())
     problems += _shape_problems(tensors, detection.config, quantized, unjoined)
+    if any(problem.startswith("missing ") for problem in problems):  # what is missing may have another name
+        problems += [f"unknown key {name}" for name in dropped[:LISTED]]
     problems += value_problems(tensors, quantized, sampled)
     if problems:
         raise CheckpointError(_report(source, problems, detection, damaged=len(problems) > len(contradictions)))
@@ -134,65 +121,6 @@ def prepare_file(path: str | Path, variant: str = AUTO, ema: bool = False, told:
 def inspect_file(path: str | Path, variant: str = AUTO, ema: bool = False) -> Detection:
     """The detection report of a file whose weights were fully checked; raises CheckpointError."""
     return prepare_file(path, variant, ema).detection
-
-
-def _strip(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Tensors under the transformer's prefix, that prefix, and the names of other parts left out."""
-    state_dict = plain_keys(state_dict, source)
-    keys = list(state_dict)
-    prefixes = find_prefixes(keys)
-    quantized = name_quantized(keys)
-    if quantized:
-        raise CheckpointError(f"{source}: this holds {quantized.kind}: {quantized.advice}.")
-    foreign = name_foreign(keys, has_pixart_layers=bool(prefixes))
-    if foreign:
-        raise CheckpointError(f"{source}: this is {foreign.kind}; expected a PixArt transformer. To use it, {foreign.advice}.")
-    if not prefixes:
-        shown = ", ".join(keys[:5]) or "none"
-        raise CheckpointError(
-            f"{source}: no PixArt layers among its {len(keys)} keys (first: {shown}); expected a PixArt transformer "
-            "with its own or diffusers' key names (t_block.1.weight, or adaln_single.linear.weight)." + _shard_advice(source)
-        )
-    prefix = _one_prefix(prefixes, keys, source)
-    under = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    # With a prefix all else belongs to something else. Without one only known companions do: another key may be a part of the model.
-    outside = [key for key in keys if not key.startswith(prefix)]
-    inside = [key for key in under if key.startswith(COMPANIONS) or TABLES.fullmatch(key)]
-    for key in inside:
-        under.pop(key)
-    return under, prefix, sorted({_group(key) for key in (*outside, *inside)})
-
-
-def plain_keys(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Tensors by names without those of wrappers; raises CheckpointError if two become one, or something is no tensor."""
-    require_tensors(state_dict, source)
-    plain = {without_wrappers(key): tensor for key, tensor in state_dict.items()}
-    if len(plain) < len(state_dict):
-        twice = sorted({key for key in state_dict if without_wrappers(key) != key and without_wrappers(key) in state_dict})
-        raise CheckpointError(f"{source}: keys that differ only in wrappers ({', '.join(twice[:4])}); expected each weight once.")
-    return plain
-
-
-def _one_prefix(prefixes: list[str], keys: list[str], source: str) -> str:
-    """The prefix of the transformer to load: not an average, teacher or critic beside the model itself."""
-
-    def is_second(prefix: str) -> bool:
-        return "ema" in prefix or any(part.startswith(LAST_PREFIXES) for part in prefix.split("."))
-
-    first = [prefix for prefix in prefixes if not is_second(prefix)] or prefixes
-    count = {prefix: sum(key.startswith(prefix) for key in keys) for prefix in first}
-    whole = [prefix for prefix in first if prefix and count[prefix] >= count[first[0]]]
-    if len(whole) > 1:
-        raise CheckpointError(
-            f"{source}: holds several transformers, under {', '.join(map(repr, whole))}; expected one. Save the one to use by itself."
-        )
-    return first[0]
-
-
-def _group(key: str) -> str:
-    """What a key that is left out is listed under: its first name, with those of a table in full."""
-    head, dot, _ = key.partition(".")
-    return head + dot
 
 
 def _take_extras(tensors: dict[str, Tensor], layout: str, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Tensor]:
@@ -250,14 +178,6 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def require_tensors(state_dict: Mapping[Any, Any], source: str) -> None:
-    """Raises CheckpointError unless every key is a name and every value a tensor; a pickle may hold anything else."""
-    others = [str(key) for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-    if others:
-        shown = ", ".join(others[:10])
-        raise CheckpointError(f"{source}: {len(others)} entries are no tensors ({shown}); expected a state dict of tensors.")
-
-
 def tensor_problems(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Keys, shapes and values of a module's weights that are wrong; for small networks, whose keys needn't be grouped."""
     problems = [f"missing {key}" for key in expected if key not in tensors]
@@ -297,10 +217,5 @@ def _report(source: str, problems: list[str], detection: Detection, damaged: boo
     return (
         f"{source}: not a complete, sound PixArt transformer ({len(problems)} problem(s)); expected depth {c.depth}, "
         f"hidden {c.hidden_size}, captions {c.caption_channels} wide, as the rest of the file has."
-        f"{_shard_advice(source) or ' Download or convert it again:'}\n  " + "\n  ".join(problems)
+        f"{shard_advice(source) or ' Download or convert it again:'}\n  " + "\n  ".join(problems)
     )
-
-
-def _shard_advice(source: str) -> str:
-    """For a file that is only a part of a model; "" for others."""
-    return " This is one of several shards: choose their folder instead." if SHARD.search(source) else ""

@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -152,9 +152,7 @@ def _unsafe(path: Path, name: str) -> str:
 
 def _unwrap(loaded: dict[str, Any], source: str, container: str, ema: bool, hints: Hints) -> RawCheckpoint:
     """Chooses the weights in a training checkpoint, and notes what else it holds."""
-    found = dict(_candidates(loaded))
-    pixart = {name: state for name, state in found.items() if find_prefixes(map(str, state))}
-    found = pixart or found
+    found = find_weights(loaded, find_prefixes)
     averages = [name for name in found if "ema" in name.lower()]
     notes: tuple[str, ...] = ()
     if ema and not averages:
@@ -162,7 +160,7 @@ def _unwrap(loaded: dict[str, Any], source: str, container: str, ema: bool, hint
         raise CheckpointError(f"{source}: has no state_dict_ema (found: {others}); load it without ema.")
     if not found:
         return RawCheckpoint(dict(loaded), source, container, hints.ema, hints)
-    name = min(averages if ema else found, key=_rank)
+    name = min(averages if ema else found, key=rank_of_weights)
     if ema:
         notes = (f"{name} was asked for.",)
     elif name in averages:
@@ -179,6 +177,12 @@ def _unwrap(loaded: dict[str, Any], source: str, container: str, ema: bool, hint
     return RawCheckpoint(state, source, container, hints.ema or name in averages, hints, notes)
 
 
+def find_weights(loaded: Mapping[Any, Any], holds_model: Callable[[Iterable[str]], object]) -> dict[str, dict[str, Any]]:
+    """State dicts in a training checkpoint by the names that lead to them; where some have the model's keys, those only."""
+    found = dict(_candidates(loaded))
+    return {name: state for name, state in found.items() if holds_model(map(str, state))} or found
+
+
 def _candidates(loaded: Mapping[Any, Any], name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every dict with tensors in it, by the names that lead to it; plain numbers and texts beside tensors are left out."""
     inner = {key: value for key, value in loaded.items() if isinstance(value, Mapping)}
@@ -190,7 +194,7 @@ def _candidates(loaded: Mapping[Any, Any], name: str = "", depth: int = 0) -> It
         yield from _candidates(value, f"{name}.{key}" if name else str(key), depth + 1)
 
 
-def _rank(name: str) -> tuple[bool, bool, int, int]:
+def rank_of_weights(name: str) -> tuple[bool, bool, int, int]:
     """The smallest is chosen."""
     parts = name.lower().split(".")
     last = any(part.startswith(LAST_NAMES) for part in parts)

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.content import SAFETENSORS, content_of, reading_error
-from ..checkpoints.read import load_pickle, safetensors_header
+from ..checkpoints.read import find_weights, load_pickle, rank_of_weights, safetensors_header
 from ..checkpoints.shards import is_index
 from ..checkpoints.shards import weight_files as folder_files
 from ..errors import PixArtError, TextEncoderError
 from ..json_files import read_json
 from ..logs import get_logger
+from .keys import find_prefixes
 
 logger = get_logger(__name__)
 
 NAME = "model"  # of the weights in a T5's folder, before .safetensors or -00001-of-00002.safetensors
+TOKENIZER_KEYS = ("spiece_model", "tokenizer_json")  # their bytes inside a weight file; the first is ComfyUI's place for SentencePiece
 DECODER_KEYS = re.compile(r"decoder\.|lm_head\.")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
@@ -112,10 +114,17 @@ def damaged(path: Path, error: Exception) -> PixArtError:
 
 
 def _tensors_only(path: Path, loaded: object) -> list[tuple[str, Tensor]]:
-    """The entries of a pickled state dict; raises TextEncoderError for anything else."""
+    """The T5's entries of a pickled state dict or training checkpoint; raises TextEncoderError for anything else."""
     if not isinstance(loaded, dict):
         raise TextEncoderError(f"{path} holds a {type(loaded).__name__}, expected T5 weights by name. Give another file.")
-    loaded = loaded["state_dict"] if isinstance(loaded.get("state_dict"), dict) else loaded
+    found = find_weights(loaded, find_prefixes)
+    if found:
+        name = min(found, key=rank_of_weights)
+        others = [repr(other) for other in found if other != name]
+        if others:
+            logger.info("T5 %s: %s is used; the file also holds %s.", path, name or "the outermost weights", ", ".join(others))
+        tokenizers = {key: value for key, value in loaded.items() if key in TOKENIZER_KEYS and isinstance(value, Tensor)}
+        loaded = {**tokenizers, **found[name]}
     strangers = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
     if strangers:
         raise TextEncoderError(f"{path}: {', '.join(strangers[:6])} is no tensor; expected T5 weights only.")

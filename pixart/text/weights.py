@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -14,22 +14,19 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.content import called
+from ..checkpoints.parts import choose_prefix, is_state_of_wrapper
 from ..errors import TextEncoderError, UnsupportedError
 from . import packed
-from .files import DECODER_KEYS, StoredTensor, stored_tensors, text_encoder_folder, weight_files
+from .files import TOKENIZER_KEYS, StoredTensor, stored_tensors, text_encoder_folder, weight_files
+from .keys import OWN_NAMES, QUERY, find_prefixes, without_wrappers
 from .settings import merge_settings
 
 __all__ = ["T5Weights", "is_finite", "read_t5", "text_encoder_folder"]
 
-PREFIXES = ("", "transformer.", "text_encoder.", "t5xxl.transformer.", "text_encoders.t5xxl.transformer.", "t5.")
 EMBEDDING = "shared.weight"
 EMBEDDING_ALIAS = "encoder.embed_tokens.weight"  # the same matrix under its other name
 POSITIONS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 FINAL_NORM = "encoder.final_layer_norm.weight"
-QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
-# A tokenizer's bytes inside a weight file, alone or behind a prefix; the first is ComfyUI's place for a SentencePiece model.
-TOKENIZER_KEYS = ("spiece_model", "tokenizer_json")
-IGNORED = ("logit_scale", "scaled_fp8")
 SCALED_FP8 = (".scale_weight", ".weight_scale")  # ComfyUI's two spellings: the true weight is the stored one times this
 FP8_EXTRAS = (".scale_input", ".input_scale")  # for products in fp8, which are not taken here
 FP8_MARK, FP8_FORMATS = ".comfy_quant", ("float8_e4m3fn", "float8_e5m2")
@@ -57,7 +54,7 @@ class T5Weights:
     precision: str | None = None  # of the quantized layers: int8, nf4 or fp4
     sentencepiece: bytes | None = None
     tokenizer_json: bytes | None = None
-    ignored: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)  # keys that are left out: other models', a decoder's, counters
     scales: dict[str, StoredTensor] = field(default_factory=dict)  # of a scaled fp8 file: weight's name -> its scale
 
     def raw(self) -> Iterator[tuple[str, Tensor]]:
@@ -103,9 +100,10 @@ def read_t5(path: Path, dtype: torch.dtype | None = None) -> T5Weights:
     """
     files, settings = weight_files(path)
     packed.check_settings(settings, path)
-    raw = {stored.key: stored for file in files for stored in stored_tensors(file)}
-    inside = {key.rpartition(".")[2]: raw.pop(key) for key in list(raw) if key.rpartition(".")[2] in TOKENIZER_KEYS}
-    stored, ignored = _strip(raw, path)
+    raw = _plain_names((stored for file in files for stored in stored_tensors(file)), path)
+    tokenizers = {key: raw.pop(key) for key in list(raw) if key.rpartition(".")[2] in TOKENIZER_KEYS}
+    prefix = _prefix(raw, path)
+    stored, ignored = _strip(raw, prefix, path)
     stored, scales = _split_scales(stored, path)
     stored, layers = packed.split(stored, path)
     shapes = {name: each.shape for name, each in stored.items()}
@@ -116,8 +114,8 @@ def read_t5(path: Path, dtype: torch.dtype | None = None) -> T5Weights:
     if dtype is None:
         dtype = torch.bfloat16 if layers else _main_dtype(stored)
     precision = packed.precision_of(next(iter(layers.values()))) if layers else None
-    tokenizers = [_tokenizer(inside.get(key), key, path) for key in TOKENIZER_KEYS]
-    return T5Weights(path, stored, layers, config, dtype, precision, *tokenizers, ignored, scales)
+    inside = [_tokenizer(_nearest(tokenizers, key, prefix), key, path) for key in TOKENIZER_KEYS]
+    return T5Weights(path, stored, layers, config, dtype, precision, *inside, ignored, scales)
 
 
 def expected_shapes(config: dict[str, int | float | str]) -> dict[str, tuple[int, ...]]:
@@ -164,22 +162,47 @@ def _tokenizer(stored: StoredTensor | None, key: str, path: Path) -> bytes | Non
     return None if model is None else model.numpy().tobytes()
 
 
-def _strip(raw: dict[str, StoredTensor], path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Removes the prefix and the decoder; refuses what is no T5."""
-    prefix = next((p for p in PREFIXES if any(p + key in raw for key in packed.spellings(QUERY))), None)
-    if prefix is None:
-        guess = next((what for part, what in FOREIGN if any(part in key for key in raw)), None)
-        raise TextEncoderError(
-            f"{called(path)} is not a T5 encoder{f' but looks like {guess}' if guess else ''}: there is no {QUERY} among its "
-            f"{len(raw)} keys ({_some(sorted(raw))}). Give the T5 that belongs to the model."
-        )
+def _nearest(tokenizers: dict[str, StoredTensor], key: str, prefix: str) -> StoredTensor | None:
+    """The T5's own where other models in the file have theirs: beside its weights, or further out."""
+    found = [name for name in tokenizers if name.rpartition(".")[2] == key]
+    around = [name for name in found if prefix.startswith(name.removesuffix(key))]
+    return tokenizers[max(around, key=len) if around else found[-1]] if found else None
+
+
+def _plain_names(stored: Iterable[StoredTensor], path: Path) -> dict[str, StoredTensor]:
+    """By names without those of wrappers; raises TextEncoderError if two become one."""
+    raw: dict[str, StoredTensor] = {}
+    for each in stored:
+        name = without_wrappers(each.key)
+        if name in raw and raw[name].key != each.key:
+            raise TextEncoderError(f"{path}: {each.key} and {raw[name].key} differ only in wrappers; expected each weight once.")
+        raw[name] = each
+    return raw
+
+
+def _prefix(raw: dict[str, StoredTensor], path: Path) -> str:
+    """Under which the T5 lies; refuses what is no T5."""
+    prefixes = find_prefixes(raw)
+    if prefixes:
+        names = {prefix: (key[len(prefix) :] for key in raw if key.startswith(prefix)) for prefix in prefixes}
+        count = {prefix: sum(name.partition(".")[0] in OWN_NAMES for name in under) for prefix, under in names.items()}
+        return choose_prefix(count, str(path), "T5 encoders", TextEncoderError)
+    guess = next((what for part, what in FOREIGN if any(part in key for key in raw)), None)
+    raise TextEncoderError(
+        f"{called(path)} is not a T5 encoder{f' but looks like {guess}' if guess else ''}: there is no {QUERY} among its "
+        f"{len(raw)} keys ({_some(sorted(raw))}). Give the T5 that belongs to the model."
+    )
+
+
+def _strip(raw: dict[str, StoredTensor], prefix: str, path: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Removes the prefix, and leaves out all that isn't the encoder's, by its first name."""
     tensors, ignored = {}, []
     for key, value in raw.items():
         name = key.removeprefix(prefix)
-        if not key.startswith(prefix) or DECODER_KEYS.match(name) or name in IGNORED:
-            ignored.append(key)
-        else:
+        if key.startswith(prefix) and name.partition(".")[0] in OWN_NAMES and not is_state_of_wrapper(name):
             tensors[name] = value
+        else:
+            ignored.append(key)
     if EMBEDDING_ALIAS in tensors:
         tensors.setdefault(EMBEDDING, tensors[EMBEDDING_ALIAS])
         del tensors[EMBEDDING_ALIAS]

@@ -63,6 +63,19 @@ class TestLoading:
         found, expected = node(loaded, PROMPTS[0])[0], transformers_states(reference, PROMPTS[0])
         assert torch.cosine_similarity(found, expected, dim=-1).min() > cosine
 
+    @pytest.mark.parametrize("kind", ["prefix", "wrapper", "all-in-one", "pth"])
+    def test_whatever_stands_around_it(self, kind: str, reference, t5_file: Path, tmp_path: Path) -> None:
+        state, path = load_file(t5_file), tmp_path / ("t5.pth" if kind == "pth" else "t5.safetensors")
+        if kind == "pth":
+            torch.save({"model": state, "epoch": 3}, path)
+        elif kind == "wrapper":
+            save_file({key.replace("encoder.block.1.", "encoder.block.1._orig_mod."): value for key, value in state.items()}, path)
+        else:
+            others = {"vae.decoder.conv_in.weight": torch.zeros(2), "step": torch.tensor(3)} if kind == "all-in-one" else {}
+            save_file({**{f"text_encoder.transformer.{key}": value for key, value in state.items()}, **others}, path)
+        found = node(encoder.load_t5(str(path), "default", "default"), PROMPTS[0])[0]
+        torch.testing.assert_close(found, transformers_states(reference, PROMPTS[0]), rtol=1e-3, atol=1e-4)
+
     def test_device(self, t5_file: Path) -> None:
         loaded = encoder.load_t5(str(t5_file), "default", "cpu")
         assert loaded.patcher.load_device == loaded.patcher.offload_device == torch.device("cpu")

@@ -6,6 +6,7 @@ from pathlib import Path
 import nodes as host_nodes
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support import host
 from tests.support.host_text import node
@@ -50,6 +51,21 @@ class TestLoader:
             paths, options = calls[0]
             assert paths == [str(slim)] and options["clip_type"] == comfy.sd.CLIPType.PIXART
             assert options["model_options"]["load_device"] == torch.device("cpu")
+
+    @pytest.mark.parametrize("change", ["a wrapper in one block", "keys of another model"])
+    def test_names_that_the_host_does_not_know_are_not_for_its_loader(self, change: str, slim: Path, tmp_path: Path, monkeypatch) -> None:
+        """It would leave such weights as they were in memory, or take the file for the other model."""
+        import comfy.sd
+
+        state = load_file(slim)
+        if change == "a wrapper in one block":
+            state = {key.replace("encoder.block.7.", "encoder.block.7._orig_mod."): value for key, value in state.items()}
+        else:
+            state["text_model.encoder.layers.0.mlp.fc1.weight"] = torch.zeros(2, 2)
+        save_file(state, tmp_path / "t5xxl.safetensors")
+        monkeypatch.setattr(comfy.sd, "load_clip", lambda *a, **k: pytest.fail("the host's loader was called"))
+        loaded = encoder.load_t5(str(tmp_path / "t5xxl.safetensors"), "default", "default")
+        assert torch.equal(node(loaded, "a cat")[0], node(encoder._from_weights(slim, "default", {}, False), "a cat")[0])
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
