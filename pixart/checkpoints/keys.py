@@ -166,10 +166,9 @@ def has_every_part(keys: Iterable[str]) -> bool:
     found = set(keys)
     modules = {native: sources for native, sources in MODULES.items() if not native.startswith(("csize_embedder.", "ar_embedder."))}
     some = ("attn.sr", "attn.norm", "attn.q_norm", "attn.k_norm")  # which only some have
-    modules |= {
-        f"blocks.0.{native}": tuple(f"transformer_blocks.0.{source}" for source in sources)
-        for native, sources in BLOCK_MODULES.items() if native not in some
-    }  # fmt: skip
+    for native, sources in BLOCK_MODULES.items():
+        if native not in some:
+            modules[f"blocks.0.{native}"] = tuple(f"transformer_blocks.0.{source}" for source in sources)
     return all(f"{native}.weight" in found or all(f"{s}.weight" in found for s in sources) for native, sources in modules.items())
 
 

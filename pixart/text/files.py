@@ -17,7 +17,7 @@ from ..checkpoints.shards import weight_files as folder_files
 from ..errors import PixArtError, TextEncoderError
 from ..json_files import read_json
 from ..logs import get_logger
-from .keys import find_prefixes
+from .keys import find_prefixes, has_own_name
 
 logger = get_logger(__name__)
 
@@ -125,6 +125,8 @@ def _tensors_only(path: Path, loaded: object) -> list[tuple[str, Tensor]]:
             logger.info("T5 %s: %s is used; the file also holds %s.", path, name or "the outermost weights", ", ".join(others))
         tokenizers = {key: value for key, value in loaded.items() if key in TOKENIZER_KEYS and isinstance(value, Tensor)}
         loaded = {**tokenizers, **found[name]}
+    if find_prefixes(key for key in loaded if isinstance(key, str)):  # beside a T5 a text or list is a trainer's
+        loaded = {key: value for key, value in loaded.items() if isinstance(value, Tensor) or has_own_name(str(key))}
     strangers = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
     if strangers:
         raise TextEncoderError(f"{path}: {', '.join(strangers[:6])} is no tensor; expected T5 weights only.")

@@ -17,6 +17,11 @@ def without_wrappers(key: str) -> str:
     return transformer_keys.without_wrappers(key, _OUTERMOST)
 
 
+def has_own_name(key: str) -> bool:
+    """Whether any part of a key is a name of a T5's encoder half."""
+    return not set(OWN_NAMES).isdisjoint(key.split("."))
+
+
 def find_prefixes(keys: Iterable[str]) -> list[str]:
     """Prefixes under which a T5 lies; empty if there is none."""
     ends = packed.spellings(QUERY)

@@ -67,7 +67,7 @@ def test_a_container_with_an_average_and_another_model(tmp_path: Path) -> None:
 
 
 def test_counters_and_heads_are_left_out(tmp_path: Path) -> None:
-    torch.save({**PLAIN, "epoch": 3, "lr": 0.1}, tmp_path / "t.pth")
+    torch.save({**PLAIN, "epoch": 3, "lr": 0.1, "comment": "hello", "classes": ["a"]}, tmp_path / "t.pth")
     check(tmp_path / "t.pth")
     others = {"step": torch.tensor(3), "text_projection.weight": SMALL, "encoder.block.0._extra_state": SMALL.clone()}
     save_file({**PLAIN, **others}, tmp_path / "t.safetensors")
