@@ -17,7 +17,7 @@ from .detect import AUTO, Detection, Origin, examine
 from .hints import Hints
 from .keys import POSITION_KEY, gather_native, is_known_prefix, key_layout, native_target
 from .notes import take_note
-from .parts import LISTED, QUANTIZATION_SUFFIXES, require_tensors, shard_advice, some_names, take_transformer
+from .parts import LISTED, QUANTIZATION_SUFFIXES, shard_advice, some_names, take_transformer
 from .read import RawCheckpoint, read_checkpoint
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
