@@ -21,9 +21,9 @@ from pathlib import Path
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("quickstart.py needs Python 3.10 or later; this is Python " + sys.version.split()[0] + ".")
 
-from demo import WEIGHTS  # noqa: E402
-from demo.launch import checkout, environment, graph, host  # noqa: E402
-from demo.launch.errors import LaunchError  # noqa: E402
+from demo import WEIGHTS
+from demo.launch import checkout, environment, graph, host
+from demo.launch.errors import LaunchError
 
 ROOT = Path(__file__).absolute().parent
 WORK = ROOT / ".quickstart"

@@ -20,7 +20,20 @@ import torch
 from benchmarks.forward import DTYPES, at_least, blocks_for, cell, device_name, make_parser, turns
 from benchmarks.graph_memory import SDXL_VAE
 from benchmarks.peers import (
-    CFG, COMPILED, CORE, DIFFUSERS, NATIVE, OURS, PADDED, PEERS, Compressed, Size, Workload, choose_host, core_model, diffusers_model,
+    CFG,
+    COMPILED,
+    CORE,
+    DIFFUSERS,
+    NATIVE,
+    OURS,
+    PADDED,
+    PEERS,
+    Compressed,
+    Size,
+    Workload,
+    choose_host,
+    core_model,
+    diffusers_model,
     host_model,
 )  # fmt: skip
 from benchmarks.report import machine, versions

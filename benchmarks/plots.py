@@ -8,9 +8,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from benchmarks.timing import exponent  # noqa: E402
+from benchmarks.timing import exponent
 
 
 def power(report: dict[str, Any], name: str) -> float | None:

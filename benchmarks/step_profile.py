@@ -76,7 +76,7 @@ def kinds_of_all(names: Sequence[str], work: Workload) -> dict[str, dict[str, fl
 def kinds(step: Callable[[], float], device: str) -> dict[str, float]:
     """Milliseconds of one step by kind of operation; the step before is the warm-up."""
     step()
-    found = {kind: 0.0 for kind in (*KINDS, "other")}
+    found = dict.fromkeys((*KINDS, "other"), 0.0)
     for taken, event in events_of(step, device, shapes=False):
         found[next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "other")] += taken / 1000
     return found

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 

@@ -46,7 +46,8 @@ def regional_prompts() -> Workflow:
     flow = Workflow(DEMO, DEMO_NOTE + note)
     model, t5, vae = flow.loaders("demo")
     areas = []
-    for row, (side, prompt) in enumerate((("Left", "a red circle on a white background"), ("Right", "a blue square on a white background"))):
+    halves = (("Left", "a red circle on a white background"), ("Right", "a blue square on a white background"))
+    for row, (side, prompt) in enumerate(halves):
         text = flow.text(f"{side} half", t5, prompt, 300, row)
         place = {"width": 256, "height": 256, "x": 256 * row, "y": 0}
         areas.append(flow.add("ConditioningSetArea", f"{side} area", 2, row + 1, conditioning=[text, 0], strength=1.0, **place))

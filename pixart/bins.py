@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import operator
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ class Bin(NamedTuple):
     ratio: float
 
 
-@lru_cache(maxsize=None)
+@cache
 def bin_table(base: int) -> dict[str, tuple[int, int]]:
     """Ratio label -> (height, width) for a base size; raises InputError for a base without bins."""
     tables = _published_tables()
@@ -88,7 +88,7 @@ def resize_and_crop(images: Tensor, width: int, height: int) -> Tensor:
     return images[..., top : top + height, left : left + width]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _published_tables() -> dict[int, dict[str, tuple[int, int]]]:
     values = json.loads((CONFIG_DIR / "aspect_ratio_bins.json").read_text(encoding="utf-8"))
     return {

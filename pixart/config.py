@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from .errors import ConfigError
@@ -91,7 +91,7 @@ def from_fields(kind: type, values: dict, source: str):
     return kind(**values)
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_variant(name: str) -> Variant:
     """The variant called `name`; raises ConfigError with the list of names if there is none."""
     path = CONFIG_DIR / f"{name}.json"
@@ -109,7 +109,7 @@ def get_variant(name: str) -> Variant:
     return variant
 
 
-@lru_cache(maxsize=None)
+@cache
 def variant_names() -> tuple[str, ...]:
     """Names of the zoo, in the order users meet them."""
     return tuple(json.loads((CONFIG_DIR / "zoo.json").read_text(encoding="utf-8"))["variants"])

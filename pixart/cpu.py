@@ -1,7 +1,7 @@
 """What a CPU computes fastest in: bf16 where it has instructions for it, else fp32."""
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -10,7 +10,7 @@ BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16")
 HALF = (torch.float16, torch.bfloat16)
 
 
-@lru_cache(maxsize=None)
+@cache
 def bf16_instructions() -> str:
     """Which of BF16_INSTRUCTIONS this CPU has; "" without any, where bf16 is slower than fp32."""
     if hasattr(torch.cpu, "get_capabilities"):

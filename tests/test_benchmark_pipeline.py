@@ -63,7 +63,7 @@ def test_pictures_of_the_host_are_its_latents_decoded() -> None:
 
 
 def test_every_contender_has_one_name_in_the_table() -> None:
-    times = {name: FIGURES for name in ("core", "core 28:2", "diffusers", "ours", "comfyui")}
+    times = dict.fromkeys(("core", "core 28:2", "diffusers", "ours", "comfyui"), FIGURES)
     row = {
         "pixels": 512, "blocks": 1, "seconds": times, "errors": {}, "peak_mib": {"core": 1.0, "ours": 2.0},
         "ratio": {"core 28:2 / core": 0.5, "core / diffusers": 0.5, "ours / comfyui": 0.5},

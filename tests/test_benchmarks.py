@@ -58,9 +58,8 @@ def test_results_are_written_as_table_and_json(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_peak_counts_memory_that_was_given_back() -> None:
     size = 64 * 2**20
-    with full_size.watched() as figures:
-        with mmap.mmap(-1, size) as block:  # given back for certain, which the allocator may not do
-            block.write(b"1" * size)
+    with full_size.watched() as figures, mmap.mmap(-1, size) as block:  # given back for certain, which the allocator may not do
+        block.write(b"1" * size)
     grown = figures["peak_gib"] - full_size.memory()["rss"] / full_size.GIB
     assert grown > 0.9 * size / full_size.GIB
 

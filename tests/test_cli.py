@@ -151,7 +151,7 @@ def test_module_runs_without_a_traceback(tmp_path):
 
 def test_version_and_lazy_exports():
     assert pixart.__version__ == "0.1.0"
-    assert {name for name in pixart.__all__} >= {"load_transformer", "load_text_encoder", "Pipeline", "nearest_bin"}
+    assert set(pixart.__all__) >= {"load_transformer", "load_text_encoder", "Pipeline", "nearest_bin"}
     assert pixart.nearest_bin(256, 100, 100)[:2] == (256, 256)
     with pytest.raises(AttributeError, match="nothing"):
         pixart.nothing  # noqa: B018

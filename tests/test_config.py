@@ -8,7 +8,7 @@ from pixart.errors import ConfigError
 
 
 def test_zoo_is_complete():
-    promised = "alpha-256 alpha-512 alpha-1024 sigma-256 sigma-512 sigma-1024 sigma-2k sigma-900m sigma-sd3 sigma-flux demo".split()
+    promised = ["alpha-256", "alpha-512", "alpha-1024", "sigma-256", "sigma-512", "sigma-1024", "sigma-2k", "sigma-900m", "sigma-sd3", "sigma-flux", "demo"]
     assert list(variant_names()) == promised
     assert all((CONFIG_DIR / f"{name}.json").exists() for name in promised)
 

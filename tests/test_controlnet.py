@@ -10,8 +10,8 @@ from pixart.controlnet import ControlledTransformer, ControlNetConfig, PixArtCon
 from pixart.errors import InputError
 from pixart.model import PixArtTransformer
 from tests.support.checkpoint_factory import diffusers_config, original_keys, reference_model
-from tests.support.tiny_control import reference_control, reference_forward
 from tests.support.tiny_control import original_keys as control_keys
+from tests.support.tiny_control import reference_control, reference_forward
 
 DEPTH = 4
 

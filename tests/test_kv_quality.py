@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pixart.training.recipe import load_recipe
 from safetensors.torch import load_file, save_file
 
 from benchmarks import kv_pictures, kv_quality
@@ -16,6 +15,7 @@ from benchmarks.kv_quality import EXACT, Setting, settings, share_of_attention
 from demo import WEIGHTS
 from pixart.config import get_variant
 from pixart.kv_compress import KVCompression, check_together
+from pixart.training.recipe import load_recipe
 from tests.support.demo import ROOT
 
 DEMO = get_variant("demo").transformer

@@ -128,7 +128,7 @@ def _fingerprint(clip: Any) -> str:
     try:
         noted = getattr(t5, FINGERPRINT, "")
         return noted or fingerprint(t5.shared.weight, t5.encoder.final_layer_norm.weight, len(t5.encoder.block), precision_of(t5))
-    except Exception:  # noqa: BLE001 - no prompt fails for want of a name for its encoder
+    except Exception:
         return ""
 
 

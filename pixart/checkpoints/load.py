@@ -49,7 +49,8 @@ def prepare(
 
     source: named in messages. passthrough_suffixes: keys that end so are quantization extras; they are
     returned in `extras` under native names, and the shapes of the weights they belong to are checked
-    in their first axis only. sampled: how many values of each tensor are looked at (default: all). The given mapping is not changed. Raises one CheckpointError with all problems.
+    in their first axis only. sampled: how many values of each tensor are looked at (default: all). The given mapping is
+    not changed. Raises one CheckpointError with all problems.
     """
     if variant != AUTO:
         get_variant(variant)

@@ -13,7 +13,7 @@ from tests.support.checkpoint_factory import PREFIXES, tiny_weights
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_both_directions_are_bit_equal(micro, dtype):
     _, diffusers, original = tiny_weights(micro, null_rows=None, dtype=torch.float32)
-    cast = lambda tensors: {key: value.to(dtype) for key, value in tensors.items()}  # noqa: E731
+    cast = lambda tensors: {key: value.to(dtype) for key, value in tensors.items()}
     diffusers, original = cast(diffusers), cast(original)
     for found, expected in ((to_native(diffusers), original), (to_diffusers(original), diffusers)):
         assert set(found) == set(expected)

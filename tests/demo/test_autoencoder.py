@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from demo.autoencoder import (
     LATENT_BIAS,
     LATENT_MATRIX,
-    VAE_SCALE,
     VAE_FILE,
+    VAE_SCALE,
     build_decoder,
     build_encoder,
     encode,

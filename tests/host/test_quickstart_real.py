@@ -18,7 +18,7 @@ from demo.launch import host as launch
 from tests.support.demo import ROOT
 
 NOWHERE = "http://127.0.0.1:9"
-OFFLINE = {name: NOWHERE for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "PIP_INDEX_URL", "PIP_PROXY")}
+OFFLINE = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "PIP_INDEX_URL", "PIP_PROXY"), NOWHERE)
 PROMPT = "a red circle above a blue square"
 
 

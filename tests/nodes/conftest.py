@@ -8,7 +8,7 @@ import pytest
 from tests.support import host, host_models, tiny_text
 
 host.load_pack()
-import folder_paths  # noqa: E402 - the host's, once it is on sys.path
+import folder_paths
 
 KINDS = ("diffusion_models", "text_encoders", "loras", "embeddings", "vae", "controlnet")
 

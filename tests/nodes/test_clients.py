@@ -6,9 +6,9 @@ import inspect
 from pathlib import Path
 
 import execution
-import nodes as host_nodes
 import pytest
 
+import nodes as host_nodes
 from tests.support import host
 
 errors = host.pack_module("pixart.errors")

@@ -85,7 +85,7 @@ class TestBlockReplacement:
         from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
 
         node = SkipLayerGuidanceDiT
-        when = dict(start_percent=0.0, end_percent=1.0)
+        when = {"start_percent": 0.0, "end_percent": 1.0}
         arguments = dict(model=sigma, double_layers="1", single_layers="", scale=3.0, rescaling_scale=0.0, **when)
         patched = node.execute(**arguments).result[0] if hasattr(node, "execute") else node().skip_guidance(**arguments)[0]
         assert difference(run(patched), run.plain) > 1e-3
@@ -231,7 +231,7 @@ def test_public_attributes_are_those_of_the_hosts_own_pixart(sigma) -> None:
     from comfy.ldm.pixart.pixartms import PixArtMS
 
     config = sigma.model.diffusion_model.config
-    sizes = dict(micro_condition=False, hidden_size=config.hidden_size, depth=config.depth, num_heads=config.num_heads, caption_channels=CAPTIONS)
+    sizes = {"micro_condition": False, "hidden_size": config.hidden_size, "depth": config.depth, "num_heads": config.num_heads, "caption_channels": CAPTIONS}
     native = PixArtMS(input_size=None, pe_interpolation=None, operations=comfy.ops.disable_weight_init, **sizes)
     wanted = {name: value for name, value in vars(native).items() if isinstance(value, int) and not name.startswith("_")}
     wanted = {name: value for name, value in wanted.items() if name not in NOT_OURS | {"training"}}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import comfy.model_management as management
 import comfy.sampler_helpers
-import nodes as host_nodes
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import nodes as host_nodes
 from tests.nodes.test_controlnet import MeanVae, applied, picture
 from tests.support import host
 from tests.support.host_models import captions, load_model, sample

@@ -4,12 +4,12 @@ from __future__ import annotations
 import logging
 
 import comfy.conds
-import nodes as host_nodes
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_map_only
 
+import nodes as host_nodes
 from tests.support import host, host_models
 from tests.support.checkpoint_factory import diffusers_config, reference_model
 from tests.support.host_models import captions, difference, noise, sample

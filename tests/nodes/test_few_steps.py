@@ -31,8 +31,8 @@ def custom(model, sampler, sigmas, cfg=1.0, latent=None, positive=None, negative
     """The host's SamplerCustom."""
     given = {"samples": torch.zeros(SHAPE) if latent is None else latent}
     node = nodes_custom_sampler.SamplerCustom
-    arguments = dict(model=model, add_noise=True, noise_seed=seed, cfg=cfg, positive=positive or captions(5),
-                     negative=negative or captions(2, seed=1), sampler=sampler, sigmas=sigmas, latent_image=given)  # fmt: skip
+    arguments = {"model": model, "add_noise": True, "noise_seed": seed, "cfg": cfg, "positive": positive or captions(5),
+                     "negative": negative or captions(2, seed=1), "sampler": sampler, "sigmas": sigmas, "latent_image": given}  # fmt: skip
     run = getattr(node, "execute", None) or node().sample
     return result(run(**arguments))[0]["samples"]
 

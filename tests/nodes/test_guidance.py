@@ -159,7 +159,7 @@ def test_other_models_are_refused(sigma) -> None:
         guided(Other())
 
 
-SLG = dict(double_layers="1", single_layers="", start_percent=0.0, end_percent=1.0)
+SLG = {"double_layers": "1", "single_layers": "", "start_percent": 0.0, "end_percent": 1.0}
 HOST_NODES = {  # module, class, arguments; each changes the picture
     "CFG-Zero*": ("cfg", "CFGZeroStar", {}),
     "CFGNorm": ("cfg", "CFGNorm", {"strength": 1.0}),

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.model_base
-import nodes as host_nodes
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
 
+import nodes as host_nodes
 from tests.nodes.test_contract import controlled
 from tests.nodes.test_lora import native
 from tests.support import checkpoint_factory, host

@@ -70,9 +70,8 @@ def test_what_is_typed_is_not_translated(language: str) -> None:
 
 
 def test_the_host_serves_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from app.custom_node_manager import CustomNodeManager
-
     import folder_paths
+    from app.custom_node_manager import CustomNodeManager
 
     (tmp_path / "pixart").symlink_to(host.PACK_ROOT, target_is_directory=True)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "custom_nodes", ([str(tmp_path)], set()))

@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nodes as host_nodes
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import nodes as host_nodes
 from tests.support.host_models import captions, difference, forward, noise
 
 HELD = 64  # bytes that may stay on the device: as good as nothing

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import comfy.utils
-import nodes as host_nodes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import nodes as host_nodes
 from tests.support import host
 from tests.support.host_models import captions, difference, load_model, sample, write_model
 from tests.support.kv_reference import write_compressed

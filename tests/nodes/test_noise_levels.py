@@ -4,10 +4,10 @@ from __future__ import annotations
 import logging
 
 import comfy.samplers
-import nodes as host_nodes
 import pytest
 import torch
 
+import nodes as host_nodes
 from tests.support import host
 from tests.support.host_models import captions, noise, sample
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.sd
-import nodes as host_nodes
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import nodes as host_nodes
 from tests.support import host, tiny_text
 from tests.support.host_models import difference, load_model, sample, write_model
 

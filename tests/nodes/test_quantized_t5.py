@@ -7,10 +7,10 @@ import weakref
 from pathlib import Path
 
 import comfy.model_management as management
-import nodes as host_nodes
 import pytest
 import torch
 
+import nodes as host_nodes
 from tests.support import host, tiny_text
 from tests.support.host_models import load_model, sample, write_model
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import json
 
-import nodes as host_nodes
 import pytest
 import torch
 
+import nodes as host_nodes
 from tests.support import host
 
 errors = host.pack_module("pixart.errors")

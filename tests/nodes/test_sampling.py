@@ -1,14 +1,13 @@
 """What people do with a MODEL, through the host's own samplers: guidance, img2img, inpainting, odd sizes."""
 from __future__ import annotations
 
-
 import comfy.latent_formats
 import latent_preview
-import nodes as host_nodes
 import pytest
 import torch
 from comfy_extras import nodes_easycache, nodes_model_advanced
 
+import nodes as host_nodes
 from tests.support import host, host_models
 from tests.support.host_models import captions, difference, noise, sample
 
@@ -171,7 +170,7 @@ def test_conditioning_for_a_controlnet_does_not_disturb(sigma) -> None:
 @pytest.mark.parametrize("node", ["LazyCache", "RescaleCFG"])
 def test_guidance_and_cache_nodes_of_the_host(sigma, node: str) -> None:
     if node == "LazyCache":
-        arguments = dict(reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
+        arguments = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
         patched = nodes_easycache.LazyCacheNode.execute(sigma, **arguments).result[0]
     else:
         patched = nodes_model_advanced.RescaleCFG().patch(sigma, 0.7)[0]

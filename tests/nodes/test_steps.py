@@ -4,8 +4,8 @@ from __future__ import annotations
 import comfy.ldm.modules.attention as host_attention
 import pytest
 import torch
-import nodes as host_nodes
 
+import nodes as host_nodes
 from tests.nodes.test_controlnet import applied, control  # noqa: F401 - a fixture
 from tests.nodes.test_kv_compress import patch
 from tests.support import host

@@ -4,11 +4,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import nodes as host_nodes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import nodes as host_nodes
 from tests.support import host, tiny_text
 from tests.support.host_models import load_model, sample, write_model
 from tests.support.host_text import node

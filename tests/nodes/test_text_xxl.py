@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nodes as host_nodes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import nodes as host_nodes
 from tests.support import host
 from tests.support.host_text import node
 

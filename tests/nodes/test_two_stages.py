@@ -1,10 +1,10 @@
 """Two models in a row: 900M's stages, and second passes, through the host's own samplers."""
 from __future__ import annotations
 
-import nodes as host_nodes
 import pytest
 import torch
 
+import nodes as host_nodes
 from tests.support import host_models
 from tests.support.host_models import captions, difference, noise, sample
 

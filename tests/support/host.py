@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -32,7 +32,7 @@ def host_path() -> Path:
     return path.resolve()
 
 
-@lru_cache(maxsize=None)
+@cache
 def start_host() -> Path:
     """Puts the host first on sys.path and chooses the CPU, or with PIXART_TEST_CUDA the GPU; before any `import comfy`."""
     path = _find()
@@ -89,7 +89,7 @@ def _choose_card(path: Path, **options: bool) -> None:
         floats._CK_STOCHASTIC_ROUNDING_AVAILABLE = False  # its kernel needs a real card
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_pack() -> ModuleType:
     """The pack under a name of its own, from its folder, as the host's `load_custom_node` does it."""
     start_host()

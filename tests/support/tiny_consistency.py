@@ -1,14 +1,14 @@
 """A tiny random consistency decoder, and its folder as diffusers writes it."""
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny_decoder() -> torch.nn.Module:
     """diffusers' class with narrow layers and the true number of stages."""
     from diffusers import ConsistencyDecoderVAE

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import io
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ WORDS = (
 ).split()
 
 
-@lru_cache(maxsize=None)
+@cache
 def sentencepiece_model(vocab_size: int = 200, pad: int = 0, end: int = 1, unknown: int = 2, begin: int = -1) -> bytes:
     """Bytes of a unigram model, by default with T5's ids; -1 for none."""
     import sentencepiece

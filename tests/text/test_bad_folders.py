@@ -54,7 +54,7 @@ def test_unusual_values_are_taken(folder):
 def test_shards_outside_the_folder_are_refused(folder):
     made, state = folder
     torch.save(state, made.parent / "out.bin")
-    index = {"weight_map": {key: "../out.bin" for key in state}}
+    index = {"weight_map": dict.fromkeys(state, "../out.bin")}
     (made / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(TextEncoderError, match=r"outside its folder: \.\./out\.bin"):
         load_text_encoder(made)

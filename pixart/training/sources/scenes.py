@@ -17,6 +17,6 @@ class Settings:
     hints: bool = False  # the latent of each scene's outlines, for a ControlNet
 
 
-def Part(settings: Settings, recipe: Recipe) -> Any:  # noqa: N802 - called as the class that other sources have
+def Part(settings: Settings, recipe: Recipe) -> Any:
     """See `batch.Source`."""
     return import_module("demo.dataset").SceneSource(settings, recipe)

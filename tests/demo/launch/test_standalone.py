@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 
-from demo.launch import standalone  # noqa: E402
+from demo.launch import standalone
 
 
 def test_a_value_that_can_not_be_drawn_is_one_line(tmp_path: Path) -> None:

@@ -3,11 +3,11 @@ from __future__ import annotations
 
 import contextlib
 import types
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401 - must be there before torch is changed
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class _Stream:
         return self
 
 
-@lru_cache(maxsize=None)
+@cache
 def install() -> None:
     """Puts the card into this process; before a host is imported."""
     torch._C._ensureCUDADeviceGuardSet()
