@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InputError, UnsupportedError
+from ..errors import InputError, TextEncoderError, UnsupportedError
 from ..logs import get_logger
 from .names import INT8, STORED_PRECISIONS
 from .packed import FORMAT, FORMAT_KEY, SCALES, STATE, WEIGHT
 from .quantize import COMPUTE, check_range, quantize_weight
-from .tokenizer import tokenizer_files
+from .tokenizer import tokenizer_beside
 from .weights import EMBEDDING, POSITIONS, T5Weights, read_t5
 
 logger = get_logger(__name__)
@@ -156,8 +156,12 @@ def _copy_tokenizer(weights: T5Weights, folder: Path) -> None:
     if weights.tokenizer_json is not None:
         (folder / "tokenizer.json").write_bytes(weights.tokenizer_json)
         return
-    found = next(iter(tokenizer_files(weights.path)), None)
+    try:
+        found = tokenizer_beside(weights.path, int(weights.config["vocab_size"]))
+    except TextEncoderError as error:
+        logger.warning("%s %s is written without a tokenizer.", error, folder.name)
+        return
     if found is None:
         logger.warning("%s comes without a tokenizer; put spiece.model or tokenizer.json into %s.", weights.path, folder.name)
         return
-    shutil.copyfile(found, folder / found.name)
+    shutil.copyfile(found.source, folder / Path(found.source).name)

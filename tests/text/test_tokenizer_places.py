@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pixart import load_text_encoder
 from pixart.errors import TextEncoderError
+from pixart.text.folder import quantize_folder
 from pixart.text.tokenizer import fits
 from tests.support.tiny_text import save_t5_file, sentencepiece_model, tiny_t5, tokenizer_json
 
@@ -46,6 +47,18 @@ def test_a_clip_tokenizer_beside_it_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "spiece.model").write_bytes(sentencepiece_model())
     assert load_text_encoder(path).width == 32
+
+
+def test_a_quantized_folder_gets_the_tokenizer_that_fits_or_none(tmp_path: Path, caplog) -> None:
+    path = without_tokenizer(tmp_path / "encoders" / "t5.safetensors")
+    (path.parent / "tokenizer.json").write_text(CLIP_TOKENIZER)
+    with caplog.at_level(logging.WARNING):
+        written = quantize_folder(path, tmp_path / "bare", "int8")
+    assert not (written / "tokenizer.json").exists() and "bare is written without a tokenizer" in caplog.text
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(sentencepiece_model())
+    written = quantize_folder(path, tmp_path / "whole", "int8")
+    assert (written / "spiece.model").read_bytes() == sentencepiece_model() and not (written / "tokenizer.json").exists()
 
 
 def test_where_none_fits_each_is_named_with_the_reason(tmp_path: Path) -> None:
