@@ -106,6 +106,21 @@ class TestLoading:
         for key, value in clip.cond_stage_model.state_dict().items():
             assert torch.equal(again.model.state_dict()[key].cpu(), value.cpu())
 
+    def test_where_the_host_maps_weights_the_file_is_not_read_whole(self, t5_file, tmp_path, monkeypatch) -> None:
+        """A sample of each weight is looked at; a NaN there is still found."""
+        module = host.pack_module("nodes.host.text_encoder")
+        monkeypatch.setattr(module, "pages_weights", lambda: True)
+        monkeypatch.setattr(module, "SAMPLED", 16)
+        looked, real = [], module.is_finite
+        monkeypatch.setattr(module, "is_finite", lambda values: (looked.append(values.numel()), real(values))[1])
+        module.load_t5(str(t5_file), "default", "default")
+        assert len(looked) > 10 and max(looked) <= 16
+        weights = load_file(t5_file)
+        weights["encoder.block.0.layer.0.SelfAttention.q.weight"][0, 3] = float("nan")
+        save_file(weights, tmp_path / "t5.safetensors")
+        with pytest.raises(errors.TextEncoderError, match="NaN or infinite values in .*SelfAttention.q.weight"):
+            module.load_t5(str(tmp_path / "t5.safetensors"), "default", "default")
+
     def test_saved_with_its_tokenizer(self, clip) -> None:
         saved = clip.get_sd()["t5xxl.spiece_model"]
         assert saved.numpy().tobytes() == tiny_text.sentencepiece_model()
