@@ -140,8 +140,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary neighbour that takes the name `path` only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask says; safetensors makes files that only their owner may read
     try:
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

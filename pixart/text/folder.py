@@ -57,6 +57,9 @@ def quantize_folder(
         config = json.dumps(_settings(weights, precision), indent=2, sort_keys=True)
         (folder / "config.json").write_text(config + "\n", encoding="utf-8")
         _copy_tokenizer(weights, folder)
+        mode = (folder / "config.json").stat().st_mode  # as the umask says; safetensors makes files that only their owner may read
+        for file in folder.iterdir():
+            file.chmod(mode)
         folder.rename(destination)
     return destination
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -96,6 +97,16 @@ def test_kv_compression_is_not_dropped_silently(tmp_path):
     with pytest.raises(UnsupportedError, match="KV compression"):
         convert_file(tmp_path / "kv.safetensors", tmp_path / "d", "diffusers")
     assert_bit_equal(load_file(convert_file(tmp_path / "kv.safetensors", tmp_path / "o.safetensors", "original")), state)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are those of Unix")
+@pytest.mark.parametrize(("to", "name"), [("original", "m.safetensors"), ("original", "m.pth"), ("diffusers", "folder")])
+def test_others_may_read_what_is_written(tmp_path, to, name):
+    """As the umask says, e.g. for ComfyUI in a container."""
+    written = convert_file(write("safetensors", tmp_path, *tiny_weights()), tmp_path / name, to)
+    (tmp_path / "plain").touch()
+    files = list(written.iterdir()) if written.is_dir() else [written]
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "plain").stat().st_mode}
 
 
 def test_a_bad_source_leaves_nothing_behind(tmp_path):
