@@ -21,7 +21,8 @@ def host_attention(
     """`optimized_attention` of the host, looked up at each call, so that a replaced backend is used."""
     attend = host.optimized_attention
     if _is_slow_default(attend, q) and OVERRIDE not in (options or {}):
-        return torch_attention(q, k, v, heads=heads, mask=mask)
+        # Added, not boolean: a caption without any real token is then the mean of its tokens, as in the host's backends, not NaN
+        return torch_attention(q, k, v, heads=heads, mask=None if mask is None else additive_mask(mask, q.dtype)[:, 0])
     if mask is None:
         return attend(q, k, v, heads, transformer_options=options)
     if _drops_masks(attend):

@@ -110,6 +110,8 @@ def with_note(config: Hints, note: Hints) -> Hints:
     return replace(
         config, family=note.family, family_reason=config.family_reason or note.family_reason, vae=config.vae or note.vae,
         variant=note.variant, noted_where=note.where, ema=note.ema,
+        compressed_blocks=config.compressed_blocks or note.compressed_blocks,
+        compression_mode=config.compression_mode or note.compression_mode,
     )  # fmt: skip
 
 

@@ -9,19 +9,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..config import get_variant
 from ..embeddings import position_table
 from ..errors import CheckpointError
 from .convert import replacing, separate
 from .detect import AUTO, Detection
 from .hints import NOTE_KEY
+from .keys import POSITION_KEY
 from .load import prepare_file
 from .notes import note_of
+from .parts import SCALED_FP8
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 # The blocks' matrices, 97 % of XL. Embeddings, modulation and the final layer are few and touch every token.
 MATRICES = re.compile(r"blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.(q_linear|kv_linear|proj)|mlp\.fc[12])\.weight")
-MARK = "scaled_fp8"  # ComfyUI's: the file has a `scale_weight` beside each fp8 weight; without elements fp8 products are allowed
 
 
 def quantize_transformer(src: str | Path, dst: str | Path, variant: str = AUTO, ema: bool = False) -> Path:
@@ -39,7 +41,8 @@ def quantize_transformer(src: str | Path, dst: str | Path, variant: str = AUTO, 
     prepared = prepare_file(src, variant, ema)
     if prepared.detection.dtype.startswith("float8"):
         raise CheckpointError(f"{src}: is in fp8 already; quantize the file in 16 or 32 bits that it was made of.")
-    tensors: dict[str, Tensor] = {MARK: torch.empty(0, dtype=FP8), "pos_embed": _positions(prepared.detection)}
+    # ComfyUI's mark: a `scale_weight` stands beside each fp8 weight. Without elements it allows products in fp8
+    tensors: dict[str, Tensor] = {SCALED_FP8: torch.empty(0, dtype=FP8), POSITION_KEY: _positions(prepared.detection)}
     for key, tensor in separate(prepared.state_dict).items():
         if MATRICES.fullmatch(key):
             tensors[key], tensors[key.replace(".weight", ".scale_weight")] = quantize_matrix(tensor)
@@ -60,5 +63,5 @@ def quantize_matrix(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _positions(detection: Detection) -> Tensor:
     """(1, N, D) of the base size, which ComfyUI's own PixArt needs to know its size; this project computes them."""
-    side = (detection.base_size or 1024) // 16
+    side = (detection.base_size or get_variant(detection.variant).base_size) // 16
     return position_table(side, side, detection.config.hidden_size, detection.config.position_range)[None]

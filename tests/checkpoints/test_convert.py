@@ -153,3 +153,12 @@ def test_a_pipeline_around_the_weights_knows_better_than_their_note(tmp_path):
     assert inspect_file(folder).variant == "sigma-512"
     (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}', encoding="utf-8")
     assert inspect_file(tmp_path / "pipeline").family == "alpha"
+
+
+def test_noted_compression_holds_beside_a_config_too(tmp_path):
+    """A mode without weights, in a folder whose config.json has no place for it."""
+    source = write("safetensors", tmp_path, *tiny_weights())
+    folder = convert_file(source, tmp_path / "folder", "diffusers")
+    convert_file(source, folder / "diffusion_pytorch_model.safetensors", "original", kv_compression="uniform:2:0-1")
+    found = inspect_file(folder)
+    assert found.config.compressed_blocks == ((0, 2), (1, 2)) and found.config.compression_mode == "uniform"

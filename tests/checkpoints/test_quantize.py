@@ -33,6 +33,14 @@ def test_every_format_is_quantized_to_the_same(tmp_path, kind):
     assert after == {}
 
 
+@pytest.mark.parametrize(("variant", "side"), [("alpha-512", 32), ("alpha-256", 16), ("sigma-2k", 128), ("auto", 64)])
+def test_positions_are_of_the_models_size(tmp_path, variant, side):
+    """By which ComfyUI's own loader knows it."""
+    source = write("safetensors", tmp_path, *tiny_weights(null_rows=None))
+    written = quantize_transformer(source, tmp_path / "out.safetensors", variant)
+    assert load_file(written)["pos_embed"].shape[1] == side**2
+
+
 def test_a_matrix_of_zeros_stays_one():
     found, scale = quantize_matrix(torch.zeros(3, 4))
     assert not found.float().any() and scale > 0 and bool(torch.isfinite(scale))

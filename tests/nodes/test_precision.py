@@ -87,6 +87,10 @@ def test_on_a_cpu_torchs_kernel_attends_unless_the_host_is_told_otherwise(monkey
     mask = torch.arange(5)[None] < torch.tensor([[5], [2]])
     found = attention.host_attention(q, k, v, heads=4, mask=mask)
     assert seen == [(2, 9, 32)]
+    nothing = torch.zeros(2, 5, dtype=torch.bool)  # a caption without a real token
+    expected = attention.host.attention_sub_quad(q, k, v, 4, mask=attention.additive_mask(nothing, q.dtype))
+    assert difference(attention.host_attention(q, k, v, heads=4, mask=nothing), expected) < 1e-6
+    del seen[1:]
     override = {"optimized_attention_override": lambda function, *given, **options: function(*given, **options) * 2}
     assert difference(attention.host_attention(q, k, v, heads=4, mask=mask, options=override), 2 * found) < 1e-6 and len(seen) == 1
     monkeypatch.setattr(comfy.cli_args.args, "use_quad_cross_attention", True)
