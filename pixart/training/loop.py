@@ -76,7 +76,7 @@ class Loop:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(mixed_precision=recipe.precision.replace("fp32", "no"), cpu=not torch.cuda.is_available())
         self._check_batches()
         torch.manual_seed(recipe.seed)
         self.source = recipe.source.make(recipe)
@@ -168,7 +168,7 @@ class Loop:
         if self._skipped > MAX_SKIPPED:
             raise UnsupportedError(
                 f"{self._skipped} steps in a row before step {self.step} had gradients that are not finite. The weights "
-                'from before them are kept; lower the learning rate, or train with precision "no" (fp32).'
+                'from before them are kept; lower the learning rate, or train with precision fp32.'
             )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
