@@ -98,20 +98,18 @@ class Part:
         return self._assemble(settings, shape, size, entries[mine], captions, weights, mine, noise)
 
     def validation(self, settings: Settings, stage: Stage, rows: range) -> list[Batch]:
-        """By bin, in the order of names; each with its first caption and the mean of its latent."""
-        shape, batches, count = _shape(stage, settings), [], stage.batch_size
+        """Held-out pictures in the order of names, those of one bin together; each with its first caption and the latent's mean."""
+        shape = _shape(stage, settings)
+        held = [pair for pair in zip(self.album.entries, self.album.bins[shape]) if pair[0].mark in self.held_out]
         bins: dict[tuple[int, int], list[Entry]] = {}
-        for entry, size in zip(self.album.entries, self.album.bins[shape]):
-            if entry.mark in self.held_out:
-                bins.setdefault(size, []).append(entry)
-        for size, entries in sorted(bins.items()):
-            for start in range(0, len(entries), count):
-                part = entries[start : start + count]
-                weights = [1.0] * len(part) + [0.0] * (count - len(part))
-                part = [part[row % len(part)] for row in range(count)]
-                mine = slice(rows.start, rows.stop)
-                captions = [entry.captions[0] for entry in part[mine]]
-                batches.append(self._assemble(settings, shape, size, part[mine], captions, weights, mine, None))
+        for entry, size in (held[row] for row in rows if row < len(held)):
+            bins.setdefault(size, []).append(entry)
+        batches = []
+        for size, entries in bins.items():
+            for start in range(0, len(entries), stage.batch_size):
+                part = entries[start : start + stage.batch_size]
+                captions = [entry.captions[0] for entry in part]
+                batches.append(self._assemble(settings, shape, size, part, captions, [1.0] * len(part), slice(None), None))
         return batches
 
     def _assemble(
