@@ -1,9 +1,9 @@
 """Pictures and captions from files in any common layout; their features are computed once and kept."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..data.marks import mark_of
 from ..data.order import Plan
 from ..data.places import read_place
 from ..data.report import describe
-from ..data.spread import is_first
+from ..data.spread import is_first, spread
 from ..draws import Draws
 from ..recipe import Recipe, Stage
 
@@ -67,9 +67,9 @@ class Part:
         """Pictures by bin, what is wrong with which, and what there is to compute."""
         return list(describe(self.album, [entry for entry in self.album.entries if entry.mark in self.held_out]))
 
-    def prepare(self, prompts: Sequence[str], accelerator: Accelerator) -> None:
-        """Fills the cache; raises DataError for too many broken pictures."""
-        self.album.compute([*prompts, ""], accelerator.device)
+    def prepare(self, prompts: Sequence[str], accelerator: Accelerator, over: Callable[..., list[Any]] = spread) -> None:
+        """Fills the cache; raises DataError for too many broken pictures. over: of `Album.compute`."""
+        self.album.compute([*prompts, ""], accelerator.device, over)
         if is_first():
             self.album.memory.save()
         accelerator.wait_for_everyone()
