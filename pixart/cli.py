@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | train | score`."""
+"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | extract | train | score`."""
 from __future__ import annotations
 
 import argparse
@@ -16,6 +16,7 @@ from .errors import InputError, PixArtError
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
 from .training.commands import add_training_commands
+from .training.data.commands import add_data_commands
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
@@ -73,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
+    add_data_commands(commands)
     add_training_commands(commands)
     return parser
 

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PLACES = {"data": "source.data", "transformer": "initialize", "text_encoder": "source.text_encoder", "vae": "source.vae", "output": "output"}
+PLACES = {  # fields of a recipe that have a flag of their own
+    "data": "source.data", "transformer": "initialize", "text_encoder": "source.text_encoder", "vae": "source.vae", "output": "output",
+}  # fmt: skip
 TRAIN = """Trains by a recipe (configs/train/*.json), going on from where it stopped.
 
 A recipe leaves to the command line what is yours: pictures, weights, output. Everything else can be changed by --set.
@@ -18,7 +20,8 @@ SCORE = """Scores pictures: FID beside a folder of real ones (--reference), CLIP
 def add_training_commands(commands: Any) -> None:
     """Adds them to a parser's subcommands."""
     raw = argparse.RawDescriptionHelpFormatter
-    train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped", description=TRAIN, formatter_class=raw)
+    says = "train a model by a recipe, going on from where it stopped"
+    train = commands.add_parser("train", help=says, description=TRAIN, formatter_class=raw)
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
     train.add_argument("--data", help="pictures with captions: a folder, data_info.json's folder, a datasets folder, parquet, tar shards")
     train.add_argument("--transformer", help="weights to begin from: a file or folder, in any format that loads")
