@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | train`."""
+"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | extract | train`."""
 from __future__ import annotations
 
 import argparse
@@ -15,6 +15,7 @@ from .device import check_device
 from .errors import InputError, PixArtError
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
+from .training.data.commands import add_data_commands
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
@@ -72,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
+    add_data_commands(commands)
     train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
     train.add_argument(
