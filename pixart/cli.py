@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | train`."""
+"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | train`."""
 from __future__ import annotations
 
 import argparse
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .app.command import add_app_command
 from .config import variant_names
 from .device import check_device
 from .errors import InputError, PixArtError
@@ -72,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_reading_options(convert)
     convert.set_defaults(run=_convert)
 
+    add_app_command(commands, _parts, demo_loras=DEMO_WEIGHTS / "loras", dtypes=DTYPES)
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
     train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
