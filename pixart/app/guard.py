@@ -7,7 +7,6 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -65,7 +64,7 @@ class Guard:
         reads = method in ("GET", "HEAD")
         if not (reads and READ.fullmatch(path)) and not (method == "POST" and WRITE.fullmatch(path)):
             return 404, '{"error": "not found"}'
-        if path.startswith(FILE) and not self.holds(unquote(path.removeprefix(FILE))):
+        if path.startswith(FILE) and not self.holds(path.removeprefix(FILE)):
             return 403, '{"error": "not allowed"}'
         return None
 

@@ -27,6 +27,11 @@ CSS = """
 .pixart-failed { color: #b42318; font-weight: 600 } .dark .pixart-failed { color: #fda29b }
 .pixart-note { opacity: .85; margin: .3em 0; overflow-wrap: anywhere }
 .pixart-preview { max-width: 100%; height: auto; margin-top: .5em; border-radius: 6px }
+#pixart-gallery .grid-wrap { max-height: none; height: auto }
+@media (min-width: 800px) {
+  #pixart-grid { display: grid; grid-template: "wish drawn" auto "settings drawn" 1fr / 1fr 1fr; align-items: start }
+  #pixart-wish { grid-area: wish } #pixart-drawn { grid-area: drawn } #pixart-settings { grid-area: settings }
+}
 #pixart-status progress { width: 100%; height: 1em }
 .gradio-container button:focus-visible, .gradio-container textarea:focus-visible, .gradio-container input:focus-visible
 { outline: 3px solid #2970ff !important; outline-offset: 1px }
@@ -54,35 +59,39 @@ class _Page:
         offer = line.model.offer
         with gr.Blocks(title="PixArt", analytics_enabled=False, delete_cache=(3600, 86400)) as self.blocks:
             gr.Markdown(f"# PixArt\n{offer.title}")
-            with gr.Row():
-                with gr.Column(min_width=300):
-                    self.form = self._build_form(offer)
-                with gr.Column(min_width=300):
+            with gr.Column(elem_id="pixart-grid"):
+                with gr.Column(elem_id="pixart-wish"):
+                    self.form = self._build_wish()
+                with gr.Column(elem_id="pixart-drawn"):
                     self.status = gr.HTML(message(HELLO), elem_id="pixart-status")
                     self.gallery = gr.Gallery(
                         label="Pictures", columns=2, object_fit="contain", height="auto", interactive=False,
                         buttons=["download", "fullscreen"], elem_id="pixart-gallery",
                     )  # fmt: skip
                     self.files = gr.File(label="Download, settings inside", file_count="multiple", interactive=False, visible=False)
+                with gr.Column(elem_id="pixart-settings"):
+                    self.form |= self._build_settings(offer)
             self.drawn = gr.State([])  # paths of this visitor's pictures, the newest first
             self._join()
 
-    def _build_form(self, offer: Offer) -> dict[str, gr.components.Component]:
-        sampler = SAMPLERS[offer.samplers[0]]
-        form: dict[str, Any] = {
-            "prompt": gr.Textbox(
-                label="Prompt", placeholder="a red circle above a blue square", lines=1, max_lines=6, autofocus=True,
-                elem_id="pixart-prompt",
-            ),
-        }  # fmt: skip
+    def _build_wish(self) -> dict[str, gr.components.Component]:
+        prompt = gr.Textbox(
+            label="Prompt", placeholder="a red circle above a blue square", lines=1, max_lines=6, autofocus=True, elem_id="pixart-prompt"
+        )
         with gr.Row():
             self.draw = gr.Button("Draw", variant="primary", min_width=120, elem_id="pixart-draw")
             self.cancel = gr.Button("Cancel", variant="stop", min_width=120, elem_id="pixart-cancel")
-        form["style"] = gr.Dropdown([*STYLES], value=NO_STYLE, label="Style")
+        return {"prompt": prompt}
+
+    def _build_settings(self, offer: Offer) -> dict[str, gr.components.Component]:
+        sampler = SAMPLERS[offer.samplers[0]]
+        form: dict[str, Any] = {"style": gr.Dropdown([*STYLES], value=NO_STYLE, label="Style")}
         form["negative"] = gr.Textbox(label="Negative prompt", info="What the picture should not show", lines=1, max_lines=4)
         form |= self._build_size(offer)
         with gr.Row():
-            form["seed"] = gr.Number(_new_seed, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=140)
+            form["seed"] = gr.Number(
+                _new_seed, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=160, elem_id="pixart-seed"
+            )  # fmt: skip
             self.reseed = gr.Button("New seed", min_width=120, elem_id="pixart-reseed")
             form["pictures"] = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Pictures", min_width=140)
         with gr.Accordion("Sampling", open=False):
@@ -109,7 +118,7 @@ class _Page:
         with gr.Row():
             size = gr.Dropdown([*map(_size_text, offer.sizes)], value=start, label="Size (trained)", min_width=140)
             self.wished = [
-                gr.Number(label=f"Wished {side}", precision=0, minimum=1, maximum=LIMITS[side][1], min_width=100)
+                gr.Number(offer.base_size, label=f"Wished {side}", precision=0, minimum=1, maximum=LIMITS[side][1], min_width=100)
                 for side in ("width", "height")
             ]
         return {"size": size}

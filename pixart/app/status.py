@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..preview import LatentPreview
-from .line import CANCELLED, DRAWN, FAILED, Job
+from .line import CANCELLED, FAILED, Job
 
 PREVIEW_SIDE = 384  # pixels on the page, of the longer side
 
@@ -45,8 +45,7 @@ def _ending(job: Job) -> str:
         return message(job.error, "failed")
     if job.outcome == CANCELLED:
         return message(f"Cancelled. {drawn} of {job.settings.pictures} drawn." if count else "Cancelled.", "done")
-    assert_drawn = job.outcome == DRAWN
-    return message(f"Done: {drawn}." if assert_drawn else "", "done")
+    return message(f"Done: {drawn}.", "done")
 
 
 def _preview(pictures: Tensor) -> str:
