@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,8 +101,13 @@ def warning(folder: Path, address: Address) -> str:
 
 
 def _until_interrupted() -> None:
-    import threading
+    """Returns by KeyboardInterrupt: Ctrl-C, or the signal by which systems end a service."""
 
+    def end(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
     threading.Event().wait()
 
 

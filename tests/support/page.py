@@ -16,7 +16,7 @@ from typing import NamedTuple
 from demo.launch.host import free_port
 from tests.support.demo import ROOT
 
-PATIENCE = 180  # seconds for the start; torch and Gradio are slow to import on a busy machine
+PATIENCE = 400  # seconds for the start; torch and Gradio are slow to import on a busy machine
 
 
 class Server(NamedTuple):
