@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | train`."""
+"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | extract | train`."""
 from __future__ import annotations
 
 import argparse
@@ -16,6 +16,7 @@ from .device import check_device
 from .errors import InputError, PixArtError
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
+from .training.data.commands import add_data_commands
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
@@ -75,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_app_command(commands, _parts, demo_loras=DEMO_WEIGHTS / "loras", dtypes=DTYPES)
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
+    add_data_commands(commands)
     train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
     train.add_argument(
