@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
+from tests.support.card import PRETEND
+
 FOLDER = Path(__file__).parent
-HELPERS = ("__init__", "__main__", "report", "peers", "timing", "plots", "rate", "text_report", "xxl", "graph_report")
+HELPERS = ("__init__", "__main__", "report", "peers", "timing", "plots", "rate", "text_report", "xxl", "graph_report", "card_report")
 
 
 def main(arguments: list[str]) -> int:
@@ -15,6 +18,8 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in names:
         sys.stderr.write(f"usage: python -m benchmarks {{{','.join(names)}}} [options]; -h after a name lists its options\n")
         return 2
+    if os.environ.get(PRETEND):
+        importlib.import_module("tests.support.card.machine").install()
     importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
     return 0
 
