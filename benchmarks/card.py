@@ -44,9 +44,10 @@ class Stage:
     options: str
     small: str
 
-    def arguments(self, dry_run: bool) -> list[str]:
-        """Of `python -m benchmarks`; what is given twice counts as given last."""
-        return [*self.options.split(), *(self.small.split() if dry_run else ())]
+    def arguments(self, dry_run: bool, work: Path) -> list[str]:
+        """Of `python -m benchmarks`; what is given twice counts as given last. work: a folder of files that stages share."""
+        options = [*self.options.split(), *(self.small.split() if dry_run else ())]
+        return [option.replace("WORK", str(work)) for option in options]
 
 
 TINY = "--px 64 --blocks 1 --rounds 1"
@@ -69,7 +70,7 @@ STAGES = (  # the most wanted first: what is late may find no time left
     ),
     Stage(
         "t5", f"{LAYERS} layers of T5-XXL in every precision: loading, memory, seconds, cosine to fp32", 130,
-        f"text --device cuda --layers {LAYERS} --precision bf16 fp8_e4m3fn int8 nf4 --again",
+        f"text --device cuda --layers {LAYERS} --precision bf16 fp8_e4m3fn int8 nf4 --loader pixart --work WORK",
         "--layers 1 --width 256 --precision bf16 int8",
     ),
     Stage(
@@ -82,7 +83,7 @@ STAGES = (  # the most wanted first: what is late may find no time left
     ),
     Stage(
         "graph", f"peak memory of each stage of the graph at 1024 px in ComfyUI, T5 of {LAYERS} layers", 100,
-        f"graph_memory --device cuda --layers {LAYERS} --precision bf16 nf4 --again", "--layers 1 --px 64 --precision bf16",
+        f"graph_memory --device cuda --layers {LAYERS} --precision bf16 nf4 --work WORK", "--layers 1 --px 64 --precision bf16",
     ),
 )  # fmt: skip
 
@@ -120,10 +121,12 @@ def run(stages: Sequence[Stage], chosen: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {"dry_run": chosen.dry_run, "budget": chosen.budget, "seconds": 0.0, "note": chosen.note, "stages": []}
     stages = [replace(stage, limit=stage.limit * PATIENCE) for stage in stages] if chosen.dry_run else stages
     report["stages"] = [{**asdict(stage), "state": NOT_BEGUN, "results": {}, "tables": {}, "error": "", "seconds": 0.0} for stage in stages]
+    write(report, chosen.out)  # who can't write there learns it now
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="pixart-card-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pixart-card-", ignore_cleanup_errors=True) as folder:
         for stage, entry in zip(stages, report["stages"], strict=True):
-            left = chosen.budget - (time.monotonic() - started)
+            begun = time.monotonic()
+            left = chosen.budget - (begun - started)
             place = Path(folder) / stage.name
             try:
                 if left >= SHORTEST:
@@ -133,8 +136,10 @@ def run(stages: Sequence[Stage], chosen: argparse.Namespace) -> dict[str, Any]:
             except KeyboardInterrupt:
                 entry.update(state=CUT_OFF, error="stopped from outside", **collect(place))
                 raise
+            except OSError as error:  # no process, no disk: the next may be luckier
+                entry.update(state=FAILED, error=str(error), **collect(place))
             finally:
-                report["seconds"] = time.monotonic() - started
+                entry["seconds"], report["seconds"] = time.monotonic() - begun, time.monotonic() - started
                 write(report, chosen.out)
             print(f"{stage.name}: {entry['state']} after {entry['seconds']:.0f} s {entry['error']}".rstrip(), flush=True)
     return report
@@ -145,7 +150,6 @@ def run_stage(stage: Stage, limit: float, place: Path, dry_run: bool) -> dict[st
     place.mkdir(parents=True)
     pretended = dry_run and "cpu" not in stage.small  # torch.compile doesn't know the pretended card
     environment = {**os.environ, **({PRETEND: "1"} if pretended else {})}
-    started = time.monotonic()
     with open(place / "log", "wb") as log:
         process = subprocess.Popen(
             command(stage, place, dry_run), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -162,12 +166,12 @@ def run_stage(stage: Stage, limit: float, place: Path, dry_run: bool) -> dict[st
     found = collect(place)
     if state == DONE and not found["results"]:
         state, error = FAILED, "it wrote no results"
-    return {"state": state, "error": error, "seconds": time.monotonic() - started, **found}
+    return {"state": state, "error": error, **found}
 
 
 def command(stage: Stage, place: Path, dry_run: bool) -> list[str]:
     """What is started for a stage; it writes into `place`."""
-    return [sys.executable, "-m", "benchmarks", *stage.arguments(dry_run), "--out", str(place)]
+    return [sys.executable, "-m", "benchmarks", *stage.arguments(dry_run, place.parent / "work"), "--out", str(place)]
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -187,10 +191,8 @@ def collect(place: Path) -> dict[str, dict[str, Any]]:
     """The reports that lie in a stage's folder: {"results": name -> JSON, "tables": name -> Markdown}. Half-written ones are left out."""
     results: dict[str, Any] = {}
     for file in sorted(place.glob("*.json")):
-        try:
+        with contextlib.suppress(ValueError, OSError):
             results[file.stem] = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
-            continue
     tables = {name: place / f"{name}.md" for name in results}
     return {"results": results, "tables": {name: file.read_text(encoding="utf-8") for name, file in tables.items() if file.is_file()}}
 

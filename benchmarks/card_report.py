@@ -86,7 +86,7 @@ def reached(goal: Goal, report: Figures) -> tuple[str, str]:
     for found in stage["results"].values():
         try:
             value = goal.figure(found)
-        except (LookupError, StopIteration, TypeError, ValueError, ZeroDivisionError):
+        except (LookupError, StopIteration, TypeError, ZeroDivisionError):
             continue
         holds = "" if goal.holds is None else "yes" if goal.holds(value) else "no"
         return goal.shown.format(value), holds

@@ -71,16 +71,26 @@ def measure(name: str, work: Workload, chosen: argparse.Namespace, report: dict[
     for number, (height, width) in enumerate(runs):
         given = (work, height, width, TOKENS[number % len(TOKENS)], chosen.steps)
         torch._dynamo.utils.counters.clear()
-        latent, seconds = draw(fast, *given)
+        latent, seconds, peak = drawn(fast, *given)
         counters = torch._dynamo.utils.counters
-        plain, without = draw(model, *given)
+        plain, without, peak_without = drawn(model, *given)
         report["runs"].append({
             "model": name, "size": f"{width}x{height}", "tokens": given[3], "graphs": counters["stats"]["unique_graphs"],
             "breaks": sum(counters["graph_break"].values()), "first_seconds": seconds[0], "seconds": statistics.median(seconds[1:]),
             "seconds_without": statistics.median(without[1:]), "difference": float((latent - plain).norm() / plain.norm()),
+            "peak_mib": peak, "peak_mib_without": peak_without,
         })  # fmt: skip
         write(report, chosen)
         print(markdown(report), flush=True)
+
+
+def drawn(model: Any, work: Workload, *given: int) -> tuple[Tensor, list[float], float | None]:
+    """What `draw` returns, and on a card the peak of its memory in MiB, weights included."""
+    if work.device != "cuda":
+        return *draw(model, work, *given), None
+    torch.cuda.reset_peak_memory_stats()
+    latent, seconds = draw(model, work, *given)
+    return latent, seconds, torch.cuda.max_memory_allocated() / 2**20
 
 
 @torch.inference_mode()  # as the host runs its nodes
@@ -113,16 +123,16 @@ def write(report: dict[str, Any], chosen: argparse.Namespace) -> None:
 
 def markdown(report: dict[str, Any]) -> str:
     """A row for each run."""
-    lines = [
-        "| MODEL | size | tokens | new graphs | first step s | later steps s | without the node s | ratio | difference |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["MODEL", "size", "tokens", "new graphs", "first step s", "later steps s", "without the node s", "ratio", "difference"]
+    heads += ["peak MiB", "without the node MiB"] if report["device"] != "cpu" else []
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for run in report["runs"]:
         broken = f" ({run['breaks']} breaks)" if run["breaks"] else ""
         times = f"{run['first_seconds']:.2f} | {run['seconds']:.3f} | {run['seconds_without']:.3f}"
+        memory = f" {run['peak_mib']:.0f} | {run['peak_mib_without']:.0f} |" if report["device"] != "cpu" else ""
         lines.append(
             f"| {run['model']} | {run['size']} | {run['tokens']} | {run['graphs']}{broken} | {times} | "
-            f"{run['seconds'] / run['seconds_without']:.2f} | {run['difference']:.0e} |"
+            f"{run['seconds'] / run['seconds_without']:.2f} | {run['difference']:.0e} |{memory}"
         )
     facts = report["machine"]
     lines += [

@@ -29,7 +29,7 @@ PADDED = 300  # tokens that diffusers' Sigma pipeline always computes
 OURS, CORE, COMPILED, NATIVE, DIFFUSERS = "ours", "core", "compiled", "comfyui", "diffusers"
 PEERS = (NATIVE, DIFFUSERS, COMPILED)  # that may be asked for
 PAG = f"{OURS} pag"  # with perturbed-attention guidance, as PixArtPAG gives it
-PAG_BLOCK = 14  # of 28: the paper's advice for transformers is the middle
+PAG_BLOCK = 14  # of 28, as in diffusers' example
 XL_BLOCKS = 28
 
 

@@ -27,9 +27,10 @@ PixArt KV Compress makes attention cheaper by an approximation: bypass it for th
 beginning; higher ratio and more blocks are faster, and change more of the picture.
 """
 COMPILE_NOTE = """
-TorchCompileModel makes one program of all steps. The first step takes long, every later one less than without; other prompts,
-sizes and seeds use the same program. KV compression and guidance add a program each. Put all that changes the model in front of
-it. It needs a C++ compiler, and Triton on a card. Bypass it for a single picture.
+
+TorchCompileModel makes one program of all steps. The first step takes long; later ones may be faster on a card, on a CPU hardly.
+Other prompts, sizes and seeds use the same program; KV compression and guidance add one each. Put all that changes the model in
+front of it. It needs a C++ compiler, and Triton on a card. Bypass it for a single picture.
 """
 
 

@@ -15,7 +15,7 @@ from benchmarks import card, card_report, compiled, forward, pipeline
 from benchmarks.card import Stage
 from tests.support import host
 
-WRITE = "import json, sys, pathlib; place = pathlib.Path(sys.argv[-1]); place.joinpath('a.json').write_text(json.dumps({'device': 'A card'})); "
+WRITE = "import sys, pathlib; place = pathlib.Path(sys.argv[-1]); place.joinpath('a.json').write_text('{\"device\": \"A card\"}'); "
 CHILD = "import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
 SCRIPTS = {
     "good": WRITE + "place.joinpath('a.md').write_text('# Title\\n\\n| 1 |\\n')",
@@ -65,6 +65,16 @@ def test_what_finds_no_time_is_said(scripts, tmp_path: Path) -> None:
     assert report["stages"][1]["error"].endswith("of 21 s were left") and report["seconds"] < 21
 
 
+def test_a_stage_that_cannot_be_started_is_no_end(scripts, tmp_path: Path, monkeypatch) -> None:
+    real = card.command
+    monkeypatch.setattr(card, "command", lambda stage, *given: ["/no/such/program"] if stage.name == "good" else real(stage, *given))
+    report = card.run([scripts[0], scripts[5]], card.parse(["--dry-run", "--out", str(tmp_path)]))
+    assert [stage["state"] for stage in report["stages"]] == ["failed", "done"] and "/no/such/program" in report["stages"][0]["error"]
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(OSError, match="file"):
+        card.run(scripts, card.parse(["--dry-run", "--out", str(tmp_path / "file")]))
+
+
 def test_a_run_that_is_stopped_leaves_its_report(tmp_path: Path) -> None:
     """By SIGTERM, as schedulers do it; with a stage that had written something."""
     script = (
@@ -101,19 +111,22 @@ def test_the_dry_run_draws_on_the_pretended_card(tmp_path: Path) -> None:
 
 def test_without_a_card_nothing_is_measured(capsys, monkeypatch) -> None:
     monkeypatch.setattr(card.torch.cuda, "is_available", lambda: False)
-    for options, message in (([], "torch finds no CUDA card here; --dry-run"), (["--dry-run", "--budget", "5"], "expected at least 20 seconds")):
+    wrongs = (([], "torch finds no CUDA card here; --dry-run"), (["--dry-run", "--budget", "5"], "expected at least 20 seconds"))
+    for options, message in wrongs:
         with pytest.raises(SystemExit):
             card.parse(options)
         assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_the_stages_options_are_those_of_their_benchmarks(dry_run: bool) -> None:
+def test_the_stages_options_are_those_of_their_benchmarks(dry_run: bool, tmp_path: Path) -> None:
     parsers = {"forward": forward.parse, "pipeline": pipeline.parse, "compiled": compiled.parse}
     seen = {stage.name: parsers[name](options) for stage in card.STAGES if (name := stage.options.split()[0]) in parsers
-            for options in [stage.arguments(dry_run)[1:]]}  # fmt: skip
+            for options in [stage.arguments(dry_run, tmp_path)[1:]]}  # fmt: skip
     assert seen["step"].px == ([64] if dry_run else [512, 1024]) and seen["step"].device == "cuda"
     assert seen["4096"].no_plain and seen["4096"].peers == [] and seen["kv-pag"].pag
+    every = [stage.arguments(dry_run, tmp_path) for stage in card.STAGES]
+    assert {options[options.index("--work") + 1] for options in every if "--work" in options} == {str(tmp_path)}
     assert max(stage.limit for stage in card.STAGES) < card.BUDGET and card.BUDGET <= 480
 
 
@@ -131,7 +144,9 @@ def test_goals_are_read_from_what_the_stages_wrote() -> None:
     runs = [{"model": name, "graphs": graphs, "seconds": 1.0, "seconds_without": 2.0, "first_seconds": 61.2}
             for name, graphs in (("ours", 1), ("ours", 0), ("ours pag", 2), ("ours pag", 1))]  # fmt: skip
     stages = {"step": step, "lcm": None, "4096": large, "t5": text, "compiled": {"runs": runs}}
-    report = {"stages": [{"name": name, "state": "done" if found else "cut off", "results": {"x": found} if found else {}} for name, found in stages.items()]}
+    report = {"stages": [
+        {"name": name, "state": "done" if found else "cut off", "results": {"x": found} if found else {}} for name, found in stages.items()
+    ]}  # fmt: skip
     reached = {goal.name: card_report.reached(goal, report) for goal in card_report.GOALS}
     assert reached["a step at 1024 px, share of the rate of matrix products"] == ("75%", "yes")
     assert reached["diffusers' time beside ours at 1024 px"] == ("1.25 x", "no")

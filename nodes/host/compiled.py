@@ -18,8 +18,8 @@ def any_size(network: Any, model_options: dict[str, Any]) -> Iterator[None]:
     """Within it torch.compile makes graphs of `network` for pictures, prompts and batches of any size.
 
     By itself it makes one for the first size, and one for all others when it meets the second: the full-size model is
-    then compiled twice, a minute each. Without effect on a network that isn't compiled, and where the user chose
-    `dynamic`, or the backend that records kernels.
+    then compiled twice. Without effect on a network that isn't compiled, and where the user chose `dynamic`, or the
+    backend that records kernels.
     """
     settings = model_options.get(COMPILE_SETTINGS, {})
     if not is_compiled(network) or settings.get("dynamic") is not None or settings.get("backend") == RECORDS_SIZES:
