@@ -35,7 +35,7 @@ def is_compiled(network: Any) -> bool:
 
 
 def _mark_inputs(network: Any, args: Sequence[Any], given: dict[str, Any]) -> None:
-    """args: latent, timesteps; given: of HostTransformer.forward, by name."""
+    """args: latent, timesteps; given: of HostTransformer.forward, by name. All are tensors of this step or run, none of the user's."""
     latent, timesteps = args[:2]
     _mark([latent], BATCH, ROWS, COLUMNS)
     _mark([timesteps, given.get("size")], BATCH)

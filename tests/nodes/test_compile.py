@@ -51,7 +51,6 @@ def drawn(model, run, control=None, steps: int = 3) -> torch.Tensor:  # noqa: F8
 CASES = {
     "plain": (lambda model: model, False, 1),
     "compressed in the first half, the node's default": (lambda model: patch(model, end_percent=0.5), False, 2),
-    "LoRA, ControlNet": (lora, True, 1),
     "all of them": (lambda model: perturbed(patch(lora(model))), True, 2),
 }
 
