@@ -26,6 +26,12 @@ KV_NOTE = """
 PixArt KV Compress makes attention cheaper by an approximation: bypass it for the exact picture. These settings are a
 beginning; higher ratio and more blocks are faster, and change more of the picture.
 """
+COMPILE_NOTE = """
+
+TorchCompileModel makes one program of all steps. The first step takes long; later ones may be faster on a card, on a CPU hardly.
+Other prompts, sizes and seeds use the same program; KV compression and guidance add one each. Put all that changes the model in
+front of it. It needs a C++ compiler, and Triton on a card. Bypass it for a single picture.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,12 @@ def released(repository: str, file: str, vae: str, vae_repository: str) -> Weigh
 
 
 def sigma(file: str) -> Weights:
-    """A PixArt-Σ checkpoint with the SDXL autoencoder."""
+    """A PixArt-Sigma checkpoint with the SDXL autoencoder."""
     return released("PixArt-alpha/PixArt-Sigma", file, "sdxl_vae.safetensors", "stabilityai/sdxl-vae")
 
 
 def alpha(file: str) -> Weights:
-    """A PixArt-α checkpoint with the SD1 autoencoder."""
+    """A PixArt-alpha checkpoint with the SD1 autoencoder."""
     return released(
         "PixArt-alpha/PixArt-alpha", file, "vae-ft-ema-560000-ema-pruned.safetensors", "stabilityai/sd-vae-ft-ema-original"
     )
@@ -115,6 +121,10 @@ class Workflow:
             min_tokens=how.min_tokens,
         )  # fmt: skip
 
+    def compile(self, model: str, row: int) -> str:
+        """The model under torch.compile, for its sampler."""
+        return self.add("TorchCompileModel", "Compile", 1, row, model=[model, 0], backend="inductor")
+
     def loaders(self, variant: str) -> tuple[str, str, str]:
         """The model, text encoder and VAE nodes."""
         model = self.add(
@@ -131,7 +141,7 @@ class Workflow:
     def sample(
         self, title: str, model: str, positive: str, negative: str, latent: list[Any], row: int = 0, column: int = 2, **other: Any
     ) -> str:
-        """A KSampler with the defaults of PixArt-Σ: DPM-Solver++ 2M, 20 steps, guidance 4.5."""
+        """A KSampler with the defaults of PixArt-Sigma: DPM-Solver++ 2M, 20 steps, guidance 4.5."""
         settings = {"seed": 0, "steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform"} | other
         settings.setdefault("denoise", 1.0)
         return self.add(
@@ -150,15 +160,17 @@ class Workflow:
 
 def text_to_image(
     weights: Weights, variant: str, base: int, tokens: int, prompt: str, prefix: str, note: str = "", tiled: bool = False,
-    compress: Sequence[KVCompression] = (),
+    compress: Sequence[KVCompression] = (), compiled: bool = False,
 ) -> Workflow:  # fmt: skip
     """Prompt to picture."""
-    flow = Workflow(weights, (note or weights.note()) + (KV_NOTE if compress else ""))
+    flow = Workflow(weights, (note or weights.note()) + (KV_NOTE if compress else "") + (COMPILE_NOTE if compiled else ""))
     model, t5, vae = flow.loaders(variant)
     positive = flow.text("Prompt", t5, prompt, tokens, 0)
     negative = flow.text("Negative prompt", t5, "", tokens, 1)
     size = flow.add("PixArtResolution", "Size", 1, 2, base=str(base), width=base, height=base, batch_size=1)
     for row, how in enumerate(compress, start=3):
         model = flow.compress(model, row, how)
+    if compiled:
+        model = flow.compile(model, 3 + len(compress))
     flow.decode(flow.sample("Sampler", model, positive, negative, [size, 0]), vae, prefix, tiled=tiled)
     return flow
