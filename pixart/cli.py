@@ -14,6 +14,7 @@ from .app.command import add_app_command
 from .config import variant_names
 from .device import check_device
 from .errors import InputError, PixArtError
+from .schedules import SCHEDULES
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
 from .training.commands import add_training_commands
@@ -96,6 +97,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, help="diffusers folder or .safetensors")
     _add_reading_options(parser)
     parser.add_argument("--sampler", choices=SAMPLER_NAMES, default=SAMPLER_NAMES[0], help="lcm and one-step are for models distilled so")
+    parser.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="optimized: for 4 to 16 steps of dpm++")
     parser.add_argument("--steps", type=int, help="default: what the sampler is made for, 20 for dpm++")
     parser.add_argument("--cfg", type=float, help="guidance scale; 1 turns guidance off (default: the sampler's, 4.5 for dpm++)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's base size)")
@@ -134,6 +136,7 @@ def _generate(given: argparse.Namespace) -> None:
         given.prompt,
         given.negative,
         sampler=sampler,
+        schedule=given.schedule,
         steps=sampler.steps if given.steps is None else given.steps,
         guidance=sampler.guidance if given.cfg is None else given.cfg,
         width=given.width,

@@ -132,7 +132,7 @@ def test_train_calls_the_loop(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "train", lambda *given, **options: calls.append((given, options)) or "model.safetensors")
     assert cli.main(["train", "recipe.json", "--set", "seed=1", "--output", "o.safetensors", "--overwrite", "--stop-after", "5"]) == 0
     assert calls == [
-        ((Path("recipe.json"), ["seed=1", "output=o.safetensors"]), {"overwrite": True, "accept_changes": False, "stop_after": 5.0})
+        ((Path("recipe.json"), ["seed=1", 'output="o.safetensors"']), {"overwrite": True, "accept_changes": False, "stop_after": 5.0})
     ]
 
 
