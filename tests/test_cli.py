@@ -138,7 +138,7 @@ def test_train_calls_the_loop(tmp_path, capsys, monkeypatch):
 
 def test_train_without_accelerate_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    for name in [name for name in sys.modules if name.startswith("pixart.training.loop")]:
+    for name in [name for name in sys.modules if name.startswith("pixart.training")]:
         monkeypatch.delitem(sys.modules, name)
     assert cli.main(["train", "recipe.json"]) == 2
     said = capsys.readouterr().err
