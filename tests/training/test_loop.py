@@ -74,7 +74,7 @@ def test_written_weights_are_the_averaged_ones(recipe_path):
     loop = Loop(load_recipe(recipe_path(steps=4)))
     loop.run()
     written = load_transformer(loop.recipe.output, dtype=torch.float32).state_dict()
-    averaged = loop.average.values["blocks.0.attn.qkv.weight"]
+    averaged = loop.average.values["blocks.0.attn.qkv.weight"].clone()
     torch.testing.assert_close(written["blocks.0.attn.qkv.weight"], averaged, atol=1e-3, rtol=1e-3)
     assert not torch.equal(averaged, loop.network.state_dict()["blocks.0.attn.qkv.weight"])
     with loop.average.applied():
@@ -140,11 +140,6 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(recipe_path):
     named = {name: value for name, value in loop.network.named_parameters() if value.requires_grad}
     assert id(named["blocks.1.attn.qkv.weight"]) in muon and id(named["blocks.1.scale_shift_table"]) in adam
     assert not muon & adam and len(muon) + len(adam) == len(named)
-
-
-def test_unknown_optimizer_is_refused(recipe_path):
-    with pytest.raises(ConfigError, match="sgd.*adamw"):
-        Loop(load_recipe(recipe_path(optimizer="sgd")))
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_many_are_an_error(recipe_path):
