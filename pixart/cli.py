@@ -16,11 +16,8 @@ from .errors import InputError, PixArtError
 from .merge_command import add_merge_command
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
-<<<<<<< HEAD
 from .training.commands import add_training_commands
-=======
 from .training.data.commands import add_data_commands
->>>>>>> 0537688
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
@@ -79,22 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_merge_command(commands)
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
-<<<<<<< HEAD
     add_training_commands(commands)
-=======
     add_data_commands(commands)
-    train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
-    train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
-        help="change one field of the recipe, e.g. seed=1 or stages.0.steps=500; may be repeated",
-    )  # fmt: skip
-    train.add_argument("--output", type=Path, help="where the weights go, instead of the recipe's output")
-    train.add_argument("--overwrite", action="store_true", help="begin anew, over a former run and its output")
-    train.add_argument("--accept-changes", action="store_true", help="go on although the recipe has changed since")
-    train.add_argument("--stop-after", type=float, metavar="SECONDS", help="save and stop after this long")
-    train.set_defaults(run=_train)
->>>>>>> 0537688
     return parser
 
 
