@@ -16,6 +16,7 @@ from .average import Average
 from .base import file_mark
 from .batch import Batch, drop_captions
 from .blocks import wrap_blocks
+from .contents import check_contents, contents_mark, keep_contents
 from .draws import Draws, share
 from .dry_run import describe_run
 from .optimizer_state import optimizer_tensors, optimizer_values, prepare_optimizers
@@ -56,8 +57,10 @@ def train(
     loop = Loop(recipe)
     if state is not None:
         loop.resume(state, accept_changes)
-    elif loop.accelerator.is_main_process:
-        clear_run(run_dir)
+    if loop.accelerator.is_main_process:
+        if state is None:
+            clear_run(run_dir)
+        keep_contents(run_dir, loop.contents)
     loop.accelerator.wait_for_everyone()
     with stopped_by_signals(loop.ask_to_stop):
         loop.run(stop_after)
@@ -92,6 +95,7 @@ class Loop:
         self.objective = recipe.objective.make()
         prompts = (*recipe.samples.prompts, recipe.samples.negative) if recipe.samples else ()
         self.source.prepare(prompts, self.accelerator)  # before the network is in memory: the text encoder and the VAE are large
+        self.contents = self.source.contents()
         self.network = self.method.build(self.source, self.device)
         self._build()
         self.scaler = make_scaler(recipe.precision, self.device)
@@ -202,8 +206,10 @@ class Loop:
             return batch
         keep = recipe.dropped_mask == "caption"
         null = self.method.null_rows(self.network) if keep else self.source.null_context
-        if null is None:
+        if null is None and keep:
             raise ConfigError("These weights bring no null caption (y_embedding); choose dropped_mask 'empty'.")
+        if null is None:
+            raise ConfigError("No text encoder was given, which makes the empty caption; give --text-encoder, or set caption_dropout to 0.")
         return drop_captions(batch, null, recipe.caption_dropout, keep, draws)
 
     def _clip(self) -> Tensor:
@@ -240,7 +246,8 @@ class Loop:
         """Writes the state to go on from, then the averaged weights; each appears whole."""
         recipe, main = self.recipe, self.accelerator.is_main_process
         info = {
-            "recipe": recipe.to_dict(), "base": file_mark(recipe.initialize), "skipped": self._skipped,
+            "recipe": recipe.to_dict(), "base": file_mark(recipe.initialize), "contents": contents_mark(self.contents),
+            "skipped": self._skipped,
             "optimizers": optimizer_values(self.optimizers, self.names), "scaler": self.scaler.state_dict(),
         }  # fmt: skip
         write_state(Path(recipe.run_dir), self.step, self._tensors(), info)
@@ -255,6 +262,7 @@ class Loop:
         info = read_info(folder)
         if not accept_changes:
             now = {**self.recipe.to_dict(), "content of initialize": file_mark(self.recipe.initialize)}
+            check_contents(Path(self.recipe.run_dir), info.get("contents"), self.contents)
             check_same(folder, {**info["recipe"], "content of initialize": info.get("base")}, now)
             self._skipped = int(info.get("skipped", 0))
         prepare_optimizers(self.optimizers, self.names, stored_tensors(folder), info.get("optimizers", {}))
