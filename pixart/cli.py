@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | extract | train | score`."""
+"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | merge | extract | train | score`."""
 from __future__ import annotations
 
 import argparse
@@ -14,6 +14,7 @@ from .app.command import add_app_command
 from .config import variant_names
 from .device import check_device
 from .errors import InputError, PixArtError
+from .merge_command import add_merge_command
 from .schedules import SCHEDULES
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
@@ -76,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_reading_options(convert)
     convert.set_defaults(run=_convert)
 
+    add_merge_command(commands)
     add_app_command(commands, _parts, demo_loras=DEMO_WEIGHTS / "loras", dtypes=DTYPES)
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
     add_data_commands(commands)
