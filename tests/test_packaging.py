@@ -13,10 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = [ROOT / "quickstart.py", *sorted((ROOT / "demo/launch").glob("*.py"))]
 NEEDS_TORCH = {"standalone.py"}
-IMPORTED_AS = {"PIL": "pillow", "bs4": "beautifulsoup4"}
-BROUGHT_BY = {"numpy": "diffusers", "tokenizers": "transformers", "psutil": "accelerate", "starlette": "gradio"}  # packages that one of ours depends on
 IMPORTED_AS = {"PIL": "pillow", "bs4": "beautifulsoup4", "skimage": "scikit-image", "sklearn": "scikit-learn"}
-BROUGHT_BY = {"numpy": "diffusers", "tokenizers": "transformers"}  # packages that one of ours depends on
+BROUGHT_BY = {"numpy": "diffusers", "tokenizers": "transformers", "psutil": "accelerate", "starlette": "gradio"}  # packages that one of ours depends on
 FORBIDDEN = {("pickle", "load"), ("pickle", "loads"), ("pickle", "Unpickler"), ("os", "system")}
 
 

@@ -111,8 +111,10 @@ def test_uploads_stay_in_the_output_folder(server: Server) -> None:
     assert status == 200
     written = Path(json.loads(content)[0])
     assert written.resolve().is_relative_to(server.output) and not (server.output.parent / "up.html").exists()
-    _, _, headers = ask(server, f"{FILE}{written}")
-    assert headers["content-disposition"].startswith("attachment") and "html" not in headers["content-type"]
+    assert ask(server, f"{FILE}{written}")[0] == 403  # it would run its script as if it were ours
+    written.rename(written.with_suffix(".PNG"))
+    _, _, headers = ask(server, f"{FILE}{written.with_suffix('.PNG')}")
+    assert headers["content-type"] == "image/png" and headers["x-content-type-options"] == "nosniff"
 
 
 def test_the_folder_itself_may_be_reached_through_a_link(tmp_path: Path) -> None:
