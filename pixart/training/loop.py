@@ -19,7 +19,6 @@ from .blocks import wrap_blocks
 from .contents import check_contents, contents_mark, keep_contents
 from .draws import Draws, share
 from .dry_run import describe_run
-from .linear import cast_weights_anew
 from .optimizer_state import optimizer_tensors, optimizer_values, prepare_optimizers
 from .optimizers import make_optimizers
 from .precision import autocast, make_scaler
@@ -109,8 +108,6 @@ class Loop:
         recipe, blocks = self.recipe, list(self.method.blocks(self.network))
         wrap_blocks(blocks, compiled=recipe.compile_blocks, checkpointed=recipe.checkpoint_blocks)
         model = self.objective.wrap(self.network, self.source).to(self.device)
-        if recipe.precision != "fp32" and not (recipe.compile_blocks or recipe.checkpoint_blocks or recipe.shard):
-            cast_weights_anew(model)  # with the others no copy outlives its block
         if recipe.shard:
             shard_model(model, blocks, self.device)
         self.model = model if recipe.shard else self.accelerator.prepare(model)

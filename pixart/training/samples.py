@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ..config import get_variant
-from ..sampling import initial_noise, make_scheduler
+from ..sampling import initial_noise, make_scheduler, sources_of
 from .batch import Batch, Source
 from .buckets import bucket_sizes
 from .draws import Draws
@@ -54,7 +54,7 @@ class Sampler:
         height, width = shown.size
         scheduler = make_scheduler()
         scheduler.set_timesteps(self.samples.steps)
-        latent = initial_noise((1, self.channels, height // 8, width // 8), seed).to(device) * scheduler.init_noise_sigma
+        latent = initial_noise((1, self.channels, height // 8, width // 8), sources_of(seed, 1)).to(device) * scheduler.init_noise_sigma
         hint = None if shown.hint is None else shown.hint.expand(2, -1, -1, -1)
         sides = torch.tensor([[height, width]], dtype=torch.float32).expand(2, 2)
         batch = Batch(latent.expand(2, -1, -1, -1), shown.context, shown.mask, sides, torch.ones(2), 2.0, hint=hint).to(device)
