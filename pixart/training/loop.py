@@ -210,10 +210,7 @@ class Loop:
         keep = recipe.dropped_mask == "caption"
         null = self.method.null_rows(self.network) if keep else self.source.null_context
         if null is None and keep:
-            raise ConfigError(
-                "These weights bring no null caption (y_embedding); choose dropped_mask 'empty'." if keep else
-                "Without a text encoder there is no empty caption; give --text-encoder, or choose dropped_mask 'caption' or caption_dropout 0."
-            )
+            raise ConfigError("These weights bring no null caption (y_embedding); choose dropped_mask 'empty'.")
         if null is None:
             raise ConfigError("No text encoder was given, which makes the empty caption; give --text-encoder, or set caption_dropout to 0.")
         return drop_captions(batch, null, recipe.caption_dropout, keep, draws)
