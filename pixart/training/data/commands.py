@@ -22,6 +22,7 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     extract.add_argument("recipe", type=Path, help="the recipe that will be trained; its sizes and settings hold")
     add_places(extract)
+    extract.add_argument("--output", metavar="FILE", help="of the training; without --cache, features lie in cache beside its run")
     extract.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help="change one field of the recipe")
     extract.add_argument("--dry-run", action="store_true", help="say what would be computed, and stop")
     extract.set_defaults(run=_extract)
@@ -34,7 +35,8 @@ def add_places(parser: argparse.ArgumentParser) -> None:
 
 
 def _extract(given: argparse.Namespace) -> None:
-    changes = [*given.changes, *place_changes(given)]
+    output = [f"output={json.dumps(given.output)}"] if given.output else []
+    changes = [*given.changes, *place_changes(given), *output]
     if given.dry_run:
         from ..recipe import load_recipe
 
