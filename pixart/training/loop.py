@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedError
 from .average import Average
 from .batch import Batch, drop_captions
+from .companions import Companions
 from .draws import Draws, share
 from .optimizers import make_optimizers
 from .recipe import Recipe, load_recipe
@@ -83,13 +84,15 @@ class Loop:
         self.method = recipe.method.make(recipe)
         self.objective = recipe.objective.make()
         self.network = self.method.build(self.source, self.accelerator.device)
-        if recipe.compile_blocks:  # one graph serves every block and size; over twice as fast on a CPU
-            for block in self.method.blocks(self.network):
-                block.compile(dynamic=True)
         model = self.objective.wrap(self.network, self.source).to(self.accelerator.device)
+        if recipe.compile_blocks:  # one graph serves every block and size; over twice as fast on a CPU
+            for network in (self.network, *self.objective.companions().values()):
+                for block in self.method.blocks(network):
+                    block.compile(dynamic=True)
         optimizers = make_optimizers(model, self.method.blocks(self.network), recipe)
         self.model, *self.optimizers = self.accelerator.prepare(model, *optimizers)
         self.average = Average(self.network, recipe.ema_decay)
+        self.companions = Companions(self.objective, self.method, recipe, self.accelerator)
         self.step = 0
         self._skipped = 0
         self._stop_asked = False
@@ -138,15 +141,16 @@ class Loop:
         torch.manual_seed(int(draws.of_row(rows.start, "modules").integers(2**63)))  # for what draws by itself, such as dropout
         batch = self.source.batch(self.recipe.part_at("source", number).settings, stage, draws).to(device)
         batch = self._with_dropped(batch, draws)
-        settings = self.recipe.part_at("objective", number).settings
+        settings, conditions = self.recipe.part_at("objective", number).settings, self.method.conditions(self.network, batch)
+        beside, sound = self.companions.train(settings, conditions, batch, draws, self.recipe.learning_rate(self.step))
         with self.accelerator.autocast():
-            losses = self.objective.losses(settings, self.model, self.method.conditions(self.network, batch), batch, draws)
+            losses = self.objective.losses(settings, self.model, conditions, batch, draws)
         means = {name: self._mean(loss, batch) for name, loss in losses.items()}
         self.accelerator.backward(sum(means.values()))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        self._update(bool(torch.isfinite(norm)))
+        self._update(sound and bool(torch.isfinite(norm)))
         shown = self.accelerator.reduce(torch.stack([loss.detach() for loss in means.values()]), reduction="mean")
-        return {**dict(zip(means, shown.tolist(), strict=True)), "grad_norm": float(norm)}
+        return {**beside, **dict(zip(means, shown.tolist(), strict=True)), "grad_norm": float(norm)}
 
     def _with_dropped(self, batch: Batch, draws: Draws) -> Batch:
         recipe = self.recipe
@@ -194,7 +198,7 @@ class Loop:
         info = {"recipe": self.recipe.to_dict(), "base": _file_mark(self.recipe.initialize), "skipped": self._skipped}
         write_state(Path(self.recipe.run_dir), self.step, self._tensors(), info)
         if self.accelerator.is_main_process:
-            metadata = {"step": str(self.step), "license": "Apache-2.0"}
+            metadata = {"step": str(self.step), "license": "Apache-2.0", **self.objective.metadata()}
             self.method.write(self.network, self.average.values, Path(self.recipe.output), metadata)
 
     def resume(self, folder: Path, accept_changes: bool = False) -> None:
@@ -204,6 +208,7 @@ class Loop:
             now = {**self.recipe.to_dict(), "content of initialize": _file_mark(self.recipe.initialize)}
             check_same(folder, {**info["recipe"], "content of initialize": info.get("base")}, now)
         prepare_optimizers(self._bare_optimizers, self._names, stored_shapes(folder))
+        self.companions.prepare(stored_shapes(folder))
         read_tensors(folder, self._tensors())
         self.step = info["step"]
 
@@ -212,7 +217,8 @@ class Loop:
         trained = {f"network.{name}": value.detach() for name, value in self._bare_model.named_parameters() if value.requires_grad}
         average = {f"average.{name}": value for name, value in self.average.values.items()}
         own = {f"objective.{name}": value for name, value in self.objective.state().items()}
-        return {**trained, **average, **own, **optimizer_tensors(self._bare_optimizers, self._names)}
+        optimizers = optimizer_tensors(self._bare_optimizers, self._names)
+        return {**trained, **average, **own, **optimizers, **self.companions.tensors()}
 
     @property
     def _bare_model(self) -> torch.nn.Module:
