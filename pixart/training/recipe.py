@@ -77,7 +77,6 @@ class Recipe:
     shard: bool = False  # FSDP2: processes share weights, gradients and the optimizer's state instead of each holding all
     samples: Samples | None = None  # null draws none
     validation_every: int | None = None  # steps between looks at held-out pictures, at fixed noise and timesteps; null never looks
-    validation_pictures: int = 64  # at most so many
     trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio; beside log.jsonl
 
     @property
@@ -122,7 +121,7 @@ CHOICES = {
 SCHEDULES = ("constant", "linear", "cosine")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SCALED_BATCH = 256  # the batch that a learning rate is meant for, in the reference's diffusion/utils/optimizer.py
-AT_LEAST = {"warmup_steps": 0, "save_every": 1, "log_every": 1, "clip_norm": 0, "weight_decay": 0, "validation_pictures": 1}
+AT_LEAST = {"warmup_steps": 0, "save_every": 1, "log_every": 1, "clip_norm": 0, "weight_decay": 0}
 STAGE_AT_LEAST = {"base_size": 1, "steps": 1, "batch_size": 1, "accumulation": 1, "learning_rate": 0}
 SHARES = ("ema_decay", "caption_dropout")
 
@@ -210,6 +209,21 @@ def _at_least(settings: Any, least: Mapping[str, float], source: str) -> None:
     for name, bound in least.items():
         if not getattr(settings, name) >= bound:  # NaN too
             raise ConfigError(f"{source}: {name} is {getattr(settings, name)}; expected {bound} or more.")
+
+
+FLAGS = {"data": "--data", "text_encoder": "--text-encoder", "vae": "--vae"}  # settings of a source that the command line gives
+
+
+def check_given(recipe: Recipe) -> None:
+    """Raises ConfigError naming the flag for what a recipe leaves to the command line and nobody gave."""
+    settings = recipe.source.settings
+    missing = [flag for name, flag in FLAGS.items() if getattr(settings, name, "") is None]
+    if recipe.initialize is None and not recipe.from_scratch and hasattr(settings, "data"):
+        missing.append("--transformer")
+    if recipe.output is None:
+        missing.append("--output")
+    if missing:
+        raise ConfigError(f"The recipe leaves {', '.join(missing)} to the command line; add {'it' if len(missing) == 1 else 'them'}.")
 
 
 def read_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
