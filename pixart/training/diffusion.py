@@ -1,7 +1,7 @@
 """The forward process and the loss: noise prediction with a learned variance.
 
 Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), equations 9 to 16, with
-PixArt's linear betas.
+PixArt's linear betas, as the reference trains (diffusion/model/gaussian_diffusion.py).
 """
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 STEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
+HALF_BIN, OUTERMOST = 1 / 255, 0.999  # of the 256 values of a picture in -1..1
+LEAST_PROBABILITY = 1e-12
 
 
 class NoiseSchedule:
@@ -58,19 +60,27 @@ def logit_normal_timesteps(normal: Tensor, mean: float, std: float) -> Tensor:
     return (torch.sigmoid(mean + std * normal) * STEPS).long().clamp(0, STEPS - 1)
 
 
-def noise_loss(schedule: NoiseSchedule, predicted: Tensor, noise: Tensor, timestep: Tensor, max_weight: float = 1.0) -> Tensor:
-    """(B,): squared error of the noise, weighted by min(1/alpha_bar, max_weight).
+def noise_loss(
+    schedule: NoiseSchedule, predicted: Tensor, noise: Tensor, timestep: Tensor, max_weight: float = 1.0, min_snr: float | None = None
+) -> Tensor:
+    """(B,): squared error of the noise, weighted by the timestep: 1 by default, as the reference does.
 
-    1/alpha_bar makes it the loss of velocity, which small runs need to learn composition; 1 is the plain loss.
+    max_weight: the weight is min(1/alpha_bar, this). 1/alpha_bar makes it the loss of velocity, which small runs need to
+    learn composition. min_snr: the weight is min(SNR, this) / SNR ("Efficient Diffusion Training via Min-SNR Weighting
+    Strategy", Hang and others, 2023, for noise prediction), times the former.
     """
-    weight = (1 / schedule.alphas_cumprod[timestep]).clamp(max=max_weight)
+    signal = schedule.alphas_cumprod[timestep]
+    weight = (1 / signal).clamp(max=max_weight)
+    if min_snr is not None:
+        ratio = signal / (1 - signal)
+        weight = weight * ratio.clamp(max=min_snr) / ratio
     return (predicted - noise).square().mean(dim=(1, 2, 3)) * weight
 
 
 def variance_loss(
     schedule: NoiseSchedule, predicted_noise: Tensor, fraction: Tensor, latent: Tensor, noise: Tensor, timestep: Tensor
 ) -> Tensor:
-    """The variational bound's term at each timestep, (B,), in bits per dimension."""
+    """The variational bound's term at each timestep, (B,), in bits per dimension; at t = 0 the likelihood of a picture's values."""
     noisy = schedule.add_noise(latent, noise, timestep)
     low, high = _spread(schedule.log_posterior, timestep), _spread(schedule.log_beta, timestep)
     weight = (fraction + 1) / 2  # equation 15, with the network's output meant for -1..1
@@ -79,9 +89,9 @@ def variance_loss(
     mean = schedule.posterior_mean(x0, noisy, timestep)
     true_mean = schedule.posterior_mean(latent, noisy, timestep)
     divergence = gaussian_divergence(true_mean, low, mean, log_variance)
-    likelihood = 0.5 * (math.log(2 * math.pi) + log_variance + (latent - mean).square() * (-log_variance).exp())
     first = (timestep == 0)[:, None, None, None]
-    return torch.where(first, likelihood, divergence).mean(dim=(1, 2, 3)) / math.log(2)
+    likelihood = binned_likelihood(latent, mean, 0.5 * log_variance)
+    return torch.where(first, -likelihood, divergence).mean(dim=(1, 2, 3)) / math.log(2)
 
 
 def gaussian_divergence(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -89,3 +99,20 @@ def gaussian_divergence(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log
     ratio = (log_variance1 - log_variance2).exp()
     shift = (mean1 - mean2).square() * (-log_variance2).exp()
     return 0.5 * (log_variance2 - log_variance1 - 1 + ratio + shift)
+
+
+def binned_likelihood(latent: Tensor, mean: Tensor, log_deviation: Tensor) -> Tensor:
+    """Logarithm of a normal distribution's share in the bin of each value, as if latents were pictures of 8 bits in -1..1.
+
+    They aren't, but the reference measures them so at t = 0 (discretized_gaussian_log_likelihood), and with it were all
+    released models trained.
+    """
+    centred, narrow = latent - mean, (-log_deviation).exp()
+    above, below = _normal_share(narrow * (centred + HALF_BIN)), _normal_share(narrow * (centred - HALF_BIN))
+    inside = torch.where(latent > OUTERMOST, 1 - below, above - below)  # the outermost bins have no end
+    return torch.where(latent < -OUTERMOST, above, inside).clamp(min=LEAST_PROBABILITY).log()
+
+
+def _normal_share(value: Tensor) -> Tensor:
+    """Of the standard normal distribution below a value, by the approximation of GELU."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
