@@ -12,14 +12,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .batch import lengthened
 from .draws import Draws
+from .teacher import Teacher
 
 INFO = "info.json"
 LOSSES = ("lpips", "l2")
 NETS = ("vgg", "alex", "squeeze")
 TOLERANCE = 0.05  # of the answer to one fixed question; 16-bit weights differ by less from their 32-bit ones, others by more
 PROBED_TIMESTEP = 500
+SIZES = ("in_channels", "caption_channels", "micro_condition")  # of a transformer
 PIECES = ("noise", "latent", "context", "context_mask", "size")
 
 
@@ -35,7 +36,7 @@ class Pair:
 class Pairs:
     """A folder of pairs, and the distance between pictures of theirs."""
 
-    def __init__(self, folder: str, teacher: nn.Module, vae: str | None, loss: str, net: str) -> None:
+    def __init__(self, folder: str, teacher: Teacher, vae: str | None, loss: str, net: str) -> None:
         """Raises ConfigError for a folder without pairs, pairs of another model, or a loss that can't be."""
         if loss not in LOSSES or net not in NETS:
             raise ConfigError(f"pair_loss is {loss!r}, lpips_net {net!r}; expected one of {', '.join(LOSSES)}, and of {', '.join(NETS)}.")
@@ -47,7 +48,7 @@ class Pairs:
         if not self.files:
             raise ConfigError(f"{folder} holds no pairs. Draw some: python -m pixart pairs RECIPE {folder}")
         check_probe(info, teacher, self.folder)
-        device = next(teacher.parameters()).device
+        device = next(teacher.network.parameters()).device
         self.distance = squares if loss == "l2" else perceptual(vae, info, net, device)
         self._device = device
 
@@ -91,28 +92,30 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def probe(network: nn.Module, channels: int, width: int) -> list[float]:
-    """The answer to a fixed question, by which weights are known again whatever file or adapter they lie in."""
-    device = next(network.parameters()).device
-    dtype = next(network.parameters()).dtype
-    steps = torch.linspace(-2, 2, channels * 64, device=device).sin().reshape(1, channels, 8, 8).to(dtype)
-    context = torch.linspace(-1, 1, 2 * width, device=device).reshape(1, 2, width).to(dtype)
-    answer = network(steps, torch.tensor([PROBED_TIMESTEP], device=device), context, torch.ones(1, 2, dtype=torch.bool, device=device))
-    return [round(float(value), 4) for value in answer[0, :channels, ::2, ::2].flatten()]
+def probe(predict: Callable[..., Tensor], network: nn.Module) -> list[float]:
+    """The answer to a fixed question, by which weights are known again, whatever file or adapter they lie in.
+
+    predict: of `network`, a transformer, with adapters or without.
+    """
+    parameter, config = next(network.parameters()), network.config
+    latent = torch.linspace(-2, 2, config.in_channels * 64).sin().reshape(1, config.in_channels, 8, 8)
+    context = torch.linspace(-1, 1, 2 * config.caption_channels).reshape(1, 2, config.caption_channels)
+    latent, context = latent.to(parameter), context.to(parameter)
+    timestep, mask = torch.tensor([PROBED_TIMESTEP], device=parameter.device), torch.ones(1, 2, dtype=torch.bool, device=parameter.device)
+    answer = predict(latent, timestep, context, mask)[0, : config.in_channels, ::2, ::2]
+    return [round(float(value), 4) for value in answer.flatten()]
 
 
-def check_probe(info: dict[str, Any], teacher: nn.Module, folder: Path) -> None:
+def check_probe(info: dict[str, Any], teacher: Teacher, folder: Path) -> None:
     """Raises ConfigError for pairs that other weights have drawn."""
-    from .teachers import transformer_of
-
-    config = transformer_of(teacher).config
-    if info.get("caption_channels") != config.caption_channels or info.get("in_channels") != config.in_channels:
-        raise ConfigError(
-            f"{folder} was made for another model: captions {info.get('caption_channels')} wide and latents of {info.get('in_channels')} "
-            f"channels, this one has {config.caption_channels} and {config.in_channels}. Draw pairs with this recipe."
-        )
-    now, then = torch.tensor(probe(teacher, config.in_channels, config.caption_channels)), torch.tensor(info["probe"])
-    if now.shape != then.shape or float((now - then).norm() / now.norm().clamp_min(1e-6)) > TOLERANCE:
+    config = teacher.network.config
+    ours = {name: getattr(config, name) for name in SIZES}
+    theirs = {name: info.get(name) for name in SIZES}
+    if ours != theirs:
+        differing = ", ".join(f"{name} {theirs[name]} instead of {ours[name]}" for name in SIZES if ours[name] != theirs[name])
+        raise ConfigError(f"{folder} was made for another model: {differing}. Draw pairs with this recipe.")
+    now, then = torch.tensor(probe(teacher, teacher.network)), torch.tensor(info["probe"])
+    if now.shape != then.shape or not float((now - then).norm() / now.norm().clamp_min(1e-6)) <= TOLERANCE:
         raise ConfigError(f"{folder} was drawn by other weights than the teacher of this run. Draw pairs with this recipe.")
 
 
@@ -155,8 +158,3 @@ def lpips_network(net: str) -> nn.Module:
             f"pair_loss 'lpips' can't be used ({error}): `pip install torchmetrics torchvision`, and let torchvision download the "
             f"weights of {net} once; or choose pair_loss 'l2'."
         ) from None
-
-
-def padded(contexts: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Captions (B, M, C') and masks, with empty tokens up to `length`."""
-    return lengthened(contexts, length), lengthened(mask, length)

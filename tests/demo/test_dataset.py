@@ -104,3 +104,27 @@ def test_hints_are_the_outlines_of_the_pictures() -> None:
         assert 0 < outline.sum() < outline.numel() / 2
         near = torch.nn.functional.max_pool2d(outline[None].float(), 3, 1, 1)[0].bool()
         assert (change & ~near).sum() == 0  # colours change nowhere but along the outline
+
+
+def test_what_else_a_source_is_asked_for() -> None:
+    source, settings = source_of(validation_batches=2)
+    source.prepare(["a red circle"], None)
+    states, mask = source.encode(["a red circle", ""])
+    assert mask.sum(1).tolist()[1] == 1 and torch.equal(states[1, :1], source.null_context)
+    batches = source.validation(settings, stage(128, 4), range(4))
+    halves = [source.validation(settings, stage(128, 4), rows) for rows in (range(2), range(2, 4))]
+    assert len(batches) == 2 and batches[0].captions != batches[1].captions
+    assert all(torch.equal(torch.cat([a.latent, b.latent]), whole.latent) for a, b, whole in zip(*halves, batches))
+    picture = source.decode(batches[0].latent[:1])[0]
+    assert picture.size == (batches[0].latent.shape[3] * 8, batches[0].latent.shape[2] * 8)
+    assert len(source.report()) == 1 and source.contents() == []
+
+
+def test_a_dropped_caption_is_an_empty_text() -> None:
+    source, settings = source_of()
+    batch = source.batch(settings, stage(128, 8), Draws(1, 0, 0, range(8)))
+    draws = Draws(1, 0, 0, range(8))
+    dropped = drop_captions(batch, source.null_context, 0.5, False, draws)
+    gone = draws.uniform("caption dropout") < 0.5
+    assert 0 < gone.sum() < 8 and all(batch.captions)
+    assert [text == "" for text in dropped.captions] == gone.tolist() == (dropped.mask.sum(1) == 1).tolist()

@@ -18,12 +18,12 @@ from ...errors import ConfigError
 from ...sampling_note import dmd_note, note_metadata
 from ...timesteps import DMD_TIMESTEP, LAST_TIMESTEP
 from ..batch import Batch, Source
-from ..companions import twin
 from ..diffusion import NoiseSchedule
 from ..draws import Draws
 from ..guided import check_guidance, draw_guidance, guided_noise
 from ..pairs import Pairs
-from ..teachers import check_unpacked, make_teacher
+from ..teachers import make_teacher, networks_of
+from ..trained import twin
 from . import Turn, denoise
 
 STEADY = 1e-5  # beside the mean that gradients are divided by
@@ -55,14 +55,12 @@ class Part(denoise.Part):
     """
 
     def __init__(self, settings: Settings) -> None:
-        check(settings)
         self.settings = settings
         self._schedule: NoiseSchedule | None = None
 
     def wrap(self, network: nn.Module, source: Source) -> nn.Module:
-        check_unpacked(network, "dmd")
         self.network, self.null = network, source.null_context
-        self.real = make_teacher(network, self.settings.teacher)
+        self.real = make_teacher(network, self.settings.teacher, "dmd")
         self.fake = twin(network, trained=True)
         chosen = self.settings
         self.pairs = Pairs(chosen.pairs, self.real, chosen.vae, chosen.pair_loss, chosen.lpips_net) if chosen.pairs else None
@@ -109,7 +107,7 @@ class Part(denoise.Part):
         return self.pairs.distance(self.drawn(settings, model, pair.noise, pair.conditions), pair.latent).mean()[None]
 
     def companions(self) -> Mapping[str, nn.Module]:
-        return {"real": self.real, "fake": self.fake}
+        return {**networks_of(self.real), "fake": self.fake}
 
     def turns(self, settings: Settings) -> Sequence[Turn]:
         return [Turn("fake", number, settings.fake_rate) for number in range(settings.fake_updates)]

@@ -17,11 +17,11 @@ from ...errors import ConfigError
 from ...sampling_note import LCM, note_metadata
 from ..average import Average
 from ..batch import Batch, Source
-from ..companions import trained_tensors, twin
 from ..diffusion import STEPS, NoiseSchedule
 from ..draws import Draws
 from ..guided import check_guidance, draw_guidance, guided_noise
-from ..teachers import check_unpacked, make_teacher
+from ..teachers import make_teacher, networks_of
+from ..trained import trained_parameters, twin
 from . import denoise
 
 LOSSES = ("pseudo_huber", "l2")
@@ -48,13 +48,11 @@ class Part(denoise.Part):
     """
 
     def __init__(self, settings: Settings) -> None:
-        check(settings)
         self.settings = settings
         self._schedule: NoiseSchedule | None = None
 
     def wrap(self, network: nn.Module, source: Source) -> nn.Module:
-        check_unpacked(network, "lcm")
-        self.teacher = make_teacher(network, self.settings.teacher)
+        self.teacher = make_teacher(network, self.settings.teacher, "lcm")
         self.network, self.target = network, twin(network)
         self.null = source.null_context
         return network
@@ -82,17 +80,17 @@ class Part(denoise.Part):
     @torch.no_grad()
     def after_update(self, average: Average) -> None:
         targets = list(self._targets().values())
-        torch._foreach_lerp_(targets, list(trained_tensors(self.network).values()), 1 - self.settings.target_decay)
+        torch._foreach_lerp_(targets, list(trained_parameters(self.network).values()), 1 - self.settings.target_decay)
 
     def state(self) -> dict[str, Tensor]:
         return {f"target.{name}": value for name, value in self._targets().items()}
 
     def _targets(self) -> dict[str, Tensor]:
         own = dict(self.target.named_parameters())
-        return {name: own[name] for name in trained_tensors(self.network)}
+        return {name: own[name] for name in trained_parameters(self.network)}
 
     def companions(self) -> Mapping[str, nn.Module]:
-        return {"teacher": self.teacher, "target": self.target}
+        return {**networks_of(self.teacher), "target": self.target}
 
     def metadata(self) -> dict[str, str]:
         return note_metadata(LCM)
