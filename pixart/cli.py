@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | train`."""
+"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | merge | train`."""
 from __future__ import annotations
 
 import argparse
@@ -13,6 +13,7 @@ from . import __version__
 from .config import variant_names
 from .device import check_device
 from .errors import InputError, PixArtError
+from .merge_command import add_merge_command
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
 
@@ -71,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_reading_options(convert)
     convert.set_defaults(run=_convert)
 
+    add_merge_command(commands)
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
     train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
