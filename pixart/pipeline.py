@@ -22,7 +22,8 @@ from .habits import described, plain_number, unknown_arguments
 from .kv_compress import KVCompression
 from .logs import get_logger
 from .model import PIXELS_PER_LATENT, PixArtTransformer
-from .sampling import Callback, check_scheduler, denoise, initial_noise, make_scheduler
+from .sampling import Callback, Generators, check_scheduler, denoise, draw_noise, make_generators, make_scheduler
+from .sampling_note import SamplingNote, read_note
 from .text.captions import prepare
 from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_encoder
 from .text.prompt_file import load_prompts, save_prompts
@@ -70,6 +71,7 @@ class Pipeline:
         self.base_size = base_size
         self.max_tokens = max_tokens
         self.scheduler = scheduler
+        self.note: SamplingNote | None = None  # how the loaded weights are to be sampled, where they were distilled
 
     @classmethod
     def from_files(
@@ -99,7 +101,9 @@ class Pipeline:
         vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         decoder = load_vae(vae, found.latent_scale, vae_dtype, device, found.latent_shift) if vae else None
         base = found.base_size or get_variant(found.variant).base_size
-        return cls(model, encoder, decoder, base_size=base, max_tokens=found.max_tokens)
+        made = cls(model, encoder, decoder, base_size=base, max_tokens=found.max_tokens)
+        made._heed(transformer)
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -164,14 +168,17 @@ class Pipeline:
         positive, negative = self._embed(prompt, negative_prompt, *embeds, guidance > 1, (lower_case, clean_caption))
         batch = positive.states.shape[0] * images_per_prompt
         canvas = self._canvas(width, height, use_bins, latents)
-        noise = self._noise(batch, canvas, seed, latents)
+        generators = make_generators(batch, seed)
+        noise = self._noise(batch, canvas, generators, latents)
         context = positive.repeat(images_per_prompt)
         if negative is not None:
             context = concatenate(negative.repeat(images_per_prompt), context)
         size = None
         if self.transformer.config.micro_condition:
             size = torch.tensor([positive.size or (canvas.drawn_height, canvas.drawn_width)], device=self.device)
-        scheduler = self.scheduler if self.scheduler is not None else make_scheduler()
+        if self.note is not None and guidance > 1:
+            logger.warning("guidance is %g, and this model was %s", guidance, self.note.describe())
+        scheduler = self.scheduler if self.scheduler is not None else make_scheduler(self.note)
         found = denoise(
             self.transformer,
             noise,
@@ -184,6 +191,7 @@ class Pipeline:
             progress=progress,
             kv_compression=kv_compression,
             perturbed=perturbed,
+            generators=generators,
         )
         return found if output == "latent" else to_output(self._decode(found, canvas), output)
 
@@ -202,7 +210,16 @@ class Pipeline:
                 raise InputError(f"{name} is {value!r}; expected a number from -{MAX_STRENGTH} to {MAX_STRENGTH}, usually 0 to 1.")
         fit = merge_file(path, strength, self.transformer, getattr(self.text_encoder, "model", None), text_strength)
         logger.log(logging.WARNING if fit.left else logging.INFO, "LoRA %s", fit.describe())
+        if strength > 0:
+            self._heed(path)
         return fit.describe()
+
+    def _heed(self, path: str | Path) -> None:
+        """Draws from now on as a distilled model's file says, unless a scheduler was given, and logs it."""
+        note = read_note(path)
+        if note is not None:
+            self.note = note
+            logger.info("%s: %s", Path(path).name, note.describe())
 
     def encode(
         self,
@@ -302,11 +319,12 @@ class Pipeline:
     def _pixels_per_latent(self) -> int:
         return self.vae.pixels_per_latent if self.vae is not None else PIXELS_PER_LATENT
 
-    def _noise(self, batch: int, canvas: Canvas, seed: int | Sequence[int] | None, latents: Tensor | None) -> Tensor:
+    def _noise(self, batch: int, canvas: Canvas, generators: Generators, latents: Tensor | None) -> Tensor:
         step = self._pixels_per_latent
         shape = (batch, self.transformer.config.in_channels, canvas.drawn_height // step, canvas.drawn_width // step)
+        drawn = draw_noise(shape, generators)  # even if it isn't used: later noise must be another one
         if latents is None:
-            return initial_noise(shape, seed).to(self.device)
+            return drawn.to(self.device)
         if tuple(latents.shape) != shape:
             raise InputError(f"latents have shape {tuple(latents.shape)}; expected {shape} for these prompts and size.")
         return latents.to(self.device, torch.float32)

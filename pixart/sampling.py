@@ -1,6 +1,7 @@
 """From noise to a latent: DPM-Solver++ of diffusers, guidance in one forward a step."""
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,19 +14,24 @@ from .errors import InputError, UnsupportedError
 from .guidance import PerturbedGuidance
 from .kv_compress import KVCompression, check_together, listed
 from .model import PixArtTransformer
+from .one_step import OneStepScheduler
+from .sampling_note import SamplingNote
 from .text.encoder import TextEmbeddings
 
 Callback = Callable[[int, int, Tensor], Any]
+Generators = torch.Generator | list[torch.Generator] | None
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}  # of training (PixArt's diffusion/iddpm.py)
 
 
-def make_scheduler() -> Any:
-    """diffusers' DPM-Solver++ 2M with PixArt's linear betas, as the released pipelines configure it."""
+def make_scheduler(note: SamplingNote | None = None) -> Any:
+    """diffusers' DPM-Solver++ 2M with PixArt's linear betas, as the released pipelines configure it; or what a distilled model needs."""
+    if note is not None and note.method == "dmd":
+        return OneStepScheduler(note.timestep, BETAS)
     try:
-        from diffusers import DPMSolverMultistepScheduler
+        from diffusers import DPMSolverMultistepScheduler, LCMScheduler
     except ImportError as error:
         raise UnsupportedError(f"Sampling needs the diffusers library ({error}): `pip install diffusers`.") from None
-    return DPMSolverMultistepScheduler(**BETAS)
+    return DPMSolverMultistepScheduler(**BETAS) if note is None else LCMScheduler(**BETAS)
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -48,11 +54,23 @@ def initial_noise(shape: tuple[int, int, int, int], seed: int | Sequence[int] | 
 
     Drawn on the CPU, so that a seed means the same picture on every device. Raises InputError.
     """
+    return draw_noise(shape, make_generators(shape[0], seed))
+
+
+def make_generators(count: int, seed: int | Sequence[int] | None) -> Generators:
+    """Of all of a picture's noise: one for the batch, or one a picture; None without a seed. Raises InputError."""
     if seed is None or not isinstance(seed, Sequence):
-        return torch.randn(shape, generator=_generator(seed))
-    if len(seed) != shape[0]:
-        raise InputError(f"{len(seed)} seeds for {shape[0]} pictures; expected one seed, or one for each.")
-    return torch.cat([torch.randn((1, *shape[1:]), generator=_generator(one)) for one in seed])
+        return _generator(seed)
+    if len(seed) != count:
+        raise InputError(f"{len(seed)} seeds for {count} pictures; expected one seed, or one for each.")
+    return [_generator(one) for one in seed]
+
+
+def draw_noise(shape: tuple[int, int, int, int], generators: Generators) -> Tensor:
+    """Unit noise (B, C, h, w), fp32, on the CPU; the next call draws other noise."""
+    if isinstance(generators, list):
+        return torch.cat([torch.randn((1, *shape[1:]), generator=each) for each in generators])
+    return torch.randn(shape, generator=generators)
 
 
 def denoise(
@@ -68,12 +86,14 @@ def denoise(
     progress: bool = False,
     kv_compression: KVCompression | Sequence[KVCompression] | None = (),
     perturbed: PerturbedGuidance | None = None,
+    generators: Generators = None,
 ) -> Tensor:
     """Latents (B, C, h, w), fp32, from unit noise of that shape.
 
     context: B prompts; with guidance 2B, the negative ones first. size: (1, 2), height and width in
     pixels, for micro-conditioned models. callback(step, timestep, latents): False ends sampling.
     kv_compression: approximations, each in its part of sampling. perturbed: one more forward a step, of the prompts.
+    generators: of `make_generators`, for schedulers that add noise in every step, such as LCM's.
     Raises UnsupportedError if the numbers overflow.
     """
     from tqdm.auto import tqdm
@@ -92,6 +112,7 @@ def denoise(
     one_token = one_token_of(lengths, longest)
     positions = transformer.positions_of(noise)
     size = None if size is None else size.expand(rows, 2)
+    advance = stepping(scheduler, generators)
     for index, timestep in enumerate(tqdm(scheduler.timesteps, disable=not progress)):
         inputs = scheduler.scale_model_input(latents, timestep)
         inputs = inputs if guidance is None else torch.cat([inputs, inputs])
@@ -106,12 +127,18 @@ def denoise(
             prompts = [None if part is None else part[-len(latents) :] for part in given]
             weakened = transformer(*prompts, kv_compression=active, block_wrappers=weakening, positions=positions)
             predicted = predicted + perturbed.scale * (positive - _noise_of(weakened, latents))
-        latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+        latents = advance(predicted, timestep, latents)
         if callback is not None and callback(index, int(timestep), latents) is False:
             break
     if not torch.isfinite(latents).all():
         raise UnsupportedError(f"Sampling in {dtype} gave NaN or infinite values; use bfloat16 or float32.")
     return latents
+
+
+def stepping(scheduler: Any, generators: Generators) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """step(predicted noise, timestep, latents) -> the next latents; what the scheduler draws by chance is of `generators`."""
+    drawing = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    return lambda predicted, timestep, latents: scheduler.step(predicted, timestep, latents, return_dict=False, **drawing)[0]
 
 
 def _noise_of(output: Tensor, latents: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
+from ..sampling_note import note_of
 from .average import Average
 from .base import file_mark
 from .batch import Batch, drop_captions
@@ -128,7 +129,7 @@ class Loop:
         """Steps until the recipe ends, or until it is asked to stop; then saves."""
         recipe = self.recipe
         watch = Watch(recipe, self.step, self.accelerator)
-        sampler = Sampler(recipe, self.method, self.source) if recipe.samples else None
+        sampler = Sampler(recipe, self.method, self.source, note_of(self.objective.metadata())) if recipe.samples else None
         saved = None
         try:
             while self.step < recipe.steps:

@@ -37,11 +37,7 @@ class Pairs:
     """A folder of pairs, and the distance between pictures of theirs."""
 
     def __init__(self, folder: str, teacher: Teacher, vae: str | None, loss: str, net: str) -> None:
-        """Raises ConfigError for a folder without pairs, pairs of another model, or a loss that can't be."""
-        if loss not in LOSSES or net not in NETS:
-            raise ConfigError(f"pair_loss is {loss!r}, lpips_net {net!r}; expected one of {', '.join(LOSSES)}, and of {', '.join(NETS)}.")
-        if loss == "lpips" and vae is None:
-            raise ConfigError("pair_loss is 'lpips', which compares pictures: set vae to one that decodes them, or choose 'l2'.")
+        """Raises ConfigError for a folder without pairs, or with another model's."""
         self.folder = Path(folder)
         info = read_info(self.folder)
         self.files = pair_files(self.folder)
@@ -63,6 +59,14 @@ class Pairs:
         if "size" in conditions:
             told["size"] = chosen["size"]
         return Pair(chosen["noise"].float(), chosen["latent"].float(), told)
+
+
+def check_loss(loss: str, net: str, vae: str | None, used: bool) -> None:
+    """Raises ConfigError for a distance that can't be; used: whether there are pairs."""
+    if loss not in LOSSES or net not in NETS:
+        raise ConfigError(f"pair_loss is {loss!r}, lpips_net {net!r}; expected one of {', '.join(LOSSES)}, and of {', '.join(NETS)}.")
+    if used and loss == "lpips" and vae is None:
+        raise ConfigError("pair_loss is 'lpips', which compares pictures: set vae to one that decodes them, or choose 'l2'.")
 
 
 def open_pairs(file: Path) -> Any:

@@ -21,7 +21,7 @@ from ..batch import Batch, Source
 from ..diffusion import NoiseSchedule
 from ..draws import Draws
 from ..guided import check_guidance, draw_guidance, guided_noise
-from ..pairs import Pairs
+from ..pairs import Pairs, check_loss
 from ..teachers import make_teacher, networks_of
 from ..trained import twin
 from . import Turn, denoise
@@ -141,5 +141,6 @@ def check(settings: Settings) -> None:
             f"fake_updates is {settings.fake_updates} and fake_rate {settings.fake_rate}; expected 1 or more, and more than 0: "
             "a fake score that doesn't follow the generator leads it astray."
         )
+    check_loss(settings.pair_loss, settings.lpips_net, settings.vae, settings.pairs is not None)
     if not settings.pair_weight >= 0 or not 0 < settings.pair_share <= 1:
         raise ConfigError(f"pair_weight is {settings.pair_weight} and pair_share {settings.pair_share}; expected 0 or more, and 0 to 1.")
