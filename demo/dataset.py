@@ -64,13 +64,14 @@ class SceneSource:
 
     def batch(self, settings: Settings, stage: Stage, draws: Draws) -> Batch:
         """Scenes of one size, drawn by chance; the size too."""
-        return self._drawn(settings, stage, draws, "train")
+        return self._drawn(settings, stage, draws, "train", stage.batch_size)
 
     def validation(self, settings: Settings, stage: Stage, rows: range) -> list[Batch]:
-        """Held-out combinations, always the same ones; as many batches as the settings say."""
-        return [self._drawn(settings, stage, Draws(0, HELD_OUT, number, rows), "heldout") for number in range(settings.validation_batches)]
+        """Held-out combinations, always the same ones, each in a batch of its own."""
+        numbers = [row for row in rows if row < settings.validation]
+        return [self._drawn(settings, stage, Draws(0, HELD_OUT, row, range(1)), "heldout", 1) for row in numbers]
 
-    def _drawn(self, settings: Settings, stage: Stage, draws: Draws, split: str) -> Batch:
+    def _drawn(self, settings: Settings, stage: Stage, draws: Draws, split: str, total: int) -> Batch:
         sizes = bucket_sizes(self.variant.base_size, stage.base_size)
         height, width = draw_size(sizes, draws.shared("size"), settings.square_share)
         rngs = [draws.of_row(row, "scene") for row in draws.rows]
@@ -86,7 +87,7 @@ class SceneSource:
             mask=mask,
             size=torch.tensor([[height, width]], dtype=torch.float32).expand(len(scenes), 2),
             weight=torch.ones(len(scenes)),
-            total=float(stage.batch_size),
+            total=float(total),
             hint=self._hints(scenes, height, width, rngs) if settings.hints else None,
             features=torch.from_numpy(features),
             captions=captions,

@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | merge | train`."""
+"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | merge | extract | train | score`."""
 from __future__ import annotations
 
 import argparse
@@ -16,6 +16,8 @@ from .errors import InputError, PixArtError
 from .merge_command import add_merge_command
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
+from .training.commands import add_training_commands
+from .training.data.commands import add_data_commands
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
@@ -74,17 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_merge_command(commands)
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
-    train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
-    train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
-        help="change one field of the recipe, e.g. seed=1 or stages.0.steps=500; may be repeated",
-    )  # fmt: skip
-    train.add_argument("--output", type=Path, help="where the weights go, instead of the recipe's output")
-    train.add_argument("--overwrite", action="store_true", help="begin anew, over a former run and its output")
-    train.add_argument("--accept-changes", action="store_true", help="go on although the recipe has changed since")
-    train.add_argument("--stop-after", type=float, metavar="SECONDS", help="save and stop after this long")
-    train.set_defaults(run=_train)
+    add_data_commands(commands)
+    add_training_commands(commands)
     return parser
 
 
@@ -167,15 +160,6 @@ def _convert(given: argparse.Namespace) -> None:
     written = convert_file(
         given.source, given.destination, to=given.to, ema=given.ema, variant=given.variant, kv_compression=given.kv_compression
     )
-    sys.stdout.write(f"{written}\n")
-
-
-def _train(given: argparse.Namespace) -> None:
-    from .training.loop import train
-
-    changes = [*given.changes, *([f"output={given.output}"] if given.output else ())]
-    options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes, "stop_after": given.stop_after}
-    written = train(given.recipe, changes, **options)
     sys.stdout.write(f"{written}\n")
 
 

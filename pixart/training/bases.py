@@ -51,8 +51,8 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
         weight = layer.weight.detach()
-        self.nf4 = None
-        if precision == "nf4":
+        self.nf4, self.precision = None, precision
+        if precision == "nf4" and device.type != "meta":  # in a dry run fp8 stands for it
             self.nf4 = QuantizedLinear(self.in_features, self.out_features)
             self.nf4.quantize(weight, NF4, device)
             return

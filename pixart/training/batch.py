@@ -71,9 +71,9 @@ class Source(Protocol):
         """States (B, M, C') and mask (B, M) of prompts that were given to `prepare`."""
 
     def validation(self, settings: Any, stage: Stage, rows: range) -> list[Batch]:
-        """The held-out pictures, always in the same batches of `stage.batch_size`; empty if there are none.
+        """Held-out pictures, each always with the same caption and latent, in batches of one size.
 
-        rows: those of each batch that this process takes, as of `Draws`. Rows that only fill up weigh 0.
+        rows: which of them, by number in their fixed order; those past the last are left out, so that the list may be empty.
         """
 
     def decode(self, latents: Tensor) -> list[Image]:

@@ -50,6 +50,11 @@ def initialize_weights(model: PixArtTransformer) -> None:
     nn.init.zeros_(model.final_layer.linear.bias)
 
 
+def is_dry() -> bool:
+    """Whether tensors are made on the meta device now, as in a dry run, which loads no weights."""
+    return torch.empty(0).device.type == "meta"
+
+
 def copy_weights(model: PixArtTransformer, path: str, variant: str) -> list[int]:
     """Starts from a file's weights; raises ConfigError if they are another model's. The null caption may be absent.
 
@@ -57,6 +62,8 @@ def copy_weights(model: PixArtTransformer, path: str, variant: str) -> list[int]
     which are left out, and the null caption, which has other rows. So may a file without KV compression begin one with it:
     the blocks that the model compresses and the file doesn't are returned. Positions are always computed.
     """
+    if is_dry():
+        return []
     loaded = load_transformer(path, variant=variant, dtype=torch.float32)
     _check_compression(model.config, loaded.config, path)
     start, own = dict(loaded.state_dict()), model.state_dict()
@@ -96,6 +103,8 @@ def load_base(
 
     Raises ConfigError if they are another model's than `config`, that of the recipe's variant.
     """
+    if is_dry():
+        return PixArtTransformer(config, attention=attention, dtype=dtype).requires_grad_(False)
     loaded = load_transformer(path, variant=variant, dtype=dtype)
     wanted = replace(config, **{name: getattr(loaded.config, name) for name in OF_FILES})
     differing = [name for name in LAYER_SIZES if getattr(loaded.config, name) != getattr(wanted, name)]

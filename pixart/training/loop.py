@@ -4,11 +4,9 @@ It knows neither what is trained (methods), nor what a step computes (objectives
 """
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from .average import Average
 from .base import file_mark
 from .batch import Batch, drop_captions
 from .blocks import wrap_blocks
+from .contents import check_contents, contents_mark, keep_contents
 from .draws import Draws, share
 from .dry_run import describe_run
 from .precision import autocast, make_scaler
@@ -52,12 +51,16 @@ def train(
     run_dir, output = Path(recipe.run_dir), Path(recipe.output)
     state = None if overwrite else newest_state(run_dir)
     if output.exists() and not overwrite and (state is None or not _wrote(state, output)):
-        raise ConfigError(f"{output} exists, and {run_dir} has no state of its run to go on from. --overwrite replaces it, --output writes elsewhere.")
+        raise ConfigError(
+            f"{output} exists, and {run_dir} has no state of its run to go on from. --overwrite replaces it, --output writes elsewhere."
+        )
     loop = Loop(recipe)
     if state is not None:
         loop.resume(state, accept_changes)
-    elif loop.accelerator.is_main_process:
-        clear_run(run_dir)
+    if loop.accelerator.is_main_process:
+        if state is None:
+            clear_run(run_dir)
+        keep_contents(run_dir, loop.contents)
     loop.accelerator.wait_for_everyone()
     with stopped_by_signals(loop.ask_to_stop):
         loop.run(stop_after)
@@ -92,6 +95,7 @@ class Loop:
         self.objective = recipe.objective.make()
         prompts = (*recipe.samples.prompts, recipe.samples.negative) if recipe.samples else ()
         self.source.prepare(prompts, self.accelerator)  # before the network is in memory: the text encoder and the VAE are large
+        self.contents = self.source.contents()
         self.network = self.method.build(self.source, self.device)
         self.scaler = make_scaler(recipe.precision, self.device)
         self._build()
@@ -245,27 +249,24 @@ class Loop:
         """Writes the state to go on from, then the averaged weights; each appears whole."""
         recipe, main = self.recipe, self.accelerator.is_main_process
         info = {
-            "recipe": recipe.to_dict(), "base": file_mark(recipe.initialize), "skipped": self._skipped,
-            "optimizers": self.trained.values(), "scaler": self.scaler.state_dict(),
+            "recipe": recipe.to_dict(), "base": file_mark(recipe.initialize), "contents": contents_mark(self.contents),
+            "skipped": self._skipped, "optimizers": self.trained.values(), "scaler": self.scaler.state_dict(),
             "companions": {name: companion.values() for name, companion in self.companions.items()},
         }  # fmt: skip
         write_state(Path(recipe.run_dir), self.step, self._tensors(), info)
         averages = whole_tensors(self.average.values, keep=main)
         with gathered(self.network, keep=main):
             if main:
-                self.method.write(self.network, averages, Path(recipe.output), self._metadata(info))
+                metadata = {"step": str(self.step), "license": "Apache-2.0", **self.objective.metadata()}
+                self.method.write(self.network, averages, Path(recipe.output), metadata)
         self.accelerator.wait_for_everyone()
-
-    def _metadata(self, info: dict[str, Any]) -> dict[str, str]:
-        """What every result says of itself; the method adds its own."""
-        mark = {"base_hash": info["base"]} if info["base"] else {}
-        return {"step": str(self.step), "license": "Apache-2.0", "recipe": json.dumps(info["recipe"]), **mark, **self.objective.metadata()}
 
     def resume(self, folder: Path, accept_changes: bool = False) -> None:
         """Goes on from a state; raises ConfigError where the recipe or the file that it starts from has changed since."""
         info = read_info(folder)
         if not accept_changes:
             now = {**self.recipe.to_dict(), "content of initialize": file_mark(self.recipe.initialize)}
+            check_contents(Path(self.recipe.run_dir), info.get("contents"), self.contents)
             check_same(folder, {**info["recipe"], "content of initialize": info.get("base")}, now)
             self._skipped = int(info.get("skipped", 0))
         stored = stored_tensors(folder)

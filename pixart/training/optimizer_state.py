@@ -33,7 +33,7 @@ def prepare_optimizers(
             start = f"optimizer.{number}.group{index}."
             device = group["params"][0].device
             group.update(_inside(values, start))
-            group.update({what: torch.zeros(value.shape, dtype=value.dtype, device=device) for what, value in _inside(tensors, start).items()})
+            group.update({what: torch.zeros_like(value, device=device) for what, value in _inside(tensors, start).items()})
             for parameter in group["params"]:
                 start = f"optimizer.{number}.{names[id(parameter)]}."
                 empty = {what: _empty(value, parameter) for what, value in _inside(tensors, start).items()}
@@ -66,4 +66,4 @@ def _empty(like: Tensor, parameter: nn.Parameter) -> Tensor:
     """In the parameter's sharding where it has its shape."""
     if like.shape == parameter.shape:
         return torch.zeros_like(parameter, dtype=like.dtype)
-    return torch.zeros(like.shape, dtype=like.dtype, device=parameter.device)
+    return torch.zeros_like(like, device=parameter.device)

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from .recipe import Recipe
 
 SHARDED = ("adamw", "muon")  # those that can step with slices of tensors (FSDP2)
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # of bitsandbytes: smaller tensors stay in 32 bits; values that share a scale
 THIRD_BETA = 0.9999  # of CAME (Luo and others, 2023), as in the recipes of PixArt-Sigma
 
 
@@ -44,6 +45,22 @@ def block_matrices(blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
     """The trained matrices of linear layers in blocks, which Muon takes."""
     layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
     return [layer.weight for layer in layers if layer.weight.requires_grad]
+
+
+def state_bytes(optimizer: str, trained: list[nn.Parameter], matrices: list[nn.Parameter]) -> int:
+    """What the recipe's optimizer keeps beside parameters of these shapes; matrices: those that Muon takes."""
+    own = {id(weight) for weight in matrices}
+
+    def each(parameter: nn.Parameter) -> float:
+        count, width = parameter.numel(), parameter.element_size()
+        if optimizer == "adamw8bit" and count >= SMALLEST_8BIT:
+            return 2 * count + 8 * count / BLOCK_8BIT  # two moments, two fp32 scales a block
+        if optimizer == "came" and parameter.ndim >= 2:
+            rows, columns = count / parameter.shape[-1], count / parameter.shape[-2]
+            return width * (count + 2 * (rows + columns))
+        return width * count * {"prodigy": 4, "muon": 1 if id(parameter) in own else 2}.get(optimizer, 2)
+
+    return round(sum(map(each, trained)))
 
 
 def _adamw(trained: list[nn.Parameter], shared: dict[str, Any], recipe: Recipe) -> torch.optim.Optimizer:

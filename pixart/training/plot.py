@@ -17,7 +17,8 @@ SMOOTHED = 50  # points of the log to one of the thick line, at most
 def plot_log(log: Path, out: Path) -> None:
     """One panel for each loss, with its smoothed line; losses of held-out pictures are dots in the same panel."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name.endswith("loss") and not name.startswith("validation_")]
+    kinds = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in kinds if name.endswith("loss") and not name.startswith("validation_")]
     figure = Figure(figsize=(7, 2.4 * max(1, len(names))), layout="constrained")
     FigureCanvasAgg(figure)
     for number, name in enumerate(names):

@@ -18,6 +18,7 @@ from ..config import Variant, get_variant
 from ..errors import ConfigError
 from .bases import DTYPES
 from .recipe import Recipe
+from .shard import full_state
 
 DEMO = "demo"  # the only model whose licence is this project's to say
 LAYOUTS = ("original", "diffusers")
@@ -35,7 +36,7 @@ def check_saving(layout: str, dtype: str) -> None:
 
 def weights_of(network: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All weights of a network, with the averages in the place of what was trained."""
-    return {**network.state_dict(), **averages}
+    return {**full_state(network), **averages}
 
 
 def write_model(weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], hints: Hints, layout: str, dtype: str) -> None:

@@ -84,9 +84,8 @@ class Sampler:
     def _hinted(self, stage: int) -> list[Shown]:
         """As many pictures of the source as there are prompts, held-out ones if it has any: a hint belongs to its own caption."""
         settings, at, count = self.recipe.part_at("source", stage).settings, self.recipe.stages[stage], len(self.samples.prompts)
-        rows = range(at.batch_size)
-        batches = self.source.validation(settings, at, rows)
-        batches = batches or [self.source.batch(settings, at, Draws(self.recipe.seed, DRAWS_STAGE, 0, rows))]
+        batches = self.source.validation(settings, at, range(count))
+        batches = batches or [self.source.batch(settings, at, Draws(self.recipe.seed, DRAWS_STAGE, 0, range(at.batch_size)))]
         places = [(batch, row) for batch in batches for row in range(len(batch.latent)) if batch.weight[row] > 0]
         return [self._of(batch, row) for batch, row in places[:count]]
 

@@ -107,14 +107,16 @@ def test_hints_are_the_outlines_of_the_pictures() -> None:
 
 
 def test_what_else_a_source_is_asked_for() -> None:
-    source, settings = source_of(validation_batches=2)
+    source, settings = source_of(validation=3)
     source.prepare(["a red circle"], None)
     states, mask = source.encode(["a red circle", ""])
     assert mask.sum(1).tolist()[1] == 1 and torch.equal(states[1, :1], source.null_context)
-    batches = source.validation(settings, stage(128, 4), range(4))
-    halves = [source.validation(settings, stage(128, 4), rows) for rows in (range(2), range(2, 4))]
-    assert len(batches) == 2 and batches[0].captions != batches[1].captions
-    assert all(torch.equal(torch.cat([a.latent, b.latent]), whole.latent) for a, b, whole in zip(*halves, batches))
+    batches = source.validation(settings, stage(128, 4), range(8))
+    assert len(batches) == 3 and len({batch.captions for batch in batches}) == 3
+    assert [batch.total for batch in batches] == [1, 1, 1]
+    [second] = source.validation(settings, stage(128, 4), range(1, 2))
+    assert torch.equal(second.latent, batches[1].latent) and second.captions == batches[1].captions
+    assert source.validation(settings, stage(128, 4), range(3, 9)) == []
     picture = source.decode(batches[0].latent[:1])[0]
     assert picture.size == (batches[0].latent.shape[3] * 8, batches[0].latent.shape[2] * 8)
     assert len(source.report()) == 1 and source.contents() == []

@@ -74,7 +74,7 @@ def test_written_weights_are_the_averaged_ones(recipe_path):
     loop = Loop(load_recipe(recipe_path(steps=4)))
     loop.run()
     written = load_transformer(loop.recipe.output, dtype=torch.float32).state_dict()
-    averaged = loop.average.values["blocks.0.attn.qkv.weight"]
+    averaged = loop.average.values["blocks.0.attn.qkv.weight"].clone()
     torch.testing.assert_close(written["blocks.0.attn.qkv.weight"], averaged, atol=1e-3, rtol=1e-3)
     assert not torch.equal(averaged, loop.network.state_dict()["blocks.0.attn.qkv.weight"])
     with loop.average.applied():

@@ -58,7 +58,7 @@ class Part(full.Part):
         return ControlledTransformer(base, controlnet.to(device))
 
     def blocks(self, network: nn.Module) -> Iterable[nn.Module]:
-        return [block.copied_block for block in network.controlnet.controlnet]
+        return [*(block.copied_block for block in network.controlnet.controlnet), *network.base.blocks]  # gradients cross the base too
 
     def null_rows(self, network: nn.Module) -> Tensor | None:
         return super().null_rows(network.base)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention import AttentionFunction, dense_attention, torch_attention
+from ...attention import AttentionFunction, cpu_training_attention, torch_attention
 from ...checkpoints.detect import AUTO
 from ...config import TransformerConfig, get_variant
 from ...model import PixArtTransformer
@@ -74,4 +74,4 @@ class Part:
 
 def attention_of(device: torch.device) -> AttentionFunction:
     """The one that trains fastest there."""
-    return dense_attention if device.type == "cpu" else torch_attention
+    return cpu_training_attention if device.type == "cpu" else torch_attention
