@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate_steps", description=main.__doc__)
     parser.add_argument("--transformer", type=Path, default=WEIGHTS["diffusion_models"], help="what was distilled")
     for model, path in DISTILLED.items():
-        parser.add_argument(f"--{model}", type=Path, default=path, help="a LoRA or whole weights (default: the demo's; 'none' leaves it out)")
+        parser.add_argument(f"--{model}", type=Path, default=path, help="LoRA or whole weights (default: the demo's; none: leave it out)")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--batch", type=int, default=16)

@@ -30,9 +30,10 @@ def _merge(given: argparse.Namespace) -> None:
 
     from .adapters.whole import merge_into_file
 
+    dtype = getattr(torch, DTYPES[given.dtype]) if given.dtype else None
     written, lines = merge_into_file(
-        given.base, given.lora, given.output, given.strength, to=given.to, dtype=getattr(torch, DTYPES[given.dtype]) if given.dtype else None,
-        variant=given.variant, ema=given.ema, leave_text=given.leave_text,
+        given.base, given.lora, given.output, given.strength,
+        to=given.to, dtype=dtype, variant=given.variant, ema=given.ema, leave_text=given.leave_text,
     )  # fmt: skip
     sys.stderr.write("".join(f"{line}\n" for line in lines))
     sys.stdout.write(f"{written}\n")

@@ -15,16 +15,18 @@ Network = Callable[..., Tensor]
 
 
 def guided_noise(
-    network: Network, noisy: Tensor, timestep: Tensor, conditions: dict[str, Any], null: Tensor, guidance: Tensor
+    network: Network, noisy: Tensor, timestep: Tensor, conditions: dict[str, Any], null: Tensor | None, guidance: Tensor
 ) -> Tensor:
     """Predicted noise (B, C, H, W), fp32: uncond + guidance * (cond - uncond).
 
     null: (M0, C'), the empty caption, which is seen by its own mask, as pictures are drawn. guidance: (B,); 1 is the caption alone,
-    and where all are 1 the empty caption is spared.
+    and where all are 1 the empty caption is spared. Raises ConfigError where it is needed and the source has none.
     """
     channels = noisy.shape[1]
     if bool((guidance == 1).all()):
         return network(noisy, timestep, **conditions)[:, :channels].float()
+    if null is None:
+        raise ConfigError("No text encoder was given, which makes the empty caption of guidance; give --text-encoder, or set guidance to 1.")
     both = {name: torch.cat([value, value]) if isinstance(value, Tensor) else value for name, value in conditions.items()}
     both |= captions_beside(conditions["context"], conditions["context_mask"], null)
     predicted = network(torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), **both)[:, :channels].float()

@@ -15,8 +15,8 @@ pytest.importorskip("diffusers")
 from pixart.checkpoints import load_transformer
 from pixart.config import TransformerConfig, Variant
 from pixart.training import initialize
-from pixart.training.batch import Batch
 from pixart.training.bases import PackedLinear
+from pixart.training.batch import Batch
 from pixart.training.draws import Draws
 from pixart.training.methods import full
 from pixart.training.objectives import denoise
@@ -202,14 +202,14 @@ def targets_of(names: list[str]) -> list[str]:
     return [source for name in names for source in sources_of(name)]
 
 
+ON_BASES = [*((kind, None) for kind in KINDS), *((kind, base) for kind in ("lora", "dora", "loha", "lokr") for base in ("fp8", "nf4"))]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("base", [None, "fp8", "nf4"])
+@pytest.mark.parametrize(("kind", "base"), ON_BASES)
 def test_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, base: str | None) -> None:
     if base == "nf4":
         pytest.importorskip("bitsandbytes")
-    if base and kind in ("alpha", "rslora", "lokr-whole"):
-        pytest.skip("differs in numbers alone")
     begun = start(tmp_path, monkeypatch)
     settings, config = KINDS[kind]
     layers = ("attn.proj", "cross_attn.q_linear", "mlp.fc2") if kind.startswith("lokr") else ("attn.qkv", "cross_attn.kv_linear", "mlp.fc1")
@@ -297,7 +297,7 @@ def test_controlnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int,
     ))  # fmt: skip
     assert_losses(losses, expected_step(begun, predicted(begun, begun.model)))
     for block in control.controlnet_blocks:
-        for name, value in block.named_parameters():
+        for value in block.parameters():
             value.grad = torch.zeros_like(value) if value.grad is None else value.grad
     with torch.no_grad():
         for value in control.parameters():
@@ -339,7 +339,7 @@ def test_kv_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objecti
     if objective == "imitate":
         apart = (prediction - plain).double().square().mean((1, 2, 3))
         torch.testing.assert_close(losses["imitate_loss"].double(), 2 * apart, rtol=1e-5, atol=1e-5)
-        assert float(apart.max()) > 1e-3
+        assert float(apart.detach().max()) > 1e-3
         errors, bounds = errors / 2, bounds / 2
         (2 * apart + errors + bounds).mean().backward()
     else:
@@ -355,7 +355,7 @@ def test_kv_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objecti
 def test_a_network_imitates_itself_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any) -> None:
     begun = start(tmp_path, monkeypatch)
     _, losses = step(begun, begun.recipe(tmp_path, method=method, objective="imitate"))
-    assert list(losses) == ["imitate_loss"] and float(losses["imitate_loss"].abs().max()) == 0
+    assert list(losses) == ["imitate_loss"] and float(losses["imitate_loss"].detach().abs().max()) == 0
     changed = begun.recipe(tmp_path, method=method, objective="imitate")
     objective = changed.objective.make()
     network = changed.method.make(changed).build(NoSource(begun.batch), torch.device("cpu"))
@@ -367,4 +367,4 @@ def test_a_network_imitates_itself_at_first(tmp_path: Path, monkeypatch: pytest.
         noisy = reference.noisy(begun.batch.latent, begun.noise, TIMESTEPS).float()
         apart = network(noisy, TIMESTEPS, **conditions) - load_transformer(begun.path)(noisy, TIMESTEPS, **conditions)
     torch.testing.assert_close(moved, apart.square().mean((1, 2, 3)))
-    assert float(moved.min()) > 1e-4
+    assert float(moved.detach().min()) > 1e-4

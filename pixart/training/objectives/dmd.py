@@ -21,6 +21,7 @@ from ..batch import Batch, Source
 from ..diffusion import NoiseSchedule
 from ..draws import Draws
 from ..guided import check_guidance, draw_guidance, guided_noise
+from ..initialize import is_dry
 from ..pairs import Pairs, check_loss
 from ..teachers import make_teacher, networks_of
 from ..trained import twin
@@ -59,11 +60,12 @@ class Part(denoise.Part):
         self._schedule: NoiseSchedule | None = None
 
     def wrap(self, network: nn.Module, source: Source) -> nn.Module:
-        self.network, self.null = network, source.null_context
+        self.network, self.source = network, source
         self.real = make_teacher(network, self.settings.teacher, "dmd")
         self.fake = twin(network, trained=True)
         chosen = self.settings
-        self.pairs = Pairs(chosen.pairs, self.real, chosen.vae, chosen.pair_loss, chosen.lpips_net) if chosen.pairs else None
+        read = chosen.pairs is not None and not is_dry()
+        self.pairs = Pairs(chosen.pairs, self.real, chosen.vae, chosen.pair_loss, chosen.lpips_net) if read else None
         return network
 
     def losses(self, settings: Settings, model: nn.Module, conditions: dict[str, Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -86,7 +88,7 @@ class Part(denoise.Part):
         """What lies between the two scores' pictures, in units of the teacher's own distance (DMD, equations 7 and 8)."""
         noisy, _, timestep = self._noised(settings, drawn, draws, "score")
         guidance = draw_guidance(settings.guidance, draws).to(drawn.device)
-        real = guided_noise(self.real, noisy, timestep, conditions, self.null, guidance)
+        real = guided_noise(self.real, noisy, timestep, conditions, self.source.null_context, guidance)
         fake = self.fake(noisy, timestep, **conditions)[:, : drawn.shape[1]].float()
         schedule = self.schedule(drawn.device)
         of_real, of_fake = (schedule.predicted_latent(noisy, noise, timestep) for noise in (real, fake))

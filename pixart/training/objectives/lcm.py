@@ -53,8 +53,7 @@ class Part(denoise.Part):
 
     def wrap(self, network: nn.Module, source: Source) -> nn.Module:
         self.teacher = make_teacher(network, self.settings.teacher, "lcm")
-        self.network, self.target = network, twin(network)
-        self.null = source.null_context
+        self.network, self.target, self.source = network, twin(network), source
         return network
 
     def losses(self, settings: Settings, model: nn.Module, conditions: dict[str, Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -65,7 +64,7 @@ class Part(denoise.Part):
         schedule = self.schedule(device)
         noisy = schedule.add_noise(latent, noise, start)
         with torch.no_grad():
-            found = guided_noise(self.teacher, noisy, start, conditions, self.null, guidance)
+            found = guided_noise(self.teacher, noisy, start, conditions, self.source.null_context, guidance)
             earlier = schedule.add_noise(schedule.predicted_latent(noisy, found, start), found, end)  # DDIM, eta 0
             wanted = self._picture(settings, self.target, earlier, end, conditions)
         difference = self._picture(settings, model, noisy, start, conditions) - wanted
