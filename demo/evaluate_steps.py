@@ -24,12 +24,10 @@ from pixart import Pipeline
 from pixart.errors import InputError
 from pixart.training.base import file_mark
 
-from . import WEIGHTS
+from . import DISTILLED, WEIGHTS
 from .evaluate import KINDS, Run, Sampler, make_sampler, measure
 
 FOLDER = Path(__file__).parent
-LORAS = WEIGHTS["vae"].parents[1] / "loras"
-DISTILLED = {"lcm": LORAS / "pixart-demo-lcm.safetensors", "dmd": LORAS / "pixart-demo-dmd.safetensors"}
 PLAIN, GUIDANCE, MANY = "not distilled", 4.5, 20
 STEPS = (1, 2, 4, 8)
 

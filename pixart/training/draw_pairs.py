@@ -21,7 +21,7 @@ from .batch import Batch, Source
 from .draws import Draws
 from .guided import captions_beside
 from .initialize import load_base
-from .methods.full import attention_of
+from .methods import full
 from .pair_commands import DRAWS_STAGE
 from .pairs import INFO, SIZES, pair_files, probe, read_info
 from .processes import make_accelerator
@@ -64,9 +64,8 @@ def draw_pairs(recipe: Recipe, out: Path, count: int, steps: int, guidance: floa
 
 
 def _teacher(recipe: Recipe, device: torch.device) -> PixArtTransformer:
-    network = load_base(
-        recipe.initialize, recipe.variant, get_variant(recipe.variant).transformer, DTYPES[recipe.precision], attention_of(device)
-    )
+    sizes = full.Part(recipe.method.settings, recipe).config()
+    network = load_base(recipe.initialize, recipe.variant, sizes, DTYPES[recipe.precision], full.attention_of(device))
     return network.to(device).eval()
 
 

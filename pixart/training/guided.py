@@ -26,7 +26,7 @@ def guided_noise(
     if bool((guidance == 1).all()):
         return network(noisy, timestep, **conditions)[:, :channels].float()
     if null is None:
-        raise ConfigError("No text encoder was given, which makes the empty caption of guidance; give --text-encoder, or set guidance to 1.")
+        raise ConfigError("No text encoder was given, which makes the empty caption of guidance; give --text-encoder, or guidance 1.")
     both = {name: torch.cat([value, value]) if isinstance(value, Tensor) else value for name, value in conditions.items()}
     both |= captions_beside(conditions["context"], conditions["context_mask"], null)
     predicted = network(torch.cat([noisy, noisy]), torch.cat([timestep, timestep]), **both)[:, :channels].float()

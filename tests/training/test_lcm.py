@@ -20,7 +20,15 @@ from pixart.training.parts import choose
 from pixart.training.recipe import load_recipe
 from pixart.training.state import newest_state
 from tests.support.distilled import (
-    ALPHA, COMPRESSED, NullSource, assert_equal, batch_of, conditions_of, gradients, move, network_of,
+    ALPHA,
+    COMPRESSED,
+    NullSource,
+    assert_equal,
+    batch_of,
+    conditions_of,
+    gradients,
+    move,
+    network_of,
 )  # fmt: skip
 from tests.support.tiny_training import TINY
 
