@@ -21,11 +21,16 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
         "on several cards or machines that share the cache: each computes its part.",
     )  # fmt: skip
     extract.add_argument("recipe", type=Path, help="the recipe that will be trained; its sizes and settings hold")
-    for name, what in PLACES.items():
-        extract.add_argument(f"--{name.replace('_', '-')}", metavar="PLACE", help=f"{what}; sets source.{name}")
+    add_places(extract)
     extract.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help="change one field of the recipe")
     extract.add_argument("--dry-run", action="store_true", help="say what would be computed, and stop")
     extract.set_defaults(run=_extract)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """A flag for each place of the source."""
+    for name, what in PLACES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="PLACE", help=f"{what}; sets source.{name}")
 
 
 def _extract(given: argparse.Namespace) -> None:

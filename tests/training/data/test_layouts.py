@@ -194,7 +194,7 @@ def saved(tmp_path: Path, splits: tuple[str, ...] = ()) -> Path:
     rows = table_rows()
     rows["text"] = [[text] if isinstance(text, str) else text for text in rows["text"]]
     data = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))}))
-    made = datasets.DatasetDict({split: data for split in splits}) if splits else data
+    made = datasets.DatasetDict(dict.fromkeys(splits, data)) if splits else data
     made.save_to_disk(str(tmp_path / "saved"))
     return tmp_path / "saved"
 
