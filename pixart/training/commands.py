@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
-PLACES = {  # fields of a recipe that have a flag of their own
-    "data": "source.data", "transformer": "initialize", "text_encoder": "source.text_encoder", "vae": "source.vae", "output": "output",
-}  # fmt: skip
+from .data.commands import add_places, place_changes
+
 TRAIN = """Trains by a recipe (configs/train/*.json), going on from where it stopped.
 
 A recipe leaves to the command line what is yours: pictures, weights, output. Everything else can be changed by --set.
@@ -23,11 +23,9 @@ def add_training_commands(commands: Any) -> None:
     says = "train a model by a recipe, going on from where it stopped"
     train = commands.add_parser("train", help=says, description=TRAIN, formatter_class=raw)
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
-    train.add_argument("--data", help="pictures with captions: a folder, data_info.json's folder, a datasets folder, parquet, tar shards")
-    train.add_argument("--transformer", help="weights to begin from: a file or folder, in any format that loads")
-    train.add_argument("--text-encoder", help="T5: Hugging Face folder or .safetensors")
-    train.add_argument("--vae", help="diffusers folder or .safetensors")
-    train.add_argument("--output", help="where the weights go; states, log and pictures go to a folder beside it, NAME-run")
+    add_places(train)
+    train.add_argument("--transformer", metavar="PLACE", help="weights to begin from: a file or folder, in any format that loads")
+    train.add_argument("--output", metavar="FILE", help="where the weights go; states, log and samples go to a folder beside it, NAME-run")
     train.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
         help="change one field of the recipe, e.g. seed=1 or stages.0.steps=500; may be repeated",
@@ -51,8 +49,9 @@ def add_training_commands(commands: Any) -> None:
 
 def changes_of(given: argparse.Namespace) -> list[str]:
     """Changes of the recipe, the places that have a flag among them; what --set says of a place is overruled by its flag."""
-    places = {field: getattr(given, name) for name, field in PLACES.items()}
-    return [*given.changes, *(f"{field}={value}" for field, value in places.items() if value is not None)]
+    fields = {"initialize": given.transformer, "output": given.output}
+    own = [f"{field}={json.dumps(value)}" for field, value in fields.items() if value is not None]
+    return [*given.changes, *place_changes(given), *own]
 
 
 def _train(given: argparse.Namespace) -> None:

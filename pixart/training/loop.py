@@ -226,8 +226,10 @@ class Loop:
             return batch
         keep = recipe.dropped_mask == "caption"
         null = self.method.null_rows(self.network) if keep else self.source.null_context
-        if null is None:
+        if null is None and keep:
             raise ConfigError("These weights bring no null caption (y_embedding); choose dropped_mask 'empty'.")
+        if null is None:
+            raise ConfigError("No text encoder was given, which makes the empty caption; give --text-encoder, or set caption_dropout to 0.")
         return drop_captions(batch, null, recipe.caption_dropout, keep, draws)
 
     def _update(self, finite: bool) -> None:

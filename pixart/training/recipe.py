@@ -212,19 +212,13 @@ def _at_least(settings: Any, least: Mapping[str, float], source: str) -> None:
             raise ConfigError(f"{source}: {name} is {getattr(settings, name)}; expected {bound} or more.")
 
 
-FLAGS = {"data": "--data", "text_encoder": "--text-encoder", "vae": "--vae"}  # settings of a source that the command line gives
-
-
 def check_given(recipe: Recipe) -> None:
-    """Raises ConfigError naming the flag for what a recipe leaves to the command line and nobody gave."""
-    settings = recipe.source.settings
-    missing = [flag for name, flag in FLAGS.items() if getattr(settings, name, "") is None]
-    if recipe.initialize is None and not recipe.from_scratch and hasattr(settings, "data"):
-        missing.append("--transformer")
-    if recipe.output is None:
-        missing.append("--output")
+    """Raises ConfigError naming the flag for what a recipe leaves to the command line and nobody gave; sources name their own."""
+    missing = ["--output"] if recipe.output is None else []
+    if recipe.initialize is None and not recipe.from_scratch and hasattr(recipe.source.settings, "data"):
+        missing.append("--transformer (or from_scratch true)")
     if missing:
-        raise ConfigError(f"The recipe leaves {', '.join(missing)} to the command line; add {'it' if len(missing) == 1 else 'them'}.")
+        raise ConfigError(f"The recipe leaves {' and '.join(missing)} to the command line; add {'it' if len(missing) == 1 else 'them'}.")
 
 
 def read_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
