@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,4 +59,4 @@ def test_two_processes_distil_as_one_does(launched: tuple[Path, Path], tmp_path:
         compared = [name for name in left if ".network." in name or name.startswith(("network.", "objective."))]
         assert any(name.startswith("companion.fake.") for name in compared) == kind.startswith("dmd")
         for name in compared:
-            torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{kind} {name}: {text}")
+            torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=2e-5, msg=partial("{} {}: {}".format, kind, name))
