@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | merge | extract | pairs | train | score`."""
+"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | merge | extract | pairs | train | score`."""
 from __future__ import annotations
 
 import argparse
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .app.command import add_app_command
 from .config import variant_names
 from .device import check_device
 from .errors import InputError, PixArtError
 from .merge_command import add_merge_command
+from .schedules import SCHEDULES
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
 from .training.commands import add_training_commands
@@ -27,6 +29,7 @@ DEMO_FILES = {
     "vae": DEMO_WEIGHTS / "vae/pixart-demo-vae.safetensors",
 }
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SAMPLER_NAMES = ("dpm++", "sa-solver", "lcm", "one-step")  # of samplers.py, which imports torch
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -76,9 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     add_merge_command(commands)
+    add_app_command(commands, _parts, demo_loras=DEMO_WEIGHTS / "loras", dtypes=DTYPES)
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
-    add_training_commands(commands)
     add_data_commands(commands)
+    add_training_commands(commands)
     add_pair_commands(commands)
     return parser
 
@@ -96,8 +100,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder, tokenizer.json or spiece.model, if not beside the T5")
     parser.add_argument("--vae", type=Path, help="diffusers folder or .safetensors")
     _add_reading_options(parser)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=4.5, help="guidance scale; 1 turns guidance off")
+    parser.add_argument("--sampler", choices=SAMPLER_NAMES, default=SAMPLER_NAMES[0], help="lcm and one-step are for models distilled so")
+    parser.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="optimized: for 4 to 16 steps of dpm++")
+    parser.add_argument("--steps", type=int, help="default: what the sampler is made for, 20 for dpm++")
+    parser.add_argument("--cfg", type=float, help="guidance scale; 1 turns guidance off (default: the sampler's, 4.5 for dpm++)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's base size)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's base size)")
     parser.add_argument("--no-bins", action="store_true", help="draw the very size asked for, not the nearest trained one")
@@ -115,6 +121,7 @@ def _generate(given: argparse.Namespace) -> None:
     import torch
 
     from .pipeline import Pipeline
+    from .samplers import find_sampler
 
     if given.output.suffix.lower() not in PICTURE_SUFFIXES:
         raise InputError(f"--output is {given.output}; expected a name ending in {', '.join(PICTURE_SUFFIXES)}.")
@@ -128,11 +135,14 @@ def _generate(given: argparse.Namespace) -> None:
         ema=given.ema,
     )
     seed = secrets.randbelow(2**32) if given.seed is None else given.seed
+    sampler = find_sampler(given.sampler)
     pictures = pipe(
         given.prompt,
         given.negative,
-        steps=given.steps,
-        guidance=given.cfg,
+        sampler=sampler,
+        schedule=given.schedule,
+        steps=sampler.steps if given.steps is None else given.steps,
+        guidance=sampler.guidance if given.cfg is None else given.cfg,
         width=given.width,
         height=given.height,
         use_bins=not given.no_bins,

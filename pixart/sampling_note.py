@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from .checkpoints.shards import SAFE_SUFFIXES
 from .timesteps import DMD_TIMESTEP, LAST_TIMESTEP
 
+METHODS = CONSISTENCY, DMD = "lcm", "dmd"
 NOTE_KEY = "pixart.sampling"  # of safetensors metadata: JSON of `SamplingNote`
 MOST_STEPS = 100
 
@@ -20,13 +21,13 @@ MOST_STEPS = 100
 class SamplingNote:
     """Of one model or adapter; guidance is always folded in, so that cfg is 1."""
 
-    method: str  # "lcm" | "dmd"
+    method: str  # of METHODS
     steps: int
     timestep: int = LAST_TIMESTEP  # where sampling begins
 
     def describe(self) -> str:
         """One line for a log: what to set in ComfyUI and in Python."""
-        if self.method == "dmd":
+        if self.method == DMD:
             return (
                 f"distilled to one step at timestep {self.timestep} (DMD). In ComfyUI: PixArt One Step with timestep {self.timestep} "
                 "into SamplerCustom, cfg 1. In Python: steps=1, guidance=1."
@@ -37,12 +38,12 @@ class SamplingNote:
         )
 
 
-LCM = SamplingNote("lcm", 4)
+LCM = SamplingNote(CONSISTENCY, 4)
 
 
 def dmd_note(timestep: int = DMD_TIMESTEP) -> SamplingNote:
     """Of one step from this timestep."""
-    return SamplingNote("dmd", 1, timestep)
+    return SamplingNote(DMD, 1, timestep)
 
 
 def note_metadata(note: SamplingNote) -> dict[str, str]:
@@ -72,6 +73,6 @@ def note_of(metadata: Mapping[str, Any] | None) -> SamplingNote | None:
         return None
     method, steps, timestep = values.get("method"), values.get("steps"), values.get("timestep")
     whole = all(type(value) is int for value in (steps, timestep))
-    if method not in ("lcm", "dmd") or not whole or not 1 <= steps <= MOST_STEPS or not 1 <= timestep <= LAST_TIMESTEP:
+    if method not in METHODS or not whole or not 1 <= steps <= MOST_STEPS or not 1 <= timestep <= LAST_TIMESTEP:
         return None
     return SamplingNote(method, steps, timestep)

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from pixart import Pipeline
 from pixart.errors import InputError
-from pixart.sampling import make_generators
 from pixart.sampling_note import LCM, NOTE_KEY, SamplingNote, dmd_note, note_metadata, note_of, read_note
 from tests.support.tiny_pipeline import make_parts
 
@@ -71,14 +70,14 @@ def test_one_step_is_the_picture_that_ddim_sees_at_its_timestep(parts, tmp_path:
     ddim.set_timesteps(1000)
     expected = ddim.step(predict(pipe, noise, 400), 400, noise).pred_original_sample
     torch.testing.assert_close(pipe("a red circle", steps=1, **options), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="steps is 20; this model was distilled to one.*--steps 1 --cfg 1"):
+    with pytest.raises(InputError, match="one-step was given 20 steps; expected 1 step"):
         pipe("a red circle", steps=20, **options)
 
 
 def test_guidance_on_top_is_warned_of(parts, tmp_path: Path, caplog) -> None:
     pipe = distilled(parts, tmp_path, LCM)
     pipe("a red circle", steps=1, guidance=4.5, width=64, height=64, use_bins=False, output="latent", progress=False)
-    assert "guidance is 4.5, and this model was distilled to few steps" in caplog.text
+    assert "the sampler lcm were distilled without guidance; give guidance=1 (it is 4.5)" in caplog.text
 
 
 def test_a_lora_changes_how_is_drawn_and_a_scheduler_of_ones_own_stays(parts, tmp_path: Path, caplog) -> None:
@@ -94,13 +93,6 @@ def test_a_lora_changes_how_is_drawn_and_a_scheduler_of_ones_own_stays(parts, tm
     options = {"steps": 2, "guidance": 1, "width": 64, "height": 64, "use_bins": False, "output": "latent", "progress": False, "seed": 1}
     own, pipe.scheduler = pipe("a red circle", **options), None
     assert not torch.equal(own, pipe("a red circle", **options))
-
-
-def test_seeds_make_generators() -> None:
-    assert make_generators(2, None) is None and make_generators(2, 3).initial_seed() == 3
-    assert [each.initial_seed() for each in make_generators(2, [3, 4])] == [3, 4]
-    with pytest.raises(InputError, match="1 seeds for 2 pictures"):
-        make_generators(2, [3])
 
 
 SOUND = {"method": "lcm", "steps": 4, "timestep": 999}

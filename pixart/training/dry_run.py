@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..config import get_variant
 from ..text.names import NF4
 from .batch import Batch, Source
+from .linear import cast_weights_anew
 from .methods import Method
 from .optimizers import block_matrices, state_bytes
 from .precision import autocast
@@ -95,6 +96,8 @@ def activation_bytes(
     with FakeTensorMode() as fake:
         for module in _modules(network):
             _give_content(module, device)
+        if not (recipe.compile_blocks or recipe.checkpoint_blocks or recipe.shard):
+            cast_weights_anew(network)
         counter = _Counter(method.blocks(network), known=[value for module in _modules(network) for value in _own_tensors(module)])
         batch, timestep = _batch(recipe, stage, rows, device), torch.zeros(rows, device=device)
         with counter, autocast(recipe.precision, device), fake:

@@ -20,6 +20,7 @@ from .blocks import wrap_blocks
 from .contents import check_contents, contents_mark, keep_contents
 from .draws import Draws, share
 from .dry_run import describe_run
+from .linear import cast_weights_anew
 from .precision import autocast, make_scaler
 from .processes import agreed, check_batches, make_accelerator, stopped_by_signals
 from .recipe import Recipe, check_given, load_recipe
@@ -113,6 +114,8 @@ class Loop:
         beside = self.objective.companions()
         for network in (self.network, *beside.values()):
             wrap_blocks(self.method.blocks(network), compiled=recipe.compile_blocks, checkpointed=recipe.checkpoint_blocks)
+            if recipe.precision != "fp32" and not (recipe.compile_blocks or recipe.checkpoint_blocks or recipe.shard):
+                cast_weights_anew(network)  # with the others no copy outlives its block
         self.trained = Trained(model, self.method.blocks(self.network), recipe, self.accelerator, self.scaler)
         self.companions: dict[str, Trained] = {}
         for name, network in beside.items():

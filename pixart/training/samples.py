@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ..config import get_variant
-from ..sampling import draw_noise, make_generators, make_scheduler, stepping
+from ..samplers import sampler_for
+from ..sampling import initial_noise, noise_of_steps, sources_of
 from ..sampling_note import SamplingNote
 from .batch import Batch, Source
 from .buckets import bucket_sizes
@@ -54,10 +55,10 @@ class Sampler:
     def draw(self, network: nn.Module, shown: Shown, seed: int, device: torch.device) -> Tensor:
         """(1, C, H, W), fp32, with guidance; of DPM-Solver++ 2M unless the model is distilled."""
         height, width = shown.size
-        scheduler, generators = make_scheduler(self.note), make_generators(1, seed)
+        scheduler, noise = sampler_for(self.note).scheduler(), sources_of(seed, 1)
         scheduler.set_timesteps(self.samples.steps)
-        latent = draw_noise((1, self.channels, height // 8, width // 8), generators).to(device) * scheduler.init_noise_sigma
-        advance = stepping(scheduler, generators)
+        latent = initial_noise((1, self.channels, height // 8, width // 8), noise).to(device) * scheduler.init_noise_sigma
+        own_noise = noise_of_steps(scheduler, noise)
         hint = None if shown.hint is None else shown.hint.expand(2, -1, -1, -1)
         sides = torch.tensor([[height, width]], dtype=torch.float32).expand(2, 2)
         batch = Batch(latent.expand(2, -1, -1, -1), shown.context, shown.mask, sides, torch.ones(2), 2.0, hint=hint).to(device)
@@ -67,7 +68,7 @@ class Sampler:
                 predicted = network(latent.expand(2, -1, -1, -1), timestep.to(device).expand(2), **conditions)
             negative, positive = predicted[:, : self.channels].float().chunk(2)
             guided = negative + self.samples.guidance * (positive - negative)
-            latent = advance(guided, timestep, latent)
+            latent = scheduler.step(guided, timestep, latent, **own_noise, return_dict=False)[0]
         return latent
 
     def _prompted(self, stage: int) -> list[Shown]:
