@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | merge | extract | train | score`."""
+"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | merge | extract | pairs | train | score`."""
 from __future__ import annotations
 
 import argparse
@@ -20,6 +20,7 @@ from .text.commands import add_text_commands
 from .text.names import PRECISIONS
 from .training.commands import add_training_commands
 from .training.data.commands import add_data_commands
+from .training.pair_commands import add_pair_commands
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
@@ -82,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
     add_data_commands(commands)
     add_training_commands(commands)
+    add_pair_commands(commands)
     return parser
 
 
