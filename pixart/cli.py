@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | extract | train`."""
+"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | merge | extract | train | score`."""
 from __future__ import annotations
 
 import argparse
@@ -14,8 +14,11 @@ from .app.command import add_app_command
 from .config import variant_names
 from .device import check_device
 from .errors import InputError, PixArtError
+from .merge_command import add_merge_command
+from .schedules import SCHEDULES
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
+from .training.commands import add_training_commands
 from .training.data.commands import add_data_commands
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
@@ -74,20 +77,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_reading_options(convert)
     convert.set_defaults(run=_convert)
 
+    add_merge_command(commands)
     add_app_command(commands, _parts, demo_loras=DEMO_WEIGHTS / "loras", dtypes=DTYPES)
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
     add_data_commands(commands)
-    train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
-    train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
-        help="change one field of the recipe, e.g. seed=1 or stages.0.steps=500; may be repeated",
-    )  # fmt: skip
-    train.add_argument("--output", type=Path, help="where the weights go, instead of the recipe's output")
-    train.add_argument("--overwrite", action="store_true", help="begin anew, over a former run and its output")
-    train.add_argument("--accept-changes", action="store_true", help="go on although the recipe has changed since")
-    train.add_argument("--stop-after", type=float, metavar="SECONDS", help="save and stop after this long")
-    train.set_defaults(run=_train)
+    add_training_commands(commands)
     return parser
 
 
@@ -105,6 +99,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, help="diffusers folder or .safetensors")
     _add_reading_options(parser)
     parser.add_argument("--sampler", choices=SAMPLER_NAMES, default=SAMPLER_NAMES[0], help="lcm and one-step are for models distilled so")
+    parser.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="optimized: for 4 to 16 steps of dpm++")
     parser.add_argument("--steps", type=int, help="default: what the sampler is made for, 20 for dpm++")
     parser.add_argument("--cfg", type=float, help="guidance scale; 1 turns guidance off (default: the sampler's, 4.5 for dpm++)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's base size)")
@@ -143,6 +138,7 @@ def _generate(given: argparse.Namespace) -> None:
         given.prompt,
         given.negative,
         sampler=sampler,
+        schedule=given.schedule,
         steps=sampler.steps if given.steps is None else given.steps,
         guidance=sampler.guidance if given.cfg is None else given.cfg,
         width=given.width,
@@ -174,15 +170,6 @@ def _convert(given: argparse.Namespace) -> None:
     written = convert_file(
         given.source, given.destination, to=given.to, ema=given.ema, variant=given.variant, kv_compression=given.kv_compression
     )
-    sys.stdout.write(f"{written}\n")
-
-
-def _train(given: argparse.Namespace) -> None:
-    from .training.loop import train
-
-    changes = [*given.changes, *([f"output={given.output}"] if given.output else ())]
-    options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes, "stop_after": given.stop_after}
-    written = train(given.recipe, changes, **options)
     sys.stdout.write(f"{written}\n")
 
 

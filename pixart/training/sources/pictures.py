@@ -40,7 +40,7 @@ class Part:
         self.settings, self.variant = settings, get_variant(recipe.variant)
         self.null_context: Tensor | None = None
         check(settings)
-        cache = Path(settings.cache) if settings.cache else Path(recipe.run_dir).parent / "cache"
+        cache = Path(settings.cache) if settings.cache else Path(recipe.run_dir or "run").parent / "cache"
         stages = [(stage, recipe.part_at("source", number).settings) for number, stage in enumerate(recipe.stages)]
         shapes = [_shape(stage, own) for stage, own in stages]
         self.album = Album(self.listing(), settings, self.variant, cache, shapes)
