@@ -16,7 +16,11 @@ from .launch.host import free_port
 from .screenshots import FLAGS, find_browser
 
 TARGET = Path(__file__).parent / "results" / "page.jpg"
-PROMPTS = (("a red circle above a blue square", 1), ("a yellow cross left of a green triangle", 4), ("an orange square", 7))
+PROMPTS = (
+    ("a red circle above a blue square", 1),
+    ("a yellow circle left of a green triangle", 4),
+    ("a purple diamond inside an orange square", 7),  # the one that is being drawn
+)
 SIZE = {"width": 1200, "height": 860}
 STEP = "text => document.querySelector('#pixart-status').innerText.includes(text)"
 

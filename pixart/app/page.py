@@ -94,7 +94,7 @@ class _Page:
                 _new_seed, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=160, elem_id="pixart-seed"
             )  # fmt: skip
             self.reseed = gr.Button("New seed", min_width=120, elem_id="pixart-reseed")
-            form["pictures"] = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Pictures", min_width=140)
+            form["pictures"] = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Pictures", min_width=200)
         with gr.Accordion("Sampling", open=False):
             titles = [(SAMPLERS[name].title, name) for name in offer.samplers]
             form["sampler"] = gr.Dropdown(titles, value=sampler.name, label="Sampler")
