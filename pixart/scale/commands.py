@@ -1,0 +1,83 @@
+"""`python -m pixart generate --prompts`: the options of the command line, made into stages."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import InputError, PixArtError
+from .where import add_where_options, where
+
+COMFY = "comfy"
+
+
+def add_many_options(parser: argparse.ArgumentParser) -> None:
+    """What `generate` has for many prompts."""
+    group = parser.add_argument_group("many prompts")
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="instead of --prompt: text with one a line, or csv or jsonl with prompt, negative, seed, width, height, steps, guidance, "
+        "images. --output is a folder then; run the command again to go on where it stopped. What a row leaves out, the options say",
+    )  # fmt: skip
+    group.add_argument("--batch-size", type=int, default=4, help="pictures that are drawn together (default: 4)")
+    group.add_argument("--overwrite", action="store_true", help="draw anew what other prompts or settings drew into the folder")
+    group.add_argument("--hosts", nargs="+", metavar="HOST", help="of --on comfy: running ComfyUIs with this pack, e.g. 10.0.0.5:8188")
+    group.add_argument("--graph", type=Path, help="of --on comfy: a workflow in API format, instead of the plain one")
+    add_where_options(parser, COMFY)
+
+
+def run_many(given: argparse.Namespace, parts: dict[str, Path], dtype: str | None) -> None:
+    """Draws all pictures of --prompts; says on standard output what came of them. Raises PixArtError and OSError."""
+    from .many import generate_many, summary
+    from .where import leads
+
+    if given.batch_size < 1:
+        raise InputError(f"--batch-size is {given.batch_size}; expected at least 1.")
+    if given.on != COMFY and (given.hosts or given.graph):
+        raise InputError(f"--hosts and --graph are of --on comfy, but --on is {given.on}.")
+    if given.on == COMFY:
+        from .on_comfy import generate_on_comfy
+
+        encode, draw = make_stages(given, parts, dtype, batch=1)
+        rows = generate_on_comfy(draw, given.hosts or (), given.graph, given.overwrite)
+    else:
+        chosen = where(given)
+        encode, draw = make_stages(given, parts, dtype, given.batch_size)
+        rows = generate_many(encode, draw, chosen, given.overwrite)
+    if not leads():
+        return
+    sys.stdout.write(summary(rows, draw.place) + "\n")
+    failed = sum(row["status"] != "drawn" for row in rows)
+    if failed:
+        raise PixArtError(f"{failed} of {len(rows)} pictures failed. Run the command again to try them once more.")
+
+
+def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | None, batch: int) -> tuple:
+    """EncodeStage and DrawStage of the command line; checks the prompts file and the model first."""
+    from ..checkpoints import inspect_file
+    from ..config import get_variant
+    from .draw_stage import DrawSettings, DrawStage
+    from .encode_stage import EncodeStage, TextSettings
+    from .graph import GraphModels, model_name
+    from .identity import identity
+    from .prompt_rows import Defaults, read_pictures
+
+    found = inspect_file(parts["transformer"], variant=given.variant, ema=given.ema)
+    base = found.base_size or get_variant(found.variant).base_size
+    size = {"width": given.width or base, "height": given.height or base}
+    defaults = Defaults(given.negative, given.seed or 0, steps=given.steps, guidance=given.cfg, images=given.images, **size)
+    pictures = read_pictures(given.prompts, defaults)
+    prompts = {item.prompt for item in pictures} | {item.negative for item in pictures if item.guided}
+    output = given.output or Path("pictures")
+    text = TextSettings.of(
+        parts["text_encoder"], given.tokenizer, precision=given.t5_precision, dtype=dtype, max_tokens=found.max_tokens,
+        clean_caption=given.clean_caption,
+    )  # fmt: skip
+    encode = EncodeStage(output, text, prompts)
+    names = {name: model_name(path) for name, path in parts.items()}
+    settings = DrawSettings(
+        transformer=parts["transformer"].absolute(), vae=parts["vae"].absolute(), variant=given.variant, ema=given.ema, dtype=dtype,
+        batch=batch, weights=f"{identity(parts['transformer'])}-{identity(parts['vae'])}",
+        graph=GraphModels(**names, variant=found.variant, max_tokens=found.max_tokens, base_size=base, use_bins=not given.no_bins),
+    )  # fmt: skip
+    return encode, DrawStage(encode, settings, pictures)
