@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | encode | quantize | inspect | convert | train`."""
+"""The command line: `python -m pixart generate | encode | caption | quantize | inspect | convert | train`."""
 from __future__ import annotations
 
 import argparse
@@ -13,6 +13,7 @@ from . import __version__
 from .config import variant_names
 from .device import check_device
 from .errors import InputError, PixArtError
+from .scale.caption_commands import add_caption_command
 from .scale.commands import add_many_options, run_many
 from .scale.where import LOCAL
 from .text.commands import add_text_commands
@@ -74,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
+    add_caption_command(commands)
     train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
     train.add_argument(

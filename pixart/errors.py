@@ -22,6 +22,10 @@ class InputError(PixArtError):
     """A value given to a model, pipeline or node is outside what it accepts."""
 
 
+class DataError(PixArtError):
+    """A data set for training is missing, damaged, or not laid out as any that is known."""
+
+
 class TextEncoderError(PixArtError):
     """A text encoder or tokenizer can't be loaded, or doesn't fit the model."""
 

@@ -41,10 +41,22 @@ class Book:
     def write(self, chunk: Chunk, rows: list[Row]) -> None:
         """Records a chunk. Raises OSError."""
         write_text(self._path(chunk), json.dumps(rows, ensure_ascii=False))
+        self._beginnings(chunk).unlink(missing_ok=True)
 
     def forget(self, chunk: Chunk) -> None:
         """Takes a record away, so that the chunk is done again."""
         self._path(chunk).unlink(missing_ok=True)
+        self._beginnings(chunk).unlink(missing_ok=True)
+
+    def begin(self, chunk: Chunk) -> int:
+        """Notes that work on a claimed chunk begins; how often it has begun. More than once means that a worker died at it."""
+        path = self._beginnings(chunk)
+        try:
+            count = int(path.read_text(encoding="utf-8")) + 1
+        except (FileNotFoundError, ValueError):
+            count = 1
+        write_text(path, str(count))
+        return count
 
     @contextlib.contextmanager
     def claim(self, chunk: Chunk, wait: bool) -> Iterator[bool]:
@@ -55,6 +67,9 @@ class Book:
             if ours and self.record(chunk) is not None:
                 with contextlib.suppress(OSError):
                     (self.folder / "claims" / f"{chunk.key}.lock").unlink()
+
+    def _beginnings(self, chunk: Chunk) -> Path:
+        return self.folder / "claims" / f"{chunk.key}.begun"
 
     def _path(self, chunk: Chunk) -> Path:
         return self.folder / chunk.key[:2] / f"{chunk.key}.json"

@@ -15,6 +15,7 @@ from .stage import Chunk, Row, Stage, Worker
 logger = get_logger(__name__)
 
 PAUSE = 0.2  # seconds between looks at what others are at
+DEATHS = 3  # of workers at one chunk, before it is left
 SCANS = 20  # the bar's own looks at the disk take at most a twentieth of the time
 
 
@@ -45,7 +46,10 @@ class Opened:
                 return
         if self._worker is None:
             self._worker = self.stage.open(self.device)
-        rows = attempt(self.stage, self._worker, chunk.items)
+        if self.book.begin(chunk) > DEATHS:
+            rows = [self.stage.failed(item, f"{DEATHS} workers died at its batch; was memory short?") for item in chunk.items]
+        else:
+            rows = attempt(self.stage, self._worker, chunk.items)
         self.book.write(chunk, rows)
         self.stage.publish(chunk, rows)
 

@@ -67,10 +67,11 @@ def unrecorded(draw: DrawStage) -> list[Picture]:
 
 
 def forget_failures(stage: Stage) -> None:
-    """A new run tries again what failed in an earlier one."""
+    """A new run tries again what failed in an earlier one, or was being done when it was killed."""
     book = Book(stage)
     for chunk in stage.chunks:
-        if any("error" in row for row in book.record(chunk) or ()):
+        rows = book.record(chunk)
+        if rows is None or any("error" in row for row in rows):
             book.forget(chunk)
 
 
