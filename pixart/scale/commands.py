@@ -4,11 +4,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError, PixArtError
 from .where import add_where_options, where
 
-COMFY = "comfy"
+COMFY, AUTO = "comfy", "auto"
 
 
 def add_many_options(parser: argparse.ArgumentParser) -> None:
@@ -54,23 +55,21 @@ def run_many(given: argparse.Namespace, parts: dict[str, Path], dtype: str | Non
 
 def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | None, batch: int) -> tuple:
     """EncodeStage and DrawStage of the command line; checks the prompts file and the model first."""
-    from ..checkpoints import inspect_file
-    from ..config import get_variant
     from .draw_stage import DrawSettings, DrawStage
     from .encode_stage import EncodeStage, TextSettings
     from .graph import GraphModels, model_name
     from .identity import identity
     from .prompt_rows import Defaults, read_pictures
 
-    found = inspect_file(parts["transformer"], variant=given.variant, ema=given.ema)
-    base = found.base_size or get_variant(found.variant).base_size
+    model = _model(given, parts["transformer"])
+    base = model["base_size"]
     size = {"width": given.width or base, "height": given.height or base}
     defaults = Defaults(given.negative, given.seed or 0, steps=given.steps, guidance=given.cfg, images=given.images, **size)
     pictures = read_pictures(given.prompts, defaults)
     prompts = {item.prompt for item in pictures} | {item.negative for item in pictures if item.guided}
     output = given.output or Path("pictures")
     text = TextSettings.of(
-        parts["text_encoder"], given.tokenizer, precision=given.t5_precision, dtype=dtype, max_tokens=found.max_tokens,
+        parts["text_encoder"], given.tokenizer, precision=given.t5_precision, dtype=dtype, max_tokens=model["max_tokens"],
         clean_caption=given.clean_caption,
     )  # fmt: skip
     encode = EncodeStage(output, text, prompts)
@@ -78,6 +77,21 @@ def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | 
     settings = DrawSettings(
         transformer=parts["transformer"].absolute(), vae=parts["vae"].absolute(), variant=given.variant, ema=given.ema, dtype=dtype,
         batch=batch, weights=f"{identity(parts['transformer'])}-{identity(parts['vae'])}",
-        graph=GraphModels(**names, variant=found.variant, max_tokens=found.max_tokens, base_size=base, use_bins=not given.no_bins),
+        graph=GraphModels(**names, **model, use_bins=not given.no_bins),
     )  # fmt: skip
     return encode, DrawStage(encode, settings, pictures)
+
+
+def _model(given: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """variant, base_size and max_tokens of a transformer; of one that lies only on ComfyUI's machines, --variant tells."""
+    from ..checkpoints import inspect_file
+    from ..config import get_variant
+
+    if given.on == COMFY and not path.exists():
+        if given.variant == AUTO:
+            raise InputError(f"{path} is not on this machine; say with --variant what it is, so that sizes and token limits are right.")
+        known = get_variant(given.variant)
+        return {"variant": known.name, "base_size": known.base_size, "max_tokens": known.max_tokens}
+    found = inspect_file(path, variant=given.variant, ema=given.ema)
+    base = found.base_size or get_variant(found.variant).base_size
+    return {"variant": found.variant, "base_size": base, "max_tokens": found.max_tokens}
