@@ -55,8 +55,9 @@ class Opened:
 
     def close(self) -> None:
         """Releases the models before the next stage loads its own."""
-        self._worker = None
-        release_memory()
+        if self._worker is not None:
+            self._worker = None
+            release_memory()
 
 
 def attempt(stage: Stage, worker: Worker, items: Sequence[Any]) -> list[Row]:

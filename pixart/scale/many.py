@@ -46,7 +46,8 @@ def prepare(draw: DrawStage, overwrite: bool) -> None:
     place = draw.place
     if place.exists() and not place.is_dir():
         raise InputError(f"--output is {place}, which is a file; expected a folder.")
-    others = [item.file for item in unrecorded(draw) if (place / item.file).exists() and key_in(place / item.file) != draw.key_of(item)]
+    there = (item for item in unrecorded(draw) if (place / item.file).exists())
+    others = sorted(item.file for item in there if key_in(place / item.file) != draw.key_of(item))
     if not others:
         return
     if not overwrite:
