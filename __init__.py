@@ -1,4 +1,4 @@
-"""PixArt-α and PixArt-Σ for ComfyUI. Without a host (pytest, plain Python) this file exports nothing."""
+"""PixArt-alpha and PixArt-Sigma for ComfyUI. Without a host (pytest, plain Python) this file exports nothing."""
 from importlib.util import find_spec
 
 WEB_DIRECTORY = "./web"  # node help lies in web/docs

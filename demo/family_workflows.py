@@ -15,7 +15,7 @@ LCM needs no negative prompt: with cfg 1 each step is one forward. The scheduler
 (999, 759, 499, 259 in four steps). LCM-LoRA and Flash: load their base model, add PixArtLoraLoader before LCM sampling;
 put adapter_config.json beside the LoRA file, since its lora_alpha / r decides how strong it is."""
 SA_SOLVER_NOTE = """
-SA-Solver with the settings of the PixArt-α paper: predictor and corrector of order 2, 25 steps, cfg 3, noise (tau 1) for
+SA-Solver with the settings of the PixArt-alpha paper: predictor and corrector of order 2, 25 steps, cfg 3, noise (tau 1) for
 0.2 <= t <= 0.8. The 0.001 beside them keeps the steps at the borders on the same side as in the paper's code."""
 TWO_STAGE_NOTE = """
 
@@ -54,7 +54,7 @@ class FamilyWorkflow(Workflow):
     def sample_part(
         self, title: str, model: str, texts: tuple[str, str], latent: list[Any], start: int, end: int, leftover: bool = False, row: int = 0
     ) -> str:
-        """Some of 20 steps with the defaults of PixArt-Σ; the first part adds the noise, `leftover` keeps what is left of it."""
+        """Some of 20 steps with the defaults of PixArt-Sigma; the first part adds the noise, `leftover` keeps what is left of it."""
         return self.add(
             "KSamplerAdvanced", title, 2, row, model=[model, 0], add_noise="disable" if start else "enable", noise_seed=0, steps=20,
             cfg=4.5, sampler_name="dpmpp_2m", scheduler="sgm_uniform", positive=[texts[0], 0], negative=[texts[1], 0],
@@ -108,7 +108,7 @@ CONSISTENCY_DECODER = File("consistency-decoder", "", "vae", f"{HUGGING_FACE}/op
 
 
 def few_step_consistency() -> Workflow:
-    """PixArt-δ's LCM: four steps without guidance. LCM-LoRA and Flash run the same way."""
+    """PixArt-delta's LCM: four steps without guidance. LCM-LoRA and Flash run the same way."""
     flow = from_folder(alpha("PixArt-XL-2-1024-MS.pth"), "PixArt-alpha/PixArt-LCM-XL-2-1024-MS")
     flow.note += LCM_NOTE
     model, t5, vae = flow.loaders("alpha-1024")
@@ -152,7 +152,7 @@ def sa_solver() -> Workflow:
 
 
 def controlnet() -> Workflow:
-    """PixArt-δ's ControlNet: the soft edges of a picture drawn anew."""
+    """PixArt-delta's ControlNet: the soft edges of a picture drawn anew."""
     weights = alpha("PixArt-XL-2-1024-MS.pth")
     flow = FamilyWorkflow(weights, weights.note())
     model, t5, vae = flow.loaders("alpha-1024")
@@ -209,7 +209,7 @@ def two_stages() -> Workflow:
 
 
 def refiner() -> Workflow:
-    """Σ's latent straight into the SDXL refiner: both speak the SDXL VAE's language."""
+    """Sigma's latent straight into the SDXL refiner: both speak the SDXL VAE's language."""
     weights = sigma("PixArt-Sigma-XL-2-1024-MS.pth")
     flow = FamilyWorkflow(weights, weights.note())
     model, t5, vae = flow.loaders("sigma-1024")
@@ -228,7 +228,7 @@ def refiner() -> Workflow:
 
 
 def consistency_decoder() -> Workflow:
-    """α's latent decoded by DALL-E 3's consistency decoder, which draws small faces and letters better."""
+    """alpha's latent decoded by DALL-E 3's consistency decoder, which draws small faces and letters better."""
     weights = alpha("PixArt-XL-2-1024-MS.pth")
     flow = FamilyWorkflow(weights, weights.note().rpartition("\n\n")[0])  # without the VAE that the decoder replaces
     model = flow.add(
@@ -244,7 +244,7 @@ def consistency_decoder() -> Workflow:
 
 
 def inpaint_released() -> Workflow:
-    """Only the masked part of a picture drawn anew, by Σ-1024."""
+    """Only the masked part of a picture drawn anew, by Sigma-1024."""
     weights = sigma("PixArt-Sigma-XL-2-1024-MS.pth")
     advice = "\n\nPaint a mask on the picture (right click); both are cropped to the trained size nearest to 1024x1024."
     flow = FamilyWorkflow(weights, weights.note() + advice)

@@ -70,12 +70,12 @@ def released(repository: str, file: str, vae: str, vae_repository: str) -> Weigh
 
 
 def sigma(file: str) -> Weights:
-    """A PixArt-Σ checkpoint with the SDXL autoencoder."""
+    """A PixArt-Sigma checkpoint with the SDXL autoencoder."""
     return released("PixArt-alpha/PixArt-Sigma", file, "sdxl_vae.safetensors", "stabilityai/sdxl-vae")
 
 
 def alpha(file: str) -> Weights:
-    """A PixArt-α checkpoint with the SD1 autoencoder."""
+    """A PixArt-alpha checkpoint with the SD1 autoencoder."""
     return released(
         "PixArt-alpha/PixArt-alpha", file, "vae-ft-ema-560000-ema-pruned.safetensors", "stabilityai/sd-vae-ft-ema-original"
     )
@@ -131,7 +131,7 @@ class Workflow:
     def sample(
         self, title: str, model: str, positive: str, negative: str, latent: list[Any], row: int = 0, column: int = 2, **other: Any
     ) -> str:
-        """A KSampler with the defaults of PixArt-Σ: DPM-Solver++ 2M, 20 steps, guidance 4.5."""
+        """A KSampler with the defaults of PixArt-Sigma: DPM-Solver++ 2M, 20 steps, guidance 4.5."""
         settings = {"seed": 0, "steps": 20, "cfg": 4.5, "sampler_name": "dpmpp_2m", "scheduler": "sgm_uniform"} | other
         settings.setdefault("denoise", 1.0)
         return self.add(

@@ -6,12 +6,14 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..pixart.logs import get_logger
+from ..pixart.schedules import FEWEST, MOST, optimized_timesteps
 from ..pixart.timesteps import DMD_TIMESTEP, LAST_TIMESTEP, parse_timesteps
-from .host.menus import check_number
+from .host.menus import check_choice, check_number
 from .host.one_step import many_step_warning, one_step_sampler, timestep_sigmas
 from .host.schema import schema
 
 log = get_logger(__name__)
+LIST, OPTIMIZED = SCHEDULES = ("list", "optimized")
 
 
 class PixArtTimesteps(io.ComfyNode):
@@ -24,20 +26,30 @@ class PixArtTimesteps(io.ComfyNode):
             node_id="PixArtTimesteps",
             display_name="PixArt Timesteps",
             category="PixArt",
-            description="Turns a list of PixArt timesteps, 999 is pure noise, into SIGMAS for SamplerCustom; a last step to 0 is added. "
-            "999, 759, 499, 259 are those of LCM and Flash in four steps.",
-            search_aliases=["sigmas", "manual sigmas", "custom timesteps", "lcm timesteps"],
+            description="Turns PixArt timesteps, 999 is pure noise, into SIGMAS for SamplerCustom; a last step to 0 is added. 999, 759, "
+            "499, 259 are those of LCM and Flash in four steps. The schedule optimized needs fewer steps for the same picture.",
+            search_aliases=["sigmas", "manual sigmas", "custom timesteps", "lcm timesteps", "optimal steps", "align your steps", "gits"],
             inputs=[
                 io.Model.Input("model", tooltip="The model whose noise levels are meant; connect it after ModelSamplingDiscrete."),
                 io.String.Input("timesteps", default="999, 759, 499, 259", tooltip="Whole numbers 999 to 0, falling."),
+                io.Combo.Input(
+                    "schedule", options=list(SCHEDULES), default=LIST, optional=True,
+                    tooltip="list: the timesteps above. optimized: timesteps that were searched for few steps of a usual model, with "
+                    "the sampler dpmpp_2m; the list isn't used.",
+                ),
+                io.Int.Input("steps", default=8, min=FEWEST, max=MOST, optional=True, tooltip="Of the schedule optimized."),
             ],
             outputs=[io.Sigmas.Output()],
         )
 
     @classmethod
-    def execute(cls, model: Any, timesteps: str) -> io.NodeOutput:
-        """Parses the list, asks the model for its sigmas."""
-        return io.NodeOutput(timestep_sigmas(model, parse_timesteps(str(timesteps))))
+    def execute(cls, model: Any, timesteps: str, schedule: str = LIST, steps: int = 8) -> io.NodeOutput:
+        """Parses the list, or takes the schedule's, and asks the model for its sigmas."""
+        if check_choice("schedule", schedule, SCHEDULES) == OPTIMIZED:
+            chosen = optimized_timesteps(int(check_number("steps", steps, FEWEST, MOST, whole=True)))
+        else:
+            chosen = parse_timesteps(str(timesteps))
+        return io.NodeOutput(timestep_sigmas(model, chosen))
 
 
 class PixArtOneStep(io.ComfyNode):

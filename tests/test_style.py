@@ -1,6 +1,7 @@
 """The rules that pyproject.toml chooses hold everywhere."""
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,3 +15,11 @@ def test_ruff_has_nothing_to_say() -> None:
     pytest.importorskip("ruff")
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_sources_need_no_greek() -> None:
+    """Windows consoles of many countries can't print it: alpha, Sigma and delta are written out."""
+    files = [file for folder in ("nodes", "pixart", "demo", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")]
+    files += [ROOT / "__init__.py", ROOT / "quickstart.py"]
+    greek = re.compile("[\u0370-\u03ff]")
+    assert [str(file.relative_to(ROOT)) for file in files if greek.search(file.read_text(encoding="utf-8"))] == []

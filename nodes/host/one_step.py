@@ -1,6 +1,7 @@
 """One-step models in the host's custom sampling: a SAMPLER whose start is pure noise of unit variance."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ...pixart.timesteps import seems_few_step, unit_variance_start
 log = get_logger(__name__)
 
 
-def timestep_sigmas(model: Any, timesteps: list[int]) -> Tensor:
+def timestep_sigmas(model: Any, timesteps: Sequence[float]) -> Tensor:
     """SIGMAS of a MODEL at these timesteps, with 0 after the last."""
     sampling = model.get_model_object("model_sampling")
     sigmas = [float(sampling.sigma(torch.tensor(float(timestep)))) for timestep in timesteps]

@@ -126,6 +126,22 @@ def test_timesteps_are_the_models(sigma, monkeypatch) -> None:
     assert [timestep for _, timestep in seen] == [999, 400, 20]
 
 
+def test_the_optimized_schedule_goes_through_its_timesteps(sigma, monkeypatch) -> None:
+    """Between whole timesteps too; the list isn't used."""
+    sigmas = few_steps.PixArtTimesteps.execute(sigma, "not read", "optimized", 8).result[0]
+    wanted = host.pack_module("pixart.schedules").optimized_timesteps(8)
+    assert len(sigmas) == 9 and sigmas[-1] == 0
+    seen = forwards(sigma, monkeypatch)
+    custom(sigma, comfy.samplers.ksampler("dpmpp_2m"), sigmas)
+    assert [timestep for _, timestep in seen] == pytest.approx(wanted, abs=0.5)
+
+
+@pytest.mark.parametrize("schedule, steps, text", [("optimized", 3, "4 to 16"), ("optimized", 17, "4 to 16"), ("gits", 8, "list, optimized")])
+def test_bad_schedules_are_refused(sigma, schedule, steps, text) -> None:
+    with pytest.raises(errors.InputError, match=text):
+        few_steps.PixArtTimesteps.execute(sigma, "999", schedule, steps)
+
+
 def test_one_step_equals_diffusers(sigma, monkeypatch) -> None:
     """The DMD branch of diffusers' pipeline: DDPM's x0 from unit noise at timestep 400."""
     from diffusers import DDPMScheduler

@@ -23,7 +23,7 @@ NODES = {
     "PixArtPAG": (["model", "kind", "blocks", "scale", "start_percent", "end_percent"], ["MODEL"]),
     "PixArtControlNetLoader": (["control_net_name"], ["CONTROL_NET"]),
     "PixArtHED": (["image", "hed_name"], ["IMAGE"]),
-    "PixArtTimesteps": (["model", "timesteps"], ["SIGMAS"]),
+    "PixArtTimesteps": (["model", "timesteps", "schedule", "steps"], ["SIGMAS"]),
     "PixArtOneStep": (["model", "timestep"], ["SAMPLER", "SIGMAS"]),
     "PixArtConsistencyDecoder": (["vae_name"], ["VAE"]),
     "PixArtNegative": (["convention", "clip", "positive", "model"], ["CONDITIONING"]),
@@ -79,6 +79,7 @@ def test_optional_inputs(nodes: dict) -> None:
         "PixArtNegative": ["clip", "positive", "model"],
         "PixArtLoadPrompt": ["model"],
         "PixArtLoraLoader": ["clip", "strength_clip"],
+        "PixArtTimesteps": ["schedule", "steps"],
     }
 
 

@@ -32,7 +32,7 @@ AWKWARD = [
 
 @pytest.fixture(scope="module")
 def diffusers():
-    """The text half of its Σ pipeline; it holds no weights."""
+    """The text half of its Sigma pipeline; it holds no weights."""
     pipelines = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma")
     made = pipelines.PixArtSigmaPipeline.__new__(pipelines.PixArtSigmaPipeline)
     return lambda text, clean: pipelines.PixArtSigmaPipeline._text_preprocessing(made, text, clean_caption=clean)[0]
