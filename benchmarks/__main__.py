@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-HELPERS = ("__init__", "__main__", "report", "peers", "timing", "plots", "rate", "text_report", "xxl", "graph_report")
+HELPERS = ("__init__", "__main__", "report", "peers", "timing", "plots", "rate", "text_report", "xxl", "graph_report", "scale_stages", "scale_paper")
 
 
 def main(arguments: list[str]) -> int:

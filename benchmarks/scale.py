@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import machine, rounded
+from benchmarks.report import machine
 from benchmarks.scale_paper import CARD, estimate, measure_parts, paper_lines
 from pixart.scale.stage import Chunk, Row, Stage, Worker, cut
 from pixart.scale.where import LOCAL, RAY, TORCHRUN, Where, run
@@ -190,7 +190,7 @@ def rounded_more(value: Any) -> Any:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as text."""
-    facts = rounded(report["machine"])
+    facts = report["machine"]
     lines = ["# Many pictures", "", "Written by `python -m benchmarks scale`."]
     if "rates" in report:
         lines += ["", "## Items a second", "", "Workers of one core each; models are loaded and the first batch is done.", ""]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -155,8 +155,3 @@ def paper_lines(found: dict[str, Any]) -> list[str]:
         days = part["card_days"]
         lines += ["", f"In all {days:.0f} card-days: {days / 8:.1f} days on 8 cards, {days / 64:.1f} on 64. The largest cost: {part['largest']}."]
     return lines
-
-
-def smaller(parts: dict[str, Part], share: float) -> dict[str, Part]:
-    """The same parts at another share, to see what an estimate hangs on."""
-    return {name: replace(part, share=share) for name, part in parts.items()}

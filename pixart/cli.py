@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | encode | caption | quantize | inspect | convert | train`."""
+"""The command line: `python -m pixart generate | encode | caption | quantize | inspect | convert | extract | train`."""
 from __future__ import annotations
 
 import argparse
@@ -18,6 +18,7 @@ from .scale.commands import add_many_options, run_many
 from .scale.where import LOCAL
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
+from .training.data.commands import add_data_commands
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
@@ -76,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
     add_caption_command(commands)
+    add_data_commands(commands)
     train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
     train.add_argument(

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,13 @@ from .checkpoints.content import called
 from .checkpoints.parts import require_tensors
 from .checkpoints.read import read_tensors
 from .checkpoints.shards import WEIGHTS_NAME
+from .config import Variant
 from .errors import CheckpointError, InputError, UnsupportedError
 from .json_files import read_json
 from .logs import get_logger
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = get_logger(__name__)
 
@@ -64,17 +69,23 @@ class Vae:
         """Channels of a latent."""
         return self.module.config.latent_channels
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in 0..1 to model latents (B, C, H/8, W/8), the mean of the distribution."""
+        return self.distribution(images)[0]
+
+    @torch.no_grad()
+    def distribution(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of the model latents of pictures, as of `encode`; None for a VAE that has but one latent."""
         step = self.pixels_per_latent
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % step or images.shape[3] % step:
             raise InputError(
                 f"images have shape {tuple(images.shape)}; expected (batch, 3, height, width), sides multiples of {step}."
             )
         encoded = self.module.encode(self._place(images) * 2 - 1)
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return (latents.float() - self.shift) / self.factor
+        if not hasattr(encoded, "latent_dist"):
+            return (encoded.latents.float() - self.shift) / self.factor, None
+        mean, std = encoded.latent_dist.mode(), encoded.latent_dist.std
+        return (mean.float() - self.shift) / self.factor, std.float() / self.factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -85,6 +96,15 @@ class Vae:
     def _place(self, tensor: Tensor) -> Tensor:
         parameter = next(self.module.parameters())
         return tensor.to(parameter.device, parameter.dtype)
+
+
+def decode_pictures(path: str | Path, variant: Variant, latents: Tensor) -> list[Image]:
+    """Pictures of latents (B, C, H, W) in a variant's space; the VAE is loaded for this call alone, onto the latents' device."""
+    from PIL import Image
+
+    vae = load_vae(path, variant.latent_scale, device=latents.device, latent_shift=variant.latent_shift)
+    arrays = vae.decode(latents).clamp(0, 1).mul(255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(array) for array in arrays]
 
 
 def load_vae(

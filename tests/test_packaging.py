@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = [ROOT / "quickstart.py", *sorted((ROOT / "demo/launch").glob("*.py"))]
 NEEDS_TORCH = {"standalone.py"}
-IMPORTED_AS = {"PIL": "pillow", "bs4": "beautifulsoup4"}
+IMPORTED_AS = {"PIL": "pillow", "bs4": "beautifulsoup4", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 BROUGHT_BY = {"numpy": "diffusers", "tokenizers": "transformers"}  # packages that one of ours depends on
 FORBIDDEN = {("pickle", "load"), ("pickle", "loads"), ("pickle", "Unpickler"), ("os", "system")}
 
@@ -85,7 +85,7 @@ def imported(path: Path) -> set[str]:
 def test_the_core_imports_nothing_that_its_extras_leave_out(project: dict) -> None:
     """On a machine with the extras alone, without ComfyUI's packages."""
     extras = project["project"]["optional-dependencies"]
-    given = {re.split(r"[<>=]", item)[0] for name in ("pipeline", "quantize", "captions") for item in extras[name]}
+    given = {re.split(r"[<>=]", item)[0] for name in ("pipeline", "quantize", "captions", "training") for item in extras[name]}
     used = {name for path in (ROOT / "pixart").rglob("*.py") for name in imported(path)}
     assert {BROUGHT_BY.get(name, name) for name in used} <= given
 

@@ -50,6 +50,19 @@ def check_kl(vae, model, scale):
     torch.testing.assert_close(vae.decode(latents), decoded, rtol=1e-4, atol=1e-5)
 
 
+def test_the_spread_of_a_latent_is_in_the_models_space(tmp_path):
+    model = tiny_kl()
+    model.save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 32, 48)
+    with torch.no_grad():
+        found = model.encode(images * 2 - 1).latent_dist
+    mean, std = load_vae(tmp_path, SDXL, latent_shift=0.5).distribution(images)
+    torch.testing.assert_close(mean, (found.mean - 0.5) * SDXL, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(std, found.std * SDXL, rtol=1e-4, atol=1e-5)
+    tiny_taesd().save_pretrained(tmp_path / "tiny")
+    assert load_vae(tmp_path / "tiny", SDXL).distribution(images)[1] is None
+
+
 def test_kl_folder_and_pipeline_folder(tmp_path):
     model = tiny_kl()
     model.save_pretrained(tmp_path / "vae")

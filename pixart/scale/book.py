@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UnsupportedError
+from ..training.write import replace_file
 from .stage import Chunk, Row, Stage
 
 FOLDER = ".pixart-work"
@@ -96,17 +95,5 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A UTF-8 file that appears whole or not at all, also where two processes write it at once. Raises OSError."""
-    write_whole(path, path.parent, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: Path, scratch: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make a file of its own name in `scratch`, on the same disk, then puts it in its place. Raises OSError."""
-    for folder in (path.parent, scratch):
-        folder.mkdir(parents=True, exist_ok=True)
-    partial = scratch / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """A UTF-8 file that appears whole or not at all. Raises OSError."""
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -74,7 +74,7 @@ def _caption(given: argparse.Namespace) -> None:
 
 def _settings(given: argparse.Namespace) -> CaptionSettings:
     from .caption_stage import ALT, CaptionSettings
-    from .identity import identity
+    from .stage import identity
 
     for name, least in (("captions", 1), ("max_tokens", 1), ("max_side", 1), ("batch_size", 1), ("temperature", 0)):
         if not least <= getattr(given, name) < float("inf"):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..errors import InputError
 from ..training.data.folder import visible_files
 from ..training.data.item import PICTURES
-from .book import FOLDER, locked, write_text, write_whole
+from .book import FOLDER, locked, write_text
 
 METADATA, NAME_FIELD = "metadata.jsonl", "file_name"
 
@@ -54,10 +54,9 @@ class TextFiles:
 
     def put(self, found: Mapping[str, Sequence[str]]) -> None:
         """One file each."""
-        scratch = self.folder / FOLDER / "partial"
         for name, texts in found.items():
             lines = "".join(f"{text}\n" for text in texts)
-            write_whole(self._path(name), scratch, lambda partial, lines=lines: partial.write_text(lines, encoding="utf-8"))
+            write_text(self._path(name), lines)
 
     def _path(self, name: str) -> Path:
         return (self.folder / name).with_suffix(self.suffix)

@@ -58,8 +58,8 @@ def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | 
     from .draw_stage import DrawSettings, DrawStage
     from .encode_stage import EncodeStage, TextSettings
     from .graph import GraphModels, model_name
-    from .identity import identity
     from .prompt_rows import Defaults, read_pictures
+    from .stage import identity
 
     model = _model(given, parts["transformer"])
     base = model["base_size"]

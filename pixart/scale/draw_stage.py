@@ -9,11 +9,12 @@ from typing import Any
 
 from ..bins import nearest_bin
 from ..errors import CheckpointError, InputError, TextEncoderError
-from .book import FOLDER, write_whole
+from ..training.data.marks import mark_of
+from ..training.write import replace_file
 from .encode_stage import EncodeStage
 from .graph import GraphModels, picture_graph
 from .prompt_rows import Picture, without_place
-from .stage import Chunk, Row, cut, digest, grouped
+from .stage import Chunk, Row, cut, grouped
 
 SETTINGS_KEY, GRAPH_KEY = "pixart", "prompt"  # of the PNG's texts; the second is ComfyUI's
 DRAWN, FAILED = "drawn", "failed"
@@ -52,7 +53,7 @@ class DrawStage:
 
     def key_of(self, picture: Picture) -> str:
         """Names all that decides a picture."""
-        return digest(asdict(without_place(picture)), self._decisive)
+        return mark_of(asdict(without_place(picture)), self._decisive)
 
     def drawn_size(self, picture: Picture) -> tuple[int, int]:
         """(width, height) in pixels, before the picture is cropped to what was wanted."""
@@ -148,8 +149,7 @@ def save_picture(stage: DrawStage, picture: Picture, image: Any) -> None:
     texts = PngInfo()
     texts.add_text(GRAPH_KEY, json.dumps(picture_graph(picture, stage.settings.graph)))
     texts.add_text(SETTINGS_KEY, json.dumps({**_settings(picture), "key": stage.key_of(picture), "models": asdict(stage.settings.graph)}))
-    scratch = stage.place / FOLDER / "partial"
-    write_whole(stage.place / picture.file, scratch, lambda partial: image.save(partial, format="PNG", pnginfo=texts))
+    replace_file(stage.place / picture.file, lambda partial: image.save(partial, format="PNG", pnginfo=texts))
 
 
 def key_in(path: Path) -> str | None:

@@ -11,9 +11,9 @@ from ..text.batch import one_prompt
 from ..text.captions import prepare
 from ..text.embeddings import TextEmbeddings
 from ..text.prompt_file import load_prompts, save_prompts
+from ..training.data.marks import mark_of
 from .book import FOLDER
-from .identity import identity
-from .stage import Chunk, Row, cut, digest
+from .stage import Chunk, Row, cut, identity
 
 BATCH = 16  # prompts; of equal length as far as possible
 
@@ -54,7 +54,7 @@ class EncodeStage:
 
     def file_of(self, prompt: str) -> Path:
         """Where a prompt's states are kept."""
-        key = digest(prompt, self.settings.decisive)
+        key = mark_of(prompt, self.settings.decisive)
         return self.place / FOLDER / self.name / "states" / key[:2] / f"{key}.safetensors"
 
     def load(self, prompt: str) -> TextEmbeddings:

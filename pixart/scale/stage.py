@@ -5,12 +5,12 @@ are rounded, so that this is what makes a result the same for any number of work
 """
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from ..training.data.marks import mark_of, model_mark
 
 Row = dict[str, Any]  # what became of one item, as JSON
 
@@ -51,17 +51,16 @@ class Stage(Protocol):
         """Whether all that the rows name is still there."""
 
 
-def digest(*values: Any) -> str:
-    """A name for values, the same in every process."""
-    text = json.dumps(values, sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def identity(path: Path | None) -> str:
+    """Names a model by what is in its files, the same wherever they lie; "" for one that isn't on this machine."""
+    return model_mark(path) if path is not None and path.exists() else ""
 
 
 def cut(items: Iterable[Any], size: int, settings: Mapping[str, Any]) -> list[Chunk]:
-    """Chunks of neighbours. settings: whatever else decides the results; items are named by their `repr`."""
+    """Chunks of neighbours. settings: whatever else decides the results."""
     items = tuple(items)
     parts = (items[start : start + size] for start in range(0, len(items), size))
-    return [Chunk(digest(settings, [repr(item) for item in part]), part) for part in parts]
+    return [Chunk(mark_of(dict(settings), part), part) for part in parts]
 
 
 def grouped(items: Iterable[Any], group: Any) -> dict[Hashable, list[Any]]:

@@ -6,11 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..device import check_device
 from ..errors import InputError
-from .drive import drive
-from .stage import Stage
+
+if TYPE_CHECKING:
+    from .stage import Stage
 
 LOCAL, TORCHRUN, RAY = "local", "torchrun", "ray"
 
@@ -66,6 +68,8 @@ def run(stages: Sequence[Stage], chosen: Where) -> None:
 
         run_on_torchrun(stages, chosen)
     else:
+        from .drive import drive
+
         with threads(chosen):
             drive(stages, chosen.device)
 

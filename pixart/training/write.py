@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +20,7 @@ def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, st
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a file beside `path`, then puts it in its place; a failure leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")  # of this writer alone; others may write the same file
     try:
         write(partial)
         partial.chmod(0o644)  # safetensors writes files that only their owner can read

@@ -104,3 +104,29 @@ def test_hints_are_the_outlines_of_the_pictures() -> None:
         assert 0 < outline.sum() < outline.numel() / 2
         near = torch.nn.functional.max_pool2d(outline[None].float(), 3, 1, 1)[0].bool()
         assert (change & ~near).sum() == 0  # colours change nowhere but along the outline
+
+
+def test_what_else_a_source_is_asked_for() -> None:
+    source, settings = source_of(validation=3)
+    source.prepare(["a red circle"], None)
+    states, mask = source.encode(["a red circle", ""])
+    assert mask.sum(1).tolist()[1] == 1 and torch.equal(states[1, :1], source.null_context)
+    batches = source.validation(settings, stage(128, 4), range(8))
+    assert len(batches) == 3 and len({batch.captions for batch in batches}) == 3
+    assert [batch.total for batch in batches] == [1, 1, 1]
+    [second] = source.validation(settings, stage(128, 4), range(1, 2))
+    assert torch.equal(second.latent, batches[1].latent) and second.captions == batches[1].captions
+    assert source.validation(settings, stage(128, 4), range(3, 9)) == []
+    picture = source.decode(batches[0].latent[:1])[0]
+    assert picture.size == (batches[0].latent.shape[3] * 8, batches[0].latent.shape[2] * 8)
+    assert len(source.report()) == 1 and source.contents() == []
+
+
+def test_a_dropped_caption_is_an_empty_text() -> None:
+    source, settings = source_of()
+    batch = source.batch(settings, stage(128, 8), Draws(1, 0, 0, range(8)))
+    draws = Draws(1, 0, 0, range(8))
+    dropped = drop_captions(batch, source.null_context, 0.5, False, draws)
+    gone = draws.uniform("caption dropout") < 0.5
+    assert 0 < gone.sum() < 8 and all(batch.captions)
+    assert [text == "" for text in dropped.captions] == gone.tolist() == (dropped.mask.sum(1) == 1).tolist()

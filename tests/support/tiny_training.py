@@ -1,6 +1,7 @@
 """A tiny model and a source of two pictures, for runs of a few steps."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,14 +23,42 @@ class TwoPictures:
     def __init__(self, settings: Any, recipe: Recipe) -> None:
         self.null_context = torch.zeros(1, 8)
 
+    def report(self) -> list[str]:
+        """Nothing to count."""
+        return ["two pictures"]
+
+    def prepare(self, prompts: Any, accelerator: Any) -> None:
+        """Nothing to compute."""
+
+    def contents(self) -> list[str]:
+        """No pictures are kept."""
+        return []
+
+    def encode(self, prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """"bright" is ones, anything else minus ones."""
+        sign = torch.tensor([1.0 if prompt == "bright" else -1.0 for prompt in prompts])
+        return sign[:, None, None].expand(-1, 2, 8), torch.ones(len(sign), 2, dtype=torch.bool)
+
+    def validation(self, settings: Any, stage: Stage, rows: range) -> list[Batch]:
+        """Eight pictures, always the same."""
+        return [self.batch(settings, replace(stage, batch_size=1), Draws(0, 1_000_000, row, range(1))) for row in rows if row < 8]
+
+    def decode(self, latents: torch.Tensor) -> list[Any]:
+        """Grey pictures, as bright as the latents."""
+        from PIL import Image
+
+        levels = ((latents.mean((1, 2, 3)) + 1) * 127.5).clamp(0, 255).int().tolist()
+        return [Image.new("RGB", (latents.shape[3] * 8, latents.shape[2] * 8), (level,) * 3) for level in levels]
+
     def batch(self, settings: Any, stage: Stage, draws: Draws) -> Batch:
         """Squares of the stage's size."""
         sign = torch.where(draws.uniform("sign") < 0.5, -1.0, 1.0).float()
         latent = sign[:, None, None, None].expand(-1, 4, stage.base_size // 8, stage.base_size // 8).clone()
+        captions = tuple("bright" if value > 0 else "dark" for value in sign.tolist())
         context, size = sign[:, None, None].expand(-1, 2, 8), torch.full((len(sign), 2), float(stage.base_size))
         mask = torch.ones(len(sign), 2, dtype=torch.bool)
         hint = latent.clone() if settings.hints else None
-        return Batch(latent, context, mask, size, torch.ones(len(sign)), float(stage.batch_size), hint=hint)
+        return Batch(latent, context, mask, size, torch.ones(len(sign)), float(stage.batch_size), hint=hint, captions=captions)
 
 
 def recipe_values(folder: Any, steps: int = 6, **changes: Any) -> dict[str, Any]:
