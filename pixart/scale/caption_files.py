@@ -116,7 +116,7 @@ class Field:
 def texts_at(folder: Path, place: str, names: Sequence[str] = ()) -> Texts:
     """`.txt` and other endings are files beside the pictures, any other word is a field of metadata.jsonl; raises InputError."""
     if place.startswith("."):
-        if Path(f"x{place}").suffix != place or place.lower() in PICTURES:
+        if Path(f"x{place}").suffix != place or place.lower() in PICTURES or "/" in place:
             raise InputError(f"{place!r} is no ending of a text file; expected one like .txt, or the name of a field.")
         return TextFiles(folder, place, names)
     if not place or place == NAME_FIELD:
