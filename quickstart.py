@@ -28,6 +28,7 @@ from demo.launch.errors import LaunchError
 ROOT = Path(__file__).absolute().parent
 WORK = ROOT / ".quickstart"
 LAST_PORT = 65535
+MOST_WORKERS = 4  # processes of the test suite, 2 to 3 GB each
 A_DAY = 86400.0  # a slow machine is no error; progress is shown, and Ctrl-C stops
 
 
@@ -154,8 +155,15 @@ def run_tests(arguments: list[str]) -> int:
     """Install the test extras and run pytest; its exit status."""
     comfyui = checkout.find_comfyui(ROOT)
     python = install(environment.test_profile(comfyui, ROOT))
+    if arguments:
+        return subprocess.call([str(python), "-m", "pytest", *arguments], cwd=ROOT)
     install_browser()
-    return subprocess.call([str(python), "-m", "pytest", *arguments], cwd=ROOT)
+    if comfyui is None:
+        checkout.pypi_comfyui(python, WORK)  # here, since the tests' processes would all make it
+    workers = max(1, min(MOST_WORKERS, os.cpu_count() or 1))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    command = [str(python), "-m", "pytest", "-n", str(workers), "--dist", "loadfile"]
+    return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": str(threads), **os.environ})
 
 
 def install_browser() -> None:

@@ -1,6 +1,7 @@
 """One step with guidance beside the peers: `python -m benchmarks forward --px 256,512 --peers comfyui,diffusers`.
 
 `--kv 14:2,28:4 --px 2048,4096 --peers ""` times KV compression of 14 of the 28 blocks by 2, and of all by 4, beside none.
+`--cards 300,800` adds what 20 steps of all blocks would take on machines of so many TFLOP/s, computed from the count of operations.
 """
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks import plots
-from benchmarks.peers import CFG, CORE, OURS, PADDED, PEERS, TOKENS, XL_BLOCKS, Compressed, Size, Workload, choose_host, make_peer
-from benchmarks.rate import matmul_rate, step_flops
+from benchmarks.peers import CFG, CORE, OURS, PADDED, PAG, PEERS, TOKENS, XL_BLOCKS, Compressed, Size, Workload, choose_host, make_peer
+from benchmarks.rate import elsewhere, matmul_rate, operations, step_flops
 from benchmarks.report import machine, versions
 from benchmarks.timing import keep_freed_memory, ratio, summarise, take_turns
 
@@ -29,12 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parse(arguments)
     choose_host(chosen.attention, chosen.device)
     keep_freed_memory()
-    name = f"forward-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else "") + ("-as-user" if chosen.as_user else "")
+    name = f"forward-{chosen.device}-{chosen.dtype}" + "".join(
+        mark for mark, holds in (("-kv", chosen.kv), ("-pag", chosen.pag), ("-as-user", chosen.as_user)) if holds
+    )
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG,
         "attention": chosen.attention, "as_user": chosen.as_user, "tokens": TOKENS, "diffusers_tokens": PADDED,
         "matmul_rate": matmul_rate(DTYPES[chosen.dtype], chosen.device),
-        "rounds": chosen.rounds, "peers": chosen.peers, "kv": [str(one) for one in chosen.kv], "sizes": [],
+        "rounds": chosen.rounds, "peers": chosen.peers, "kv": [str(one) for one in chosen.kv], "pag": chosen.pag,
+        "cards": chosen.cards, "steps": chosen.steps, "sizes": [],
     }  # fmt: skip
     for pixels in chosen.px:
         size = Size(pixels, blocks_for(pixels, chosen))
@@ -46,10 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, lists split."""
     parser = make_parser("forward", __doc__)
+    add_pag(parser)
     parser.add_argument(
         "--as-user", action="store_true",
         help="what a user gets: the host's loaders and its attention choose for themselves (diffusers: the file's dtype)",
     )  # fmt: skip
+    parser.add_argument(
+        "--cards", type=parse_rates, default=[], metavar="TFLOPS,...",
+        help="what a whole run would take on machines of such rates of matrix products, computed from the count of operations",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=at_least(1), default=20, help="of such a run")
     chosen = parser.parse_args(arguments)
     chosen.attention = "host" if chosen.as_user else chosen.attention
     return chosen
@@ -79,6 +89,11 @@ def make_parser(command: str, description: str | None) -> argparse.ArgumentParse
     parser.add_argument("--note", default="", help="a sentence on the state of the machine, for the report")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
+
+
+def add_pag(parser: argparse.ArgumentParser) -> None:
+    """The option of benchmarks of single steps."""
+    parser.add_argument("--pag", action="store_true", help="also ours with perturbed-attention guidance of one block")
 
 
 def blocks_for(pixels: int, chosen: argparse.Namespace) -> int:
@@ -121,6 +136,14 @@ def parse_kv(text: str) -> list[Compressed]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def parse_rates(text: str) -> list[float]:
+    """"300,800" as a list."""
+    rates = [float(part) if part.strip().replace(".", "", 1).isdecimal() else 0.0 for part in text.split(",")]
+    if any(not 0 < rate <= 1e6 for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected TFLOP/s, like 300,800")
+    return rates
+
+
 def measure(size: Size, names: Sequence[str], chosen: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every peer at one size, our ratio to each, and that of KV compression to none."""
     work = Workload(size, DTYPES[chosen.dtype], chosen.device, as_user=chosen.as_user)
@@ -134,6 +157,7 @@ def measure(size: Size, names: Sequence[str], chosen: argparse.Namespace) -> dic
             if name in (OURS, CORE):
                 raise
             errors[name] = f"{type(error).__name__}: {error}"
+    peaks = {name: peak_of_step(run) for name, run in contenders.items()} if chosen.device == "cuda" else {}
     take_turns(contenders, chosen.warm_up)  # only with all of them loaded is memory laid out as it stays
     seconds = take_turns(contenders, chosen.rounds)
     return {
@@ -142,17 +166,29 @@ def measure(size: Size, names: Sequence[str], chosen: argparse.Namespace) -> dic
         "seconds": {name: summarise(times) for name, times in seconds.items()},
         "ratio": {name: ratio(seconds[OURS], times) for name, times in seconds.items() if name in chosen.peers},
         "kv_ratio": {str(kv): ratio(seconds[name], seconds[OURS]) for kv in chosen.kv if (name := f"{OURS} {kv}") in seconds},
+        "pag_ratio": ratio(seconds[PAG], seconds[OURS]) if PAG in seconds else None,
+        "operations": operations(work, list(seconds)), "peak_mib": peaks,
     }  # fmt: skip
 
 
+def peak_of_step(step: Callable[[], float]) -> float:
+    """MiB of a card's memory that a step takes above what lies there before it, the weights of all."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def contender_names(chosen: argparse.Namespace) -> list[str]:
-    """Ours, then either ours compressed or the core alone, and the peers."""
-    return names_of([str(kv) for kv in chosen.kv], chosen.peers)
+    """Ours, then either ours with what was asked for or the core alone, and the peers."""
+    return names_of([str(kv) for kv in chosen.kv], chosen.peers, chosen.pag)
 
 
-def names_of(compressed: Sequence[str], peers: Sequence[str]) -> list[str]:
+def names_of(compressed: Sequence[str], peers: Sequence[str], pag: bool = False) -> list[str]:
     """In the order of the table."""
-    return [OURS, *([f"{OURS} {kv}" for kv in compressed] or [CORE]), *peers]
+    changed = [f"{OURS} {kv}" for kv in compressed] + [PAG] * pag
+    return [OURS, *(changed or [CORE]), *peers]
 
 
 def device_name(device: str) -> str:
@@ -174,13 +210,18 @@ def write(report: dict[str, Any], folder: Path, name: str) -> None:
 def markdown(report: dict[str, Any]) -> str:
     """A table of medians, spreads and ratios, and the exponents."""
     peers, compressed = report["peers"], report["kv"]
-    names = names_of(compressed, peers)
+    pag = report.get("pag", False)
+    names = names_of(compressed, peers, pag)
+    measured = [name for name in names if any(name in size.get("peak_mib", {}) for size in report["sizes"])]
     heads = [*(f"{name} s" for name in names), *(f"ours / {peer}" for peer in peers), *(f"{kv} / uncompressed" for kv in compressed)]
+    heads += ["pag / without"] * pag + [f"{name} peak MiB" for name in measured]
     lines = ["| px | tokens | blocks | " + " | ".join(heads) + " |", "|" + "---|" * (3 + len(heads))]
     for size in report["sizes"]:
         cells = [cell(size["seconds"].get(name)) for name in names]
         cells += [f"{size['ratio'][peer]:.2f}" if peer in size["ratio"] else "" for peer in peers]
         cells += [f"{size['kv_ratio'][kv]:.2f}" if kv in size["kv_ratio"] else "" for kv in compressed]
+        cells += [f"{size['pag_ratio']:.2f}" if size["pag_ratio"] else ""] if pag else []
+        cells += [f"{size['peak_mib'][name]:.0f}" if name in size["peak_mib"] else "" for name in measured]
         lines.append(f"| {size['pixels']} | {size['image_tokens']} | {size['blocks']} | " + " | ".join(cells) + " |")
     for size in report["sizes"]:
         lines += [f"\n{name} can't draw {size['pixels']} px: {error}." for name, error in size["errors"].items()]
@@ -194,6 +235,9 @@ def markdown(report: dict[str, Any]) -> str:
     if compressed:
         lines += ["", "BLOCKS:RATIO is training-free KV compression, an approximation, of the last so many of 28 blocks (where fewer are "
                   "run, of that part of them); its ratios are to ours without, turn by turn."]  # fmt: skip
+    if measured:
+        lines += ["", "Peak MiB: what a step takes of the card's memory above the weights."]
+    lines += elsewhere(report)
     facts = report["machine"]
     chosen = ", the host's loaders choose what to compute in" if report.get("as_user") else ""
     precision = f"a file in {report['dtype']}{chosen}"

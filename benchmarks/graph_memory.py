@@ -29,7 +29,7 @@ from benchmarks.graph_report import GIB, write_graph_report
 from benchmarks.text import workplace
 from benchmarks.xxl import XXL, sizes, write_weights
 from pixart.text.names import PRECISIONS
-from tests.support.host import CUDA
+from tests.support.host import AS_HOST, CUDA
 
 RESULTS = Path(__file__).parent / "results"
 VARIANT, CFG = "sigma-1024", 4.5
@@ -103,7 +103,7 @@ def run_child(place: Path, precision: str, chosen: argparse.Namespace) -> dict[s
     """What `measure` returns in a process of its own, or {"error": last line}."""
     options = [f"--{name}={getattr(chosen, name)}" for name in ("dtype", "px", "layers", "device")]
     command = [sys.executable, "-m", "benchmarks", "graph_memory", "--child", precision, f"--work={place}", *options]
-    environment = {**os.environ, CUDA: "1" if chosen.device == "cuda" else ""}
+    environment = {**os.environ, CUDA: AS_HOST if chosen.device == "cuda" else ""}
     root = Path(__file__).resolve().parents[1]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT, env=environment)

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import plots
-from benchmarks.forward import DTYPES, blocks_for, contender_names, device_name, make_parser
+from benchmarks.forward import DTYPES, add_pag, blocks_for, contender_names, device_name, make_parser
 from benchmarks.peers import CFG, NATIVE, OURS, TOKENS, Size, Workload, choose_host, make_peer
 from benchmarks.report import machine, versions
 
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[:1] == ["--child"]:
         print(json.dumps(measure(json.loads(arguments[1]))))
         return
-    chosen = make_parser("memory", __doc__).parse_args(arguments)
+    parser = make_parser("memory", __doc__)
+    add_pag(parser)
+    chosen = parser.parse_args(arguments)
     choose_host(chosen.attention, chosen.device)
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype, "cfg": CFG,
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         blocks = blocks_for(pixels, chosen)
         found = {name: run_child(name, pixels, blocks, chosen) for name in report["contenders"]}
         report["sizes"].append({"pixels": pixels, "image_tokens": (pixels // 16) ** 2, "blocks": blocks, "mib": found})
-        write(report, chosen.out, f"memory-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else ""))
+        write(report, chosen.out, f"memory-{chosen.device}-{chosen.dtype}" + ("-kv" if chosen.kv else "") + ("-pag" if chosen.pag else ""))
         print(markdown(report), flush=True)
 
 

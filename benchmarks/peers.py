@@ -28,6 +28,8 @@ TOKENS = (60, 1)  # of the prompt and the empty negative prompt: unequal, as in 
 PADDED = 300  # tokens that diffusers' Sigma pipeline always computes
 OURS, CORE, COMPILED, NATIVE, DIFFUSERS = "ours", "core", "compiled", "comfyui", "diffusers"
 PEERS = (NATIVE, DIFFUSERS, COMPILED)  # that may be asked for
+PAG = f"{OURS} pag"  # with perturbed-attention guidance, as PixArtPAG gives it
+PAG_BLOCK = 14  # of 28, as in diffusers' example
 XL_BLOCKS = 28
 
 
@@ -119,11 +121,11 @@ def choose_host(attention: str, device: str) -> None:
 
 
 def make_peer(name: str, work: Workload) -> Callable[[], float]:
-    """A function that runs one step with guidance and returns its seconds; "ours 14:2" is ours with KV compression."""
+    """A function that runs one step with guidance and returns its seconds; "ours 14:2" is ours with KV compression, "ours pag" with PAG."""
     make = {OURS: _host_step, NATIVE: _host_step, CORE: _core_step, COMPILED: _core_step, DIFFUSERS: _diffusers_step}
     peer, _, compressed = name.partition(" ")
     if peer not in make or (compressed and peer != OURS):
-        raise ValueError(f"Unknown peer {name!r}; expected one of {', '.join(make)}, or {OURS} BLOCKS:RATIO.")
+        raise ValueError(f"Unknown peer {name!r}; expected one of {', '.join(make)}, {PAG}, or {OURS} BLOCKS:RATIO.")
     return make[peer](work, name)
 
 
@@ -162,15 +164,19 @@ def _host_step(work: Workload, name: str) -> Callable[[], float]:
 
 
 def host_model(work: Workload, name: str) -> Any:
-    """A MODEL of its own to patch; peers of one loader share its weights."""
+    """A MODEL of its own to patch, and what the name adds; peers of one loader share its weights."""
     from tests.support import host
 
-    loader, _, compressed = name.partition(" ")
+    loader, _, change = name.partition(" ")
     if loader not in work.models:
         work.models[loader] = _load(work, loader)
-    if not compressed:
+    if not change:
         return work.models[loader].clone()
-    wanted = Compressed.parse(compressed)
+    if name == PAG:
+        block = str(PAG_BLOCK * work.size.blocks // XL_BLOCKS)
+        guide = host.pack_module("nodes.host.guidance").guide_by_perturbation
+        return guide(work.models[loader], host.pack_module("pixart.guidance").PERTURBED_ATTENTION, block, 3.0, 0.0, 1.0)
+    wanted = Compressed.parse(change)
     patch = host.pack_module("pixart.kv_compress").KVCompression(
         wanted.ratio, first_block=wanted.first_block(work.size.blocks), end_percent=1.0
     )  # fmt: skip

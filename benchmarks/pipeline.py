@@ -10,6 +10,7 @@ import argparse
 import gc
 import importlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -51,7 +52,8 @@ SDXL_FACTOR = 0.13025  # of its latents, as its config has it
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; the options of `forward`, and those of the whole run."""
     chosen = parse(arguments)
-    choose_host(chosen.attention, chosen.device)
+    if NATIVE in chosen.peers:  # pipelines run where there is no host
+        choose_host(chosen.attention, chosen.device)
     keep_freed_memory()
     report: dict[str, Any] = {
         "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "dtype": chosen.dtype,
@@ -76,7 +78,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decode", action="store_true", help="to pictures, by a random VAE of SDXL's sizes")
     parser.add_argument("--compile", action="store_true", help="our transformer under torch.compile")
     parser.add_argument("--kv-until", type=float, default=1.0, help="part of sampling in which --kv holds")
+    parser.add_argument("--no-plain", action="store_true", help="leave out ours without --kv, where that would take too long")
     chosen = parser.parse_args(arguments)
+    if chosen.no_plain and not chosen.kv:
+        parser.error("--no-plain leaves nothing to measure; expected --kv beside it.")
     if COMPILED in chosen.peers:
         parser.error(f"--peers names {COMPILED}; expected some of {NATIVE}, {DIFFUSERS}: --compile compiles ours.")
     if not 0 < chosen.kv_until <= 1:
@@ -125,7 +130,7 @@ def measure(size: Size, chosen: argparse.Namespace) -> dict[str, Any]:
 
 def contenders_of(work: Workload, vae: Vae | None, chosen: argparse.Namespace) -> dict[str, Callable[[], Callable[[], Any]]]:
     """Name -> what makes it ready. The host's two are there together or not at all."""
-    makers = {CORE: partial(_ours, work, vae, chosen)}
+    makers = {} if chosen.no_plain else {CORE: partial(_ours, work, vae, chosen)}
     makers |= {f"{CORE} {kv}": partial(_ours, work, vae, chosen, kv) for kv in chosen.kv}
     makers |= {DIFFUSERS: partial(_theirs, work, vae, chosen)} if DIFFUSERS in chosen.peers else {}
     makers |= {name: partial(_in_host, work, vae, chosen, name) for name in (OURS, NATIVE) if NATIVE in chosen.peers}
@@ -150,7 +155,8 @@ def make_vae(work: Workload) -> Vae:
 
 def peak_of(make: Callable[[], Callable[[], Any]]) -> float:
     """MiB of a card's memory that one run needs, weights included, after a first one that loads code."""
-    importlib.import_module("comfy.model_management").unload_all_models()
+    if host := sys.modules.get("comfy.model_management"):
+        host.unload_all_models()
     gc.collect()  # models hold themselves in cycles; the one before must not count
     torch.cuda.empty_cache()
     run = make()

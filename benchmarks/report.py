@@ -5,7 +5,7 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ class Result:
 
 def machine() -> dict[str, Any]:
     """CPU, cores, memory and versions; nothing that names the machine."""
-    from tests.support.host import host_version
-
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -38,9 +36,27 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "safetensors": version("safetensors"),
-        "comfyui": ".".join(map(str, host_version())),
-        "diffusers": version("diffusers"),
+        "comfyui": _comfyui(),
+        "diffusers": installed_version("diffusers"),
     }
+
+
+def _comfyui() -> str:
+    """The host's version; "absent" where there is none, or none that can be imported: some benchmarks need no host."""
+    from tests.support.host import host_version
+
+    try:
+        return ".".join(map(str, host_version()))
+    except (FileNotFoundError, ImportError):
+        return "absent"
+
+
+def installed_version(package: str) -> str:
+    """Of a package, or "absent"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def versions(facts: dict[str, Any]) -> str:

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=XXL["num_layers"], help="of the encoder; fewer where memory or time is short")
     parser.add_argument("--width", type=int, default=XXL["d_model"], help="d_model; d_ff and heads follow (for trying it out)")
     parser.add_argument("--precision", nargs="+", help="only these")
+    parser.add_argument("--loader", nargs="+", choices=(OURS, PLAIN, WRITTEN), help="only these")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of text.json, text.md and text.png")
     parser.add_argument("--work", type=Path, help="folder that keeps the weights, 20 GB (default: a temporary one)")
@@ -61,7 +62,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     shape = sizes(given.layers, given.width)
     results = {} if given.again else read_text_results(given.out, shape, given.device)
-    wanted = [case for case in CASES if given.precision is None or case[1] in given.precision]
+    wanted = [
+        (who, precision) for who, precision in CASES if precision in (given.precision or [precision]) and who in (given.loader or [who])
+    ]  # fmt: skip
     missing = [case for case in wanted if "error" in results.get(case, {"error": "not measured"})]
     with workplace(given.work) as place:
         for case, found in run(place / f"{given.layers}x{given.width}", shape, missing, given.device):

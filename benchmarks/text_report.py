@@ -3,11 +3,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import machine
+from benchmarks.report import installed_version, machine
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ def read_text_results(folder: Path, shape: dict[str, Any], device: str) -> dict[
 def write_text_results(folder: Path, results: list[TextResult], shape: dict[str, Any], device: str, note: str) -> None:
     """text.json, text.md and text.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {name: _version(name) for name in ("transformers", "bitsandbytes", "safetensors")}
+    versions = {name: installed_version(name) for name in ("transformers", "bitsandbytes", "safetensors")}
     facts = {**machine(), **versions, "device": device, "note": note}
     data = {"machine": facts, "shape": shape, "results": [asdict(result) for result in results]}
     (folder / "text.json").write_text(json.dumps(_rounded(data), indent=1) + "\n", encoding="utf-8")
@@ -96,13 +95,6 @@ def _plot(path: Path, results: list[TextResult], layers: int) -> None:
     axes.set_xlabel(f"GiB, {layers} layers")
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "absent"
 
 
 def _rounded(value: Any) -> Any:

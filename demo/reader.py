@@ -12,16 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from .scenes import BACKGROUNDS, COLORS, SHAPES, Scene
+from .scenes import BACKGROUNDS, COLORS, NEW_SHAPE, SHAPES, Scene
 
 UNKNOWN = "unknown"
 _COLOR_TOLERANCE = 0.33  # farthest that a colour may lie from its palette entry, in RGB
 _SMALLEST = 0.012  # of the short side squared; a third of the smallest object drawn
 _LEAST_OVERLAP = 0.70  # between a region and the outline it is taken for
 _LARGEST_STRETCH = 1.45  # of a bounding box, against the outline's own proportions
+_LEAST_OVERLAP_OF_BAR = 0.85  # as a wide ellipse has 0.79
+_BAR_STRETCH = 2.36  # width over height of the one shape that isn't as high as wide
 _SIZE_LIMITS = (0.175, 0.235)
 # Area of each shape over the square of the radius that sizes speak of.
-_AREA_OF_RADIUS = {"circle": 3.14, "square": 3.24, "triangle": 2.12, "diamond": 2.42, "cross": 2.36}
+_AREA_OF_RADIUS = {"circle": 3.14, "square": 3.24, "triangle": 2.12, "diamond": 2.42, "cross": 2.36, NEW_SHAPE: 2.86}
 _GRID = 48
 
 
@@ -156,6 +158,8 @@ def _outlines() -> dict[str, np.ndarray]:
 def _classify_shape(cropped: np.ndarray) -> str:
     """The outline with the largest intersection over union, after stretching the region to the grid."""
     height, width = cropped.shape
+    if _BAR_STRETCH / _LARGEST_STRETCH <= width / height <= _BAR_STRETCH * _LARGEST_STRETCH:
+        return NEW_SHAPE if cropped.mean() >= _LEAST_OVERLAP_OF_BAR else UNKNOWN
     if max(height, width) > _LARGEST_STRETCH * min(height, width):
         return UNKNOWN
     rows = ((np.arange(_GRID) + 0.5) * height / _GRID).astype(int)

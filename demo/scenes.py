@@ -32,6 +32,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "yellow": COLORS["yellow"],
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross")
+NEW_SHAPE = "bar"  # which the demo never saw; `demo.new_shape` teaches it
 # Radius as a fraction of the short side: the smallest spans four tokens of a 256 px picture.
 SIZES: dict[str, float] = {"small": 0.15, "medium": 0.205, "large": 0.27}
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below", "inside")
@@ -49,12 +50,14 @@ _HELDOUT_PERCENT = 10
 # Reach from the centre to the left, right, top and bottom edge, in radii; areas are alike across shapes.
 _SQUARE, _DIAMOND, _CROSS, _CROSS_ARM = 0.90, 1.10, 1.00, 0.36
 _TRIANGLE_HALF_BASE, _TRIANGLE_UP, _TRIANGLE_DOWN = 1.08, 1.307, 0.653
+_BAR_ACROSS, _BAR_DOWN = 1.30, 0.55
 REACH: dict[str, tuple[float, float, float, float]] = {
     "circle": (1.0, 1.0, 1.0, 1.0),
     "square": (_SQUARE,) * 4,
     "triangle": (_TRIANGLE_HALF_BASE, _TRIANGLE_HALF_BASE, _TRIANGLE_UP, _TRIANGLE_DOWN),
     "diamond": (_DIAMOND,) * 4,
     "cross": (_CROSS,) * 4,
+    NEW_SHAPE: (_BAR_ACROSS, _BAR_ACROSS, _BAR_DOWN, _BAR_DOWN),
 }
 
 
@@ -120,6 +123,11 @@ def _sample_background(rng: np.random.Generator, used: tuple[str, ...]) -> str:
 
 def _sample_single(rng: np.random.Generator) -> Scene:
     color, shape, size, place = (_pick(rng, list(o)) for o in (COLORS, SHAPES, SIZES, PLACES))
+    return single_scene(rng, color, shape, size, place)
+
+
+def single_scene(rng: np.random.Generator, color: str, shape: str, size: str, place: str) -> Scene:
+    """One object at a place, with what is left open drawn by chance."""
     radius = SIZES[size] * rng.uniform(0.96, 1.04)
     left, right, up, down = (reach * radius + 0.02 for reach in REACH[shape])
     column = 0 if "left" in place else 2 if "right" in place else 1
@@ -198,6 +206,8 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     if shape == "cross":
         arm, reach = _CROSS_ARM * radius, _CROSS * radius
         return np.minimum(np.maximum(ax - reach, ay - arm), np.maximum(ax - arm, ay - reach))
+    if shape == NEW_SHAPE:
+        return np.maximum(ax - _BAR_ACROSS * radius, ay - _BAR_DOWN * radius)
     if shape == "triangle":
         height = _TRIANGLE_UP + _TRIANGLE_DOWN
         length = float(np.hypot(height, _TRIANGLE_HALF_BASE))

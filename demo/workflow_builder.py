@@ -26,6 +26,12 @@ KV_NOTE = """
 PixArt KV Compress makes attention cheaper by an approximation: bypass it for the exact picture. These settings are a
 beginning; higher ratio and more blocks are faster, and change more of the picture.
 """
+COMPILE_NOTE = """
+
+TorchCompileModel makes one program of all steps. The first step takes long; later ones may be faster on a card, on a CPU hardly.
+Other prompts, sizes and seeds use the same program; KV compression and guidance add one each. Put all that changes the model in
+front of it. It needs a C++ compiler, and Triton on a card. Bypass it for a single picture.
+"""
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,10 @@ class Workflow:
             min_tokens=how.min_tokens,
         )  # fmt: skip
 
+    def compile(self, model: str, row: int) -> str:
+        """The model under torch.compile, for its sampler."""
+        return self.add("TorchCompileModel", "Compile", 1, row, model=[model, 0], backend="inductor")
+
     def loaders(self, variant: str) -> tuple[str, str, str]:
         """The model, text encoder and VAE nodes."""
         model = self.add(
@@ -150,15 +160,17 @@ class Workflow:
 
 def text_to_image(
     weights: Weights, variant: str, base: int, tokens: int, prompt: str, prefix: str, note: str = "", tiled: bool = False,
-    compress: Sequence[KVCompression] = (),
+    compress: Sequence[KVCompression] = (), compiled: bool = False,
 ) -> Workflow:  # fmt: skip
     """Prompt to picture."""
-    flow = Workflow(weights, (note or weights.note()) + (KV_NOTE if compress else ""))
+    flow = Workflow(weights, (note or weights.note()) + (KV_NOTE if compress else "") + (COMPILE_NOTE if compiled else ""))
     model, t5, vae = flow.loaders(variant)
     positive = flow.text("Prompt", t5, prompt, tokens, 0)
     negative = flow.text("Negative prompt", t5, "", tokens, 1)
     size = flow.add("PixArtResolution", "Size", 1, 2, base=str(base), width=base, height=base, batch_size=1)
     for row, how in enumerate(compress, start=3):
         model = flow.compress(model, row, how)
+    if compiled:
+        model = flow.compile(model, 3 + len(compress))
     flow.decode(flow.sample("Sampler", model, positive, negative, [size, 0]), vae, prefix, tiled=tiled)
     return flow

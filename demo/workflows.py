@@ -74,6 +74,9 @@ WORKFLOWS: Mapping[str, Callable[[], Workflow]] = {
     "sigma-2k": lambda: text_to_image(sigma("PixArt-Sigma-XL-2-2K-MS.pth"), "sigma-2k", 2048, 300, PROMPT, "pixart-sigma-2k", tiled=True),
     "alpha-1024": lambda: text_to_image(alpha("PixArt-XL-2-1024-MS.pth"), "alpha-1024", 1024, 120, PROMPT, "pixart-alpha-1024"),
     "alpha-512": lambda: text_to_image(alpha("PixArt-XL-2-512x512.pth"), "alpha-512", 512, 120, PROMPT, "pixart-alpha-512"),
+    "compiled": lambda: text_to_image(
+        sigma("PixArt-Sigma-XL-2-1024-MS.pth"), "sigma-1024", 1024, 300, PROMPT, "pixart-compiled", compiled=True
+    ),
     "img2img": image_to_image,
     "inpaint": inpaint,
     "batch": batch,

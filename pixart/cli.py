@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | encode | caption | quantize | inspect | convert | extract | train`."""
+"""The command line: `python -m pixart COMMAND`; `-h` lists the commands."""
 from __future__ import annotations
 
 import argparse
@@ -10,14 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
+from .app.command import add_app_command
 from .config import variant_names
 from .device import check_device
 from .errors import InputError, PixArtError
+from .merge_command import add_merge_command
 from .scale.caption_commands import add_caption_command
 from .scale.commands import add_many_options, run_many
 from .scale.where import LOCAL
+from .schedules import SCHEDULES
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
+from .training.commands import add_training_commands
 from .training.data.commands import add_data_commands
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
@@ -27,6 +31,7 @@ DEMO_FILES = {
     "vae": DEMO_WEIGHTS / "vae/pixart-demo-vae.safetensors",
 }
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SAMPLER_NAMES = ("dpm++", "sa-solver", "lcm", "one-step")  # of samplers.py, which imports torch
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -75,20 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
     _add_reading_options(convert)
     convert.set_defaults(run=_convert)
 
+    add_merge_command(commands)
+    add_app_command(commands, _parts, demo_loras=DEMO_WEIGHTS / "loras", dtypes=DTYPES)
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
     add_caption_command(commands)
     add_data_commands(commands)
-    train = commands.add_parser("train", help="train a model by a recipe, going on from where it stopped")
-    train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
-        help="change one field of the recipe, e.g. seed=1 or stages.0.steps=500; may be repeated",
-    )  # fmt: skip
-    train.add_argument("--output", type=Path, help="where the weights go, instead of the recipe's output")
-    train.add_argument("--overwrite", action="store_true", help="begin anew, over a former run and its output")
-    train.add_argument("--accept-changes", action="store_true", help="go on although the recipe has changed since")
-    train.add_argument("--stop-after", type=float, metavar="SECONDS", help="save and stop after this long")
-    train.set_defaults(run=_train)
+    add_training_commands(commands)
     return parser
 
 
@@ -105,8 +102,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder, tokenizer.json or spiece.model, if not beside the T5")
     parser.add_argument("--vae", type=Path, help="diffusers folder or .safetensors")
     _add_reading_options(parser)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg", type=float, default=4.5, help="guidance scale; 1 turns guidance off")
+    parser.add_argument("--sampler", choices=SAMPLER_NAMES, default=SAMPLER_NAMES[0], help="lcm and one-step are for models distilled so")
+    parser.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="optimized: for 4 to 16 steps of dpm++")
+    parser.add_argument("--steps", type=int, help="default: what the sampler is made for, 20 for dpm++")
+    parser.add_argument("--cfg", type=float, help="guidance scale; 1 turns guidance off (default: the sampler's, 4.5 for dpm++)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's base size)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's base size)")
     parser.add_argument("--no-bins", action="store_true", help="draw the very size asked for, not the nearest trained one")
@@ -136,6 +135,7 @@ def _generate_few(given: argparse.Namespace, output: Path) -> None:
     import torch
 
     from .pipeline import Pipeline
+    from .samplers import find_sampler
 
     if output.suffix.lower() not in PICTURE_SUFFIXES:
         raise InputError(f"--output is {output}; expected a name ending in {', '.join(PICTURE_SUFFIXES)}.")
@@ -149,11 +149,14 @@ def _generate_few(given: argparse.Namespace, output: Path) -> None:
         ema=given.ema,
     )
     seed = secrets.randbelow(2**32) if given.seed is None else given.seed
+    sampler = find_sampler(given.sampler)
     pictures = pipe(
         given.prompt,
         given.negative,
-        steps=given.steps,
-        guidance=given.cfg,
+        sampler=sampler,
+        schedule=given.schedule,
+        steps=sampler.steps if given.steps is None else given.steps,
+        guidance=sampler.guidance if given.cfg is None else given.cfg,
         width=given.width,
         height=given.height,
         use_bins=not given.no_bins,
@@ -183,15 +186,6 @@ def _convert(given: argparse.Namespace) -> None:
     written = convert_file(
         given.source, given.destination, to=given.to, ema=given.ema, variant=given.variant, kv_compression=given.kv_compression
     )
-    sys.stdout.write(f"{written}\n")
-
-
-def _train(given: argparse.Namespace) -> None:
-    from .training.loop import train
-
-    changes = [*given.changes, *([f"output={given.output}"] if given.output else ())]
-    options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes, "stop_after": given.stop_after}
-    written = train(given.recipe, changes, **options)
     sys.stdout.write(f"{written}\n")
 
 

@@ -18,14 +18,17 @@ from .config import get_variant
 from .cpu import fastest_dtype
 from .errors import InputError
 from .guidance import PerturbedGuidance
-from .habits import described, plain_number, unknown_arguments
+from .habits import plain_number, unknown_arguments
 from .kv_compress import KVCompression
 from .logs import get_logger
 from .model import PIXELS_PER_LATENT, PixArtTransformer
-from .sampling import Callback, check_scheduler, denoise, initial_noise, make_scheduler
+from .samplers import DPMSolver, Sampler, find_sampler
+from .sampling import Callback, Preview, Source, check_scheduler, denoise, initial_noise, make_scheduler, sources_of
+from .schedules import USUAL, timesteps_of
 from .text.captions import prepare
 from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_encoder
-from .text.prompt_file import load_prompts, save_prompts
+from .text.given import check_embeddings, given_embeddings
+from .text.prompt_file import save_prompts
 from .vae import Vae, load_vae
 
 logger = get_logger(__name__)
@@ -135,6 +138,9 @@ class Pipeline:
         perturbed: PerturbedGuidance | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
+        sampler: Sampler | str | None = None,
+        preview: Preview | None = None,
+        schedule: str = USUAL,
         **unknown: Any,
     ) -> Any:
         """Draws images_per_prompt pictures for each prompt; defaults are those of diffusers' Sigma pipeline.
@@ -145,7 +151,9 @@ class Pipeline:
         prompt_embeds, negative_prompt_embeds: from `encode`, a prompt file, or states (B, M, C) as diffusers gives them, with
         their mask (B, M) in the argument of that name (default: every token is real). None for a prompt is the empty one.
         clean_caption: by the reference's rules (`pip install ftfy beautifulsoup4`); they lower-case too.
-        callback(step, timestep, latents): returning False ends sampling there.
+        sampler: a name in `pixart.samplers`, or one from there with settings of its own (default: the pipeline's scheduler).
+        callback(step, timestep, latents): returning False ends sampling there. preview(step, latents): the picture as foreseen.
+        schedule: "usual", or "optimized" for 4 to 16 steps of dpm++: nearer to the picture of many steps.
         kv_compression: training-free, an approximation that makes large pictures cheaper; see `kv_compress`.
         perturbed: perturbed-attention or skip-layer guidance; one more forward per step.
         output: "pil" -> list of pictures, "np" -> (B, H, W, 3) and "pt" -> (B, 3, H, W) in 0..1,
@@ -156,22 +164,25 @@ class Pipeline:
             raise InputError(unknown_arguments(unknown, inspect.signature(self.__call__).parameters))
         steps, images_per_prompt, guidance = (plain_number(value) for value in (steps, images_per_prompt, guidance))
         self._check(steps, guidance, images_per_prompt, output)
+        timesteps = timesteps_of(schedule, steps)
+        scheduler = self._scheduler(sampler, steps, guidance, chosen=timesteps is not None)
         given = {
             "prompt_embeds": (prompt_embeds, prompt_attention_mask),
             "negative_prompt_embeds": (negative_prompt_embeds, negative_prompt_attention_mask),
         }
-        embeds = [self._embeddings(name, *parts) for name, parts in given.items()]
+        width_of_captions = self.transformer.config.caption_channels
+        embeds = [given_embeddings(name, *parts, width_of_captions) for name, parts in given.items()]
         positive, negative = self._embed(prompt, negative_prompt, *embeds, guidance > 1, (lower_case, clean_caption))
         batch = positive.states.shape[0] * images_per_prompt
         canvas = self._canvas(width, height, use_bins, latents)
-        noise = self._noise(batch, canvas, seed, latents)
+        source = sources_of(seed, batch)
+        noise = self._noise(batch, canvas, source, latents)
         context = positive.repeat(images_per_prompt)
         if negative is not None:
             context = concatenate(negative.repeat(images_per_prompt), context)
         size = None
         if self.transformer.config.micro_condition:
             size = torch.tensor([positive.size or (canvas.drawn_height, canvas.drawn_width)], device=self.device)
-        scheduler = self.scheduler if self.scheduler is not None else make_scheduler()
         found = denoise(
             self.transformer,
             noise,
@@ -184,6 +195,9 @@ class Pipeline:
             progress=progress,
             kv_compression=kv_compression,
             perturbed=perturbed,
+            source=source,
+            preview=preview,
+            timesteps=timesteps,
         )
         return found if output == "latent" else to_output(self._decode(found, canvas), output)
 
@@ -237,8 +251,19 @@ class Pipeline:
             raise InputError(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}.")
         if self.vae is None and output != "latent":
             raise InputError('This pipeline has no VAE: give vae= when loading, or ask for output="latent".')
-        if self.scheduler is not None:
-            check_scheduler(self.scheduler)
+
+    def _scheduler(self, sampler: Sampler | str | None, steps: int, guidance: float, chosen: bool) -> Any:
+        """chosen: its timesteps come from a schedule of `schedules`."""
+        if sampler is not None:
+            found = find_sampler(sampler)
+            found.check(steps, guidance)
+            if chosen and not isinstance(found, DPMSolver):
+                raise InputError(f"The optimized schedule is made for the sampler {DPMSolver.name}, not {found.name}; use the usual one.")
+            return found.scheduler()
+        if self.scheduler is None:
+            return make_scheduler()
+        check_scheduler(self.scheduler)
+        return self.scheduler
 
     def _embed(
         self, prompt: str | Sequence[str] | None, negative_prompt: str | Sequence[str], embeds: TextEmbeddings | None,
@@ -254,41 +279,14 @@ class Pipeline:
             if negative is None:
                 negative = self.encode("" if negative_prompt is None else negative_prompt, None, *preparation)
         for name, part in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
-            self._check_embeddings(name, part)
+            if part is not None:
+                check_embeddings(name, part, self.transformer.config.caption_channels)
         count = positive.states.shape[0]
         if negative is not None and negative.states.shape[0] not in (1, count):
             raise InputError(f"{negative.states.shape[0]} negative prompts for {count} prompts; expected 1 or {count}.")
         if negative is not None and negative.states.shape[0] != count:
             negative = negative.repeat(count)
         return positive, negative
-
-    def _embeddings(self, name: str, given: Any, mask: Tensor | None) -> TextEmbeddings | None:
-        """What was given in place of a prompt; raises InputError for anything that is none of these."""
-        if mask is not None and not isinstance(given, Tensor):
-            raise InputError(f"A mask was given, but {name} is {type(given).__name__}; expected a tensor of states beside it.")
-        if given is None or isinstance(given, TextEmbeddings):
-            return given
-        if isinstance(given, (str, Path)):
-            return load_prompts(given, self.transformer.config.caption_channels).embeddings
-        if isinstance(given, Tensor) and given.ndim == 3 and given.is_floating_point():
-            mask = torch.ones(given.shape[:2], dtype=torch.bool) if mask is None else mask
-            if mask.ndim == 2:  # a mask of another size is refused with both sizes
-                return TextEmbeddings(given, mask.to(given.device) != 0)
-        raise InputError(
-            f"{name} is {described(given)}{'' if mask is None else f' with a mask {tuple(mask.shape)}'}; expected what encode() returns, "
-            "a prompt file, or states (prompts, tokens, width) with a mask (prompts, tokens)."
-        )
-
-    def _check_embeddings(self, name: str, part: TextEmbeddings | None) -> None:
-        width = self.transformer.config.caption_channels
-        if part is None:
-            return
-        if part.states.ndim != 3 or part.states.shape[2] != width or part.mask.shape != part.states.shape[:2]:
-            source = f" ({part.source})" if part.source else ""
-            raise InputError(
-                f"{name}{source} has states {tuple(part.states.shape)} and mask {tuple(part.mask.shape)}; "
-                f"expected (prompts, tokens, {width}) and (prompts, tokens)."
-            )
 
     def _canvas(self, width: int | None, height: int | None, use_bins: bool, latents: Tensor | None) -> Canvas:
         step = self._pixels_per_latent
@@ -302,11 +300,11 @@ class Pipeline:
     def _pixels_per_latent(self) -> int:
         return self.vae.pixels_per_latent if self.vae is not None else PIXELS_PER_LATENT
 
-    def _noise(self, batch: int, canvas: Canvas, seed: int | Sequence[int] | None, latents: Tensor | None) -> Tensor:
+    def _noise(self, batch: int, canvas: Canvas, source: Source, latents: Tensor | None) -> Tensor:
         step = self._pixels_per_latent
         shape = (batch, self.transformer.config.in_channels, canvas.drawn_height // step, canvas.drawn_width // step)
         if latents is None:
-            return initial_noise(shape, seed).to(self.device)
+            return initial_noise(shape, source).to(self.device)
         if tuple(latents.shape) != shape:
             raise InputError(f"latents have shape {tuple(latents.shape)}; expected {shape} for these prompts and size.")
         return latents.to(self.device, torch.float32)

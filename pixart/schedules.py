@@ -17,6 +17,16 @@ KNOTS = (0.125, 0.25, 0.5, 0.625, 0.75, 0.875)  # shares of the steps done
 CURVE = (874.1, 749.3, 499.5, 374.6, 249.8, 124.9)  # timesteps there; 999 before, 0 after
 
 
+USUAL, OPTIMIZED = SCHEDULES = ("usual", "optimized")
+
+
+def timesteps_of(schedule: str, steps: int) -> list[int] | None:
+    """Whole timesteps of a schedule by name; None for the usual one, which a scheduler knows itself. Raises InputError."""
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule is {schedule!r}; expected {' or '.join(SCHEDULES)}.")
+    return [round(each) for each in optimized_timesteps(steps)] if schedule == OPTIMIZED else None
+
+
 def optimized_timesteps(steps: int) -> list[float]:
     """Falling timesteps, 999 first; the last step ends at the picture. Raises InputError outside of 4 to 16 steps."""
     if not FEWEST <= steps <= MOST:

@@ -9,9 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import forward, memory, peers, plots, timing
-from benchmarks.peers import PADDED, TOKENS, Compressed, Size, Workload, core_model, diffusers_model, host_model, make_peer
-from benchmarks.rate import step_flops
+from benchmarks.peers import PADDED, PAG, TOKENS, Compressed, Size, Workload, core_model, diffusers_model, host_model, make_peer
+from benchmarks.rate import operations, step_flops
 from pixart.attention import dense_attention, one_token_of
+from pixart.kv_compress import KVCompression
 from pixart.model import PixArtTransformer
 from tests.support import host
 
@@ -82,6 +83,17 @@ def test_kv_contenders_compress_the_last_blocks_and_only_them() -> None:
     assert plain.model is patched.model  # one copy of the weights
 
 
+def test_pag_is_one_more_prediction_with_the_middle_block_weakened() -> None:
+    work, seen = Workload(Size(64, 2), torch.float32, "cpu"), []
+    network = host_model(work, "ours").model.diffusion_model
+    network.register_forward_pre_hook(lambda _, args, given: seen.append(given.get("identity_blocks")), with_kwargs=True)
+    for name in ("ours", PAG):
+        make_peer(name, work)()
+    assert seen == [None, None, (1,)]
+    chosen = forward.parse(["--pag", "--kv", "28:2", "--peers", ""])
+    assert forward.contender_names(chosen) == ["ours", "ours 28:2", PAG] and not forward.parse([]).pag
+
+
 def test_blocks_of_28_are_scaled_to_those_that_run() -> None:
     assert [Compressed.parse("14:2").first_block(depth) for depth in (28, 8, 2)] == [14, 4, 1]
     assert Compressed.parse("28:4").first_block(1) == 0
@@ -116,16 +128,34 @@ def test_kv_takes_turns_with_the_uncompressed_and_is_told_apart(tmp_path, monkey
     assert (tmp_path / "forward-kv-ratio.png").stat().st_size > 5000
 
 
-def test_operations_are_those_that_torch_counts() -> None:
-    """The blocks' share of torch's own count of one forward of a prompt and an empty negative one."""
-    work = Workload(Size(256, 2), torch.float32, "cpu")
+@pytest.mark.parametrize("compressed", [None, "14:2", "28:4"])
+def test_operations_are_those_that_torch_counts(compressed: str | None) -> None:
+    """The blocks' share of torch's own count of one forward of a prompt and an empty negative one; 18 rows, which 4 doesn't divide."""
+    work = Workload(Size(288, 2), torch.float32, "cpu")
+    wanted = Compressed.parse(compressed) if compressed else None
+    how = KVCompression(wanted.ratio, "stride", wanted.first_block(2), end_percent=1.0, size_bias=False) if wanted else ()
     model = PixArtTransformer(work.config, device="meta", attention=dense_attention)
     context, mask = work.padded_captions(max(peers.TOKENS))
-    given = [torch.empty_like(each, device="meta") for each in (torch.empty(2, 4, 32, 32), torch.empty(2), context, mask)]
+    given = [torch.empty_like(each, device="meta") for each in (torch.empty(2, 4, 36, 36), torch.empty(2), context, mask)]
     with FlopCounterMode(display=False) as counter:
-        model(*given, one_token=one_token_of(peers.TOKENS, max(peers.TOKENS)))
+        model(*given, one_token=one_token_of(peers.TOKENS, max(peers.TOKENS)), kv_compression=how)
     counted = sum(sum(one.values()) for name, one in counter.get_flop_counts().items() if name.split(".")[-2:-1] == ["blocks"])
-    assert counted == step_flops(work)
+    assert counted == step_flops(work, wanted)
+    assert operations(work, ["ours", "core", PAG, *([f"ours {compressed}"] if compressed else [])]) == {
+        name: {"run": step_flops(work, one), "whole": pytest.approx(14 * step_flops(work, one))}
+        for name, one in (("ours", None), *([(f"ours {compressed}", wanted)] if compressed else []))
+    }  # fmt: skip
+
+
+def test_whole_runs_on_other_machines_are_computed_from_the_operations() -> None:
+    """0.3 TFLOP in 0.5 s on a machine of 1 TFLOP/s: a share of 60 %; all blocks, 20 steps: 168 TFLOP."""
+    made = report(cards=[300.0, 800.0], steps=20)
+    made["sizes"] = [{**made["sizes"][0], "pixels": 4096, "operations": {"ours": {"run": 0.3e12, "whole": 8.4e12}, "ours 28:4": {}}}]
+    made["sizes"][0]["seconds"] = {"ours": {**FIGURES, "median": 0.5}, "core": FIGURES}
+    text = forward.markdown(made)
+    assert "| 4096 | ours | 168 | 60% | 0.08 | 0.6, 0.9 | 0.2, 0.3 |" in text  # 280 s here; 168 / 300, 168 / 300 / 0.6 and so on
+    assert "Computed from the count of operations, not measured: 20 steps with guidance of all 28 blocks" in text
+    assert "| ours 28:4 |" not in text and "Computed" not in forward.markdown(report())
 
 
 def test_unknown_peer_is_refused() -> None:
@@ -212,6 +242,8 @@ def test_memory_table(tmp_path) -> None:
         (["--rounds", "0"], "a whole number from 1"),
         (["--blocks", "0"], "a whole number from 1"),
         (["--kv", "28:16"], "a ratio of 2 to 8"),
+        (["--cards", "300,fast"], "expected TFLOP/s, like 300,800"),
+        (["--cards", "0"], "expected TFLOP/s, like 300,800"),
     ],
 )
 def test_options_that_mean_nothing_are_refused_before_anything_runs(options, message, capsys) -> None:
@@ -228,6 +260,17 @@ def test_the_host_runs_where_the_benchmark_does(monkeypatch) -> None:
     peers.choose_host("host", here)
     with pytest.raises(RuntimeError, match=f"expected {elsewhere}: start a new process"):
         peers.choose_host("host", elsewhere)
+
+
+def test_a_card_s_memory_and_guidance_have_columns() -> None:
+    made = report(pag=True, kv=["28:2"], peers=[])
+    for size in made["sizes"]:
+        size |= {"pag_ratio": 1.4, "kv_ratio": {"28:2": 0.5}, "ratio": {}, "peak_mib": {"ours": 187.4, PAG: 190.0}}
+        size["seconds"] = dict.fromkeys(("ours", "ours 28:2", PAG), FIGURES)
+    made["sizes"][1]["pag_ratio"] = None
+    rows = [line for line in forward.markdown(made).splitlines() if line.startswith("|")]
+    assert rows[0].endswith("| 28:2 / uncompressed | pag / without | ours peak MiB | ours pag peak MiB |")
+    assert rows[2].endswith("| 0.50 | 1.40 | 187 | 190 |") and rows[3].endswith("| 0.50 |  | 187 | 190 |")
 
 
 def test_a_single_turn_has_no_spread() -> None:

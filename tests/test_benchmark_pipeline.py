@@ -7,19 +7,24 @@ import pytest
 import torch
 
 from benchmarks import pipeline
+from benchmarks import report as report_module
 from benchmarks.peers import Size, Workload
 from pixart.kv_compress import KVCompression
+from tests.support import host
 from tests.test_benchmark_peers import FIGURES, report
 
 
-def test_pipeline_draws_pictures_with_compression_and_without_guidance(tmp_path, capsys, monkeypatch) -> None:
+def test_pipeline_draws_pictures_with_compression_and_without_guidance(tmp_path, capsys) -> None:
     """Ours, ours compressed, and diffusers' at the smallest size; decoded by a VAE of SDXL's sizes."""
-    monkeypatch.setattr(pipeline, "choose_host", lambda *_: None)  # the contenders here are the core and diffusers
     few = ["--px", "64", "--blocks", "1", "--steps", "1", "--rounds", "1", "--guidance", "1", "--decode", "--out", str(tmp_path)]
     pipeline.main([*few, "--kv", "28:2", "--peers", "diffusers"])
     size = json.loads((tmp_path / "pipeline-cpu-bf16-1-steps-cfg-1-decoded-kv.json").read_text(encoding="utf-8"))["sizes"][0]
     assert set(size["seconds"]) == {"core", "core 28:2", "diffusers"} and set(size["ratio"]) == {"core 28:2 / core", "core / diffusers"}
-    for wrong, message in ((["--peers", "compiled"], "expected some of comfyui, diffusers"), (["--kv-until", "0"], "more than 0, up to 1")):
+    wrongs = (
+        (["--peers", "compiled"], "expected some of comfyui, diffusers"), (["--kv-until", "0"], "more than 0, up to 1"),
+        (["--no-plain"], "--no-plain leaves nothing to measure"),
+    )  # fmt: skip
+    for wrong, message in wrongs:
         with pytest.raises(SystemExit):
             pipeline.main([*few, *wrong])
         assert message in capsys.readouterr().err
@@ -78,7 +83,6 @@ def test_every_contender_has_one_name_in_the_table() -> None:
 
 
 def test_compression_until_a_part_of_sampling(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "choose_host", lambda *_: None)
     seen, draw = [], pipeline.Pipeline.__call__
 
     def watched(self, **given):
@@ -96,6 +100,20 @@ def test_what_a_host_cannot_draw_leaves_the_others() -> None:
     chosen = pipeline.parse(["--px", "64", "--blocks", "1", "--steps", "1", "--dtype", "fp32", "--peers", "comfyui", "--rounds", "1"])
     small = pipeline.measure(Size(64, 1), chosen)
     assert set(small["seconds"]) == {"core", "ours"} and "ZeroDivisionError" in small["errors"]["comfyui"] and small["ratio"] == {}
+
+
+def test_without_plain_only_the_compressed_run_and_no_host_is_needed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "choose_host", lambda *_: pytest.fail("no contender is the host's"))
+    few = ["--px", "64", "--blocks", "1", "--steps", "1", "--rounds", "1", "--warm-up", "0", "--peers", "", "--out", str(tmp_path)]
+    pipeline.main([*few, "--kv", "28:4", "--no-plain"])
+    (size,) = json.loads((tmp_path / "pipeline-cpu-bf16-1-steps-kv.json").read_text(encoding="utf-8"))["sizes"]
+    assert set(size["seconds"]) == {"core 28:4"} and size["ratio"] == {}
+
+
+def test_the_machine_is_described_where_peers_are_absent(monkeypatch) -> None:
+    monkeypatch.setattr(host, "host_version", lambda: (_ for _ in ()).throw(FileNotFoundError("No ComfyUI")))
+    facts = report_module.machine()
+    assert facts["comfyui"] == "absent" and facts["diffusers"] and report_module.versions(facts).startswith("ComfyUI absent")
 
 
 def test_results_of_other_runs_have_other_names() -> None:

@@ -37,6 +37,19 @@ def test_generate_from_a_pipeline_folder(folder, tmp_path, capsys):
     assert expected[0].tobytes() == first_bytes
 
 
+def test_generate_with_another_sampler_takes_the_steps_it_is_made_for(folder, tmp_path, capsys):
+    out = tmp_path / "one.png"
+    run = ["generate", "--prompt", "a red circle", "--width", "120", "--height", "64", "--transformer", str(folder), "--seed", "3"]
+    assert cli.main([*run, "--sampler", "one-step", "--output", str(out)]) == 0
+    capsys.readouterr()
+    given = {"sampler": "one-step", "steps": 1, "guidance": 1, "width": 120, "height": 64, "seed": 3, "progress": False}
+    expected = pixart.Pipeline.from_files(folder, folder, folder)("a red circle", **given)
+    with Image.open(out) as picture:
+        assert picture.tobytes() == expected[0].tobytes()
+    assert cli.main([*run, "--sampler", "one-step", "--steps", "4"]) == 2
+    assert "expected 1 step" in capsys.readouterr().err
+
+
 def test_generate_several_numbers_the_files_and_takes_parts_one_by_one(folder, tmp_path, capsys):
     out = tmp_path / "x.png"
     parts = ["--transformer", folder / "transformer", "--text-encoder", folder / "text_encoder", "--vae", folder / "vae"]
@@ -119,13 +132,13 @@ def test_train_calls_the_loop(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "train", lambda *given, **options: calls.append((given, options)) or "model.safetensors")
     assert cli.main(["train", "recipe.json", "--set", "seed=1", "--output", "o.safetensors", "--overwrite", "--stop-after", "5"]) == 0
     assert calls == [
-        ((Path("recipe.json"), ["seed=1", "output=o.safetensors"]), {"overwrite": True, "accept_changes": False, "stop_after": 5.0})
+        ((Path("recipe.json"), ["seed=1", 'output="o.safetensors"']), {"overwrite": True, "accept_changes": False, "stop_after": 5.0})
     ]
 
 
 def test_train_without_accelerate_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    for name in [name for name in sys.modules if name.startswith("pixart.training.loop")]:
+    for name in [name for name in sys.modules if name.startswith("pixart.training")]:
         monkeypatch.delitem(sys.modules, name)
     assert cli.main(["train", "recipe.json"]) == 2
     said = capsys.readouterr().err

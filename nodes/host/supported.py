@@ -22,6 +22,7 @@ from ...pixart.config import TransformerConfig, get_variant, variant_names
 from ...pixart.errors import InputError, TextEncoderError
 from ...pixart.logs import get_logger
 from ...pixart.model import PIXELS_PER_LATENT
+from .compiled import any_size
 from .conds import CaptionStates, PicturePositions, caption_mask
 from .dtypes import computing_dtype
 from .silent_nodes import silent_warnings
@@ -77,6 +78,11 @@ class PixArtModel(comfy.model_base.PixArt):
                 "used. Set the picture's size on the latent."
             )
         return out
+
+    def _apply_model(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's prediction; TorchCompileModel has replaced the network by then."""
+        with any_size(self.diffusion_model, getattr(self.current_patcher, "model_options", {})):
+            return super()._apply_model(*args, **kwargs)
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
         """For `memory_required`: how many residuals a PixArt ControlNet on this conditioning holds at once."""

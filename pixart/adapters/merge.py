@@ -1,7 +1,7 @@
 """Merging an adapter's layers into the parameters of a torch module."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,20 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Not by state_dict(), which repacks weights of bitsandbytes on some processors."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers themselves, no copies, for `restore_weights`: merging replaces them and never writes into them."""
+    return _tensors(model)
+
+
+def restore_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Puts back what `weights_of` had found, and so takes off exactly whatever was merged since."""
+    now = _tensors(model)
+    for key, value in weights.items():
+        if now.get(key) is not value:
+            module, _, name = key.rpartition(".")
+            setattr(model.get_submodule(module), name, value)
 
 
 def merge_layers(model: nn.Module, layers: Iterable[Layer], strength: float) -> None:

@@ -64,21 +64,26 @@ def parse_compression(text: str) -> dict[str, Any]:
     return {"compressed_blocks": blocks, "compression_mode": match[1]}
 
 
-def write_original(state_dict: Mapping[str, Tensor], dst: str | Path, detection: Detection) -> Path:
-    """Native keys as .safetensors, or as .pth with a `state_dict`."""
+def write_original(
+    state_dict: Mapping[str, Tensor], dst: str | Path, detection: Detection, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Native keys as .safetensors, with more metadata if given, or as .pth with a `state_dict`."""
     dst = Path(dst)
     if dst.suffix not in (".safetensors", ".pth", ".pt"):
         dst = dst / "pixart.safetensors" if dst.is_dir() else dst.with_name(dst.name + ".safetensors")
     note = note_of(detection)
     with replacing(dst) as temporary:
         if dst.suffix == ".safetensors":
-            save_file(separate(state_dict), str(temporary), metadata={"format": "pt", NOTE_KEY: json.dumps(note)})
+            facts = {"format": "pt", **(metadata or {}), NOTE_KEY: json.dumps(note)}
+            save_file(separate(state_dict), str(temporary), metadata=facts)
         else:
             torch.save({"state_dict": separate(state_dict), NOTE_KEY: note}, str(temporary))
     return dst
 
 
-def write_diffusers(state_dict: Mapping[str, Tensor], dst: str | Path, detection: Detection) -> Path:
+def write_diffusers(
+    state_dict: Mapping[str, Tensor], dst: str | Path, detection: Detection, metadata: Mapping[str, str] | None = None
+) -> Path:
     """diffusers keys, as a transformer folder with config.json, or as one .safetensors."""
     if detection.config.compressed_blocks:
         raise UnsupportedError(
@@ -91,12 +96,13 @@ def write_diffusers(state_dict: Mapping[str, Tensor], dst: str | Path, detection
         raise CheckpointError(f"{dst}: diffusers files are written as .safetensors or as a folder; choose such a name.")
     file = dst if single else dst / f"{WEIGHTS_NAME}.safetensors"
     tensors = separate(to_diffusers(state_dict))
-    metadata = {"format": "pt", NOTE_KEY: json.dumps(note_of(detection))}
+    facts = {"format": "pt", **(metadata or {}), NOTE_KEY: json.dumps(note_of(detection))}
     with replacing(file) as temporary:
-        save_file(tensors, str(temporary), metadata=metadata)
+        save_file(tensors, str(temporary), metadata=facts)
     if not single:
         text = json.dumps(diffusers_config(detection), indent=2) + "\n"
-        (dst / "config.json").write_text(text, encoding="utf-8")
+        with replacing(dst / "config.json") as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return dst
 
 

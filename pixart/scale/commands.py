@@ -55,6 +55,7 @@ def run_many(given: argparse.Namespace, parts: dict[str, Path], dtype: str | Non
 
 def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | None, batch: int) -> tuple:
     """EncodeStage and DrawStage of the command line; checks the prompts file and the model first."""
+    from ..samplers import find_sampler
     from .draw_stage import DrawSettings, DrawStage
     from .encode_stage import EncodeStage, TextSettings
     from .graph import GraphModels, model_name
@@ -64,7 +65,10 @@ def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | 
     model = _model(given, parts["transformer"])
     base = model["base_size"]
     size = {"width": given.width or base, "height": given.height or base}
-    defaults = Defaults(given.negative, given.seed or 0, steps=given.steps, guidance=given.cfg, images=given.images, **size)
+    sampler = find_sampler(given.sampler)
+    steps = sampler.steps if given.steps is None else given.steps
+    guidance = sampler.guidance if given.cfg is None else given.cfg
+    defaults = Defaults(given.negative, given.seed or 0, steps=steps, guidance=guidance, images=given.images, **size)
     pictures = read_pictures(given.prompts, defaults)
     prompts = {item.prompt for item in pictures} | {item.negative for item in pictures if item.guided}
     output = given.output or Path("pictures")
@@ -76,7 +80,7 @@ def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | 
     names = {name: model_name(path) for name, path in parts.items()}
     settings = DrawSettings(
         transformer=parts["transformer"].absolute(), vae=parts["vae"].absolute(), variant=given.variant, ema=given.ema, dtype=dtype,
-        batch=batch, weights=f"{identity(parts['transformer'])}-{identity(parts['vae'])}",
+        sampler=given.sampler, schedule=given.schedule, batch=batch, weights=f"{identity(parts['transformer'])}-{identity(parts['vae'])}",
         graph=GraphModels(**names, **model, use_bins=not given.no_bins),
     )  # fmt: skip
     return encode, DrawStage(encode, settings, pictures)

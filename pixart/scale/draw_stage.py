@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..bins import nearest_bin
 from ..errors import CheckpointError, InputError, TextEncoderError
 from ..training.data.marks import mark_of
@@ -16,7 +17,7 @@ from .graph import GraphModels, picture_graph
 from .prompt_rows import Picture, without_place
 from .stage import Chunk, Row, cut, grouped
 
-SETTINGS_KEY, GRAPH_KEY = "pixart", "prompt"  # of the PNG's texts; the second is ComfyUI's
+GRAPH_TEXT, SETTINGS_TEXT, ROW_TEXT = "prompt", "pixart", "pixart-row"  # in a PNG: ComfyUI's, the web page's, and our own
 DRAWN, FAILED = "drawn", "failed"
 
 
@@ -29,6 +30,8 @@ class DrawSettings:
     variant: str = "auto"
     ema: bool = False
     dtype: str | None = None  # torch's name
+    sampler: str = "dpm++"
+    schedule: str = "usual"
     batch: int = 4
     weights: str = ""  # identity of the files
     graph: GraphModels = GraphModels("", "", "")
@@ -128,12 +131,13 @@ class DrawWorker:
         from ..pipeline import to_output
         from ..text.embeddings import concatenate_all
 
-        first, use_bins = items[0], self.stage.settings.graph.use_bins
+        first, settings = items[0], self.stage.settings
+        use_bins = settings.graph.use_bins
         negative = concatenate_all([self._embeddings(item.negative) for item in items]) if first.guided else None
         latents = self.pipe(
-            prompt_embeds=concatenate_all([texts[item.prompt] for item in items]), negative_prompt_embeds=negative, steps=first.steps,
-            guidance=first.guidance, width=first.width, height=first.height, use_bins=use_bins, seed=[item.seed for item in items],
-            output="latent", progress=False,
+            prompt_embeds=concatenate_all([texts[item.prompt] for item in items]), negative_prompt_embeds=negative,
+            sampler=settings.sampler, schedule=settings.schedule, steps=first.steps, guidance=first.guidance, width=first.width,
+            height=first.height, use_bins=use_bins, seed=[item.seed for item in items], output="latent", progress=False,
         )  # fmt: skip
         vae, images = self.pipe.vae, []
         for item, latent in zip(items, latents.split(1), strict=True):
@@ -146,9 +150,15 @@ def save_picture(stage: DrawStage, picture: Picture, image: Any) -> None:
     """A PNG with its settings and its graph inside; it appears whole or not at all. Raises OSError."""
     from PIL.PngImagePlugin import PngInfo
 
+    settings = stage.settings
+    told = {name: value for name, value in _settings(picture).items() if name != "row"} | {"sampler": settings.sampler}
+    graph = picture_graph(picture, settings.graph, settings.sampler, settings.schedule)
+    row = {"key": stage.key_of(picture), "row": picture.row, "schedule": settings.schedule, "models": asdict(settings.graph)}
     texts = PngInfo()
-    texts.add_text(GRAPH_KEY, json.dumps(picture_graph(picture, stage.settings.graph)))
-    texts.add_text(SETTINGS_KEY, json.dumps({**_settings(picture), "key": stage.key_of(picture), "models": asdict(stage.settings.graph)}))
+    if graph is not None:
+        texts.add_text(GRAPH_TEXT, json.dumps(graph))
+    texts.add_text(SETTINGS_TEXT, json.dumps({**told, "model": settings.graph.transformer, "version": __version__}))
+    texts.add_text(ROW_TEXT, json.dumps(row))
     replace_file(stage.place / picture.file, lambda partial: image.save(partial, format="PNG", pnginfo=texts))
 
 
@@ -158,7 +168,7 @@ def key_in(path: Path) -> str | None:
 
     try:
         with Image.open(path) as image:
-            found = json.loads(image.info[SETTINGS_KEY])
+            found = json.loads(image.info[ROW_TEXT])
     except Exception:  # Pillow has many errors for files that are no pictures
         return None
     return found.get("key") if isinstance(found, dict) else None

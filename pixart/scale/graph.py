@@ -9,8 +9,8 @@ from ..bins import nearest_bin
 from .prompt_rows import Picture
 
 Graph = dict[str, dict[str, Any]]
-# The latent's noise is the same as here; KSampler's names for DPM-Solver++ 2M on evenly spaced timesteps.
-SAMPLER, SCHEDULER = "dpmpp_2m", "sgm_uniform"
+# KSampler's names for our samplers on evenly spaced timesteps; the latent's noise is the same as here
+SAMPLERS = {"dpm++": ("dpmpp_2m", "sgm_uniform"), "lcm": ("lcm", "simple")}
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,11 @@ def model_name(path: Path) -> str:
     return path.name
 
 
-def picture_graph(picture: Picture, models: GraphModels, prefix: str = "pixart") -> Graph:
-    """The graph that draws one picture. prefix: of the files that ComfyUI saves."""
+def picture_graph(picture: Picture, models: GraphModels, sampler: str = "dpm++", schedule: str = "usual") -> Graph | None:
+    """The graph that draws one picture; None for a way of sampling that KSampler doesn't have."""
+    if sampler not in SAMPLERS or schedule != "usual":
+        return None
+    sampler_name, scheduler = SAMPLERS[sampler]
     size = nearest_bin(models.base_size, picture.width, picture.height)
     cropped = models.use_bins and (size.width, size.height) != (picture.width, picture.height)
     text = {"clip": ["2", 0], "max_tokens": str(models.max_tokens)}
@@ -49,13 +52,16 @@ def picture_graph(picture: Picture, models: GraphModels, prefix: str = "pixart")
         "6": _size(picture, models),
         "7": _node(
             "KSampler", "Sampler", model=["1", 0], positive=["4", 0], negative=["5", 0], latent_image=["6", 0], seed=picture.seed,
-            steps=picture.steps, cfg=picture.guidance, sampler_name=SAMPLER, scheduler=SCHEDULER, denoise=1.0,
+            steps=picture.steps, cfg=picture.guidance, sampler_name=sampler_name, scheduler=scheduler, denoise=1.0,
         ),
         "8": _node("VAEDecode", "Decode", samples=["7", 0], vae=["3", 0]),
-        "9": _node("SaveImage", "Save", images=["10" if cropped else "8", 0], filename_prefix=prefix),
+        "9": _node("SaveImage", "Save", images=["10" if cropped else "8", 0], filename_prefix="pixart"),
     }  # fmt: skip
     if cropped:
         graph["10"] = _node("PixArtCropToSize", "Crop", image=["8", 0], width=picture.width, height=picture.height)
+    if sampler == "lcm":
+        graph["11"] = _node("ModelSamplingDiscrete", "LCM", model=["1", 0], sampling="lcm", zsnr=False)
+        graph["7"]["inputs"]["model"] = ["11", 0]
     return graph
 
 

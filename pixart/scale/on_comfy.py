@@ -48,13 +48,16 @@ class Graphs:
     def __init__(self, draw: DrawStage, path: Path | None) -> None:
         self.draw, self.settings = draw, import_module("demo.launch.graph")
         self.graph = None if path is None else self._load(path)
-        if self.graph is not None:
-            self.of(draw.chunks[0].items[0])
+        self.of(draw.chunks[0].items[0])  # tells what is wrong before anything is queued
 
     def of(self, picture: Picture) -> Graph:
         """Raises InputError for a graph without the nodes that have to be set."""
         if self.graph is None:
-            return picture_graph(picture, self.draw.settings.graph)
+            settings = self.draw.settings
+            plain = picture_graph(picture, settings.graph, settings.sampler, settings.schedule)
+            if plain is None:
+                raise InputError(f"--on comfy has no graph for --sampler {settings.sampler} --schedule {settings.schedule}; give --graph.")
+            return plain
         graph = copy.deepcopy(self.graph)
         values = {"prompt": picture.prompt, "negative": picture.negative, "seed": picture.seed, "steps": picture.steps}
         values |= {"cfg": picture.guidance, "width": picture.width, "height": picture.height}

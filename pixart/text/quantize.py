@@ -66,15 +66,15 @@ class QuantizedLinear(nn.Module):
         """(..., in) -> (..., out), in the dtype of x."""
         parts = {part: value.to(x.device, non_blocking=True) for part, value in self._buffers.items() if part != STATE}
         if self.state:
-            out = F.linear(x.to(COMPUTE), self._unpack(parts))
+            out = F.linear(x.to(COMPUTE), self.unpack(parts))
         else:
             out = F.linear(x.to(COMPUTE), parts[WEIGHT].to(COMPUTE))  # int8 values are exact in bf16
         if SCALES in parts:
             out = out * (parts[SCALES] / 127)
         return out.to(x.dtype)
 
-    def _unpack(self, parts: dict[str, Tensor]) -> Tensor:
-        """The 4-bit weight in bf16, (out, in)."""
+    def unpack(self, parts: dict[str, Tensor]) -> Tensor:
+        """The 4-bit weight in bf16, (out, in); parts: of this layer, on the device of computation."""
         functional = bitsandbytes(self.state["quant_type"]).functional
         offset = nested = None
         if "nested_absmax" in parts:

@@ -38,12 +38,24 @@ def begin_compression(model: PixArtTransformer, blocks: Iterable[int], inputs: t
 def _merged_tokens(model: PixArtTransformer, convolution: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """What a block's convolution makes of keys and of values, (tokens, D) each; keys come first."""
     seen: list[Tensor] = []
-    handle = convolution.register_forward_hook(lambda _, __, out: seen.append(out.movedim(1, -1).flatten(0, 2)))
+
+    def note(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
+        seen.append(out.movedim(1, -1).flatten(0, 2))
+        if len(seen) == 2:
+            raise _SeenError  # what comes behind isn't needed
+
+    handle = convolution.register_forward_hook(note)
     try:
         model(*inputs)
+    except _SeenError:
+        pass
     finally:
         handle.remove()
     return seen[0], seen[1]
+
+
+class _SeenError(Exception):
+    """Ends a forward early."""
 
 
 def _deviation(tokens: Tensor) -> Tensor:

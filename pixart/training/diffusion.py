@@ -1,7 +1,7 @@
 """The forward process and the loss: noise prediction with a learned variance.
 
 Improved Denoising Diffusion Probabilistic Models (Nichol and Dhariwal, 2021), equations 9 to 16, with
-PixArt's linear betas.
+PixArt's linear betas, as the reference trains (diffusion/model/gaussian_diffusion.py).
 """
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 STEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
+HALF_BIN, OUTERMOST = 1 / 255, 0.999  # of the 256 values of a picture in -1..1
+LEAST_PROBABILITY = 1e-12
 
 
 class NoiseSchedule:
@@ -26,17 +28,13 @@ class NoiseSchedule:
         self.alphas_cumprod = alphas_cumprod.float().to(device)
         self.log_beta = betas.log().float().to(device)
         self.log_posterior = posterior.log().float().to(device)
-        self.mean_from_x0 = (betas * previous.sqrt() / (1 - alphas_cumprod)).float().to(device)
-        self.mean_from_xt = ((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod)).float().to(device)
+        # How far the mean of q(x_{t-1} | x_t, x_0), equation 11, moves with the noise that x_0 is computed from
+        self.mean_from_noise = (betas * previous.sqrt() / (1 - alphas_cumprod).sqrt() / alphas_cumprod.sqrt()).float().to(device)
 
     def add_noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """q(x_t | x_0), equation 9; timestep: (B,) integers."""
         signal = _spread(self.alphas_cumprod, timestep)
         return signal.sqrt() * latent + (1 - signal).sqrt() * noise
-
-    def posterior_mean(self, latent: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0), equation 11."""
-        return _spread(self.mean_from_x0, timestep) * latent + _spread(self.mean_from_xt, timestep) * noisy
 
     def predicted_latent(self, noisy: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """x_0 from x_t and a noise prediction."""
@@ -58,30 +56,36 @@ def logit_normal_timesteps(normal: Tensor, mean: float, std: float) -> Tensor:
     return (torch.sigmoid(mean + std * normal) * STEPS).long().clamp(0, STEPS - 1)
 
 
-def noise_loss(schedule: NoiseSchedule, predicted: Tensor, noise: Tensor, timestep: Tensor, max_weight: float = 1.0) -> Tensor:
-    """(B,): squared error of the noise, weighted by min(1/alpha_bar, max_weight).
+def noise_loss(
+    schedule: NoiseSchedule, predicted: Tensor, noise: Tensor, timestep: Tensor, max_weight: float = 1.0, min_snr: float | None = None
+) -> Tensor:
+    """(B,): squared error of the noise, weighted by the timestep: 1 by default, as the reference does.
 
-    1/alpha_bar makes it the loss of velocity, which small runs need to learn composition; 1 is the plain loss.
+    max_weight: the weight is min(1/alpha_bar, this). 1/alpha_bar makes it the loss of velocity, which small runs need to
+    learn composition. min_snr: the weight is min(SNR, this) / SNR ("Efficient Diffusion Training via Min-SNR Weighting
+    Strategy", Hang and others, 2023, for noise prediction), times the former.
     """
-    weight = (1 / schedule.alphas_cumprod[timestep]).clamp(max=max_weight)
+    signal = schedule.alphas_cumprod[timestep]
+    weight = (1 / signal).clamp(max=max_weight)
+    if min_snr is not None:
+        ratio = signal / (1 - signal)
+        weight = weight * ratio.clamp(max=min_snr) / ratio
     return (predicted - noise).square().mean(dim=(1, 2, 3)) * weight
 
 
 def variance_loss(
     schedule: NoiseSchedule, predicted_noise: Tensor, fraction: Tensor, latent: Tensor, noise: Tensor, timestep: Tensor
 ) -> Tensor:
-    """The variational bound's term at each timestep, (B,), in bits per dimension."""
-    noisy = schedule.add_noise(latent, noise, timestep)
+    """The variational bound's term at each timestep, (B,), in bits per dimension; at t = 0 the likelihood of a picture's values."""
     low, high = _spread(schedule.log_posterior, timestep), _spread(schedule.log_beta, timestep)
     weight = (fraction + 1) / 2  # equation 15, with the network's output meant for -1..1
     log_variance = weight * high + (1 - weight) * low
-    x0 = schedule.predicted_latent(noisy, predicted_noise, timestep)
-    mean = schedule.posterior_mean(x0, noisy, timestep)
-    true_mean = schedule.posterior_mean(latent, noisy, timestep)
-    divergence = gaussian_divergence(true_mean, low, mean, log_variance)
-    likelihood = 0.5 * (math.log(2 * math.pi) + log_variance + (latent - mean).square() * (-log_variance).exp())
+    # The true mean less the predicted one. x_t is the same in both, so that only the noise differs; fp32 would lose it in their difference
+    shift = _spread(schedule.mean_from_noise, timestep) * (predicted_noise - noise)
+    divergence = gaussian_divergence(shift, low, torch.zeros_like(shift), log_variance)
+    likelihood = binned_likelihood(latent, shift, 0.5 * log_variance)  # at t = 0 the true mean is the latent itself
     first = (timestep == 0)[:, None, None, None]
-    return torch.where(first, likelihood, divergence).mean(dim=(1, 2, 3)) / math.log(2)
+    return torch.where(first, -likelihood, divergence).mean(dim=(1, 2, 3)) / math.log(2)
 
 
 def gaussian_divergence(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
@@ -89,3 +93,21 @@ def gaussian_divergence(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log
     ratio = (log_variance1 - log_variance2).exp()
     shift = (mean1 - mean2).square() * (-log_variance2).exp()
     return 0.5 * (log_variance2 - log_variance1 - 1 + ratio + shift)
+
+
+def binned_likelihood(latent: Tensor, centred: Tensor, log_deviation: Tensor) -> Tensor:
+    """Logarithm of a normal distribution's share in the bin of each value, as if latents were pictures of 8 bits in -1..1.
+
+    centred: the latent less the distribution's mean. Latents aren't pictures, but the reference measures them so at t = 0
+    (discretized_gaussian_log_likelihood), and so were all released models trained.
+    """
+    narrow, distance = (-log_deviation).exp(), centred.abs()  # both sides are alike, and fp32 is exact in the lower tail alone
+    inside = _normal_share(narrow * (HALF_BIN - distance)) - _normal_share(narrow * (-HALF_BIN - distance))
+    lowest, highest = _normal_share(narrow * (centred + HALF_BIN)), _normal_share(narrow * (HALF_BIN - centred))  # bins without end
+    share = torch.where(latent < -OUTERMOST, lowest, torch.where(latent > OUTERMOST, highest, inside))
+    return share.clamp(min=LEAST_PROBABILITY).log()
+
+
+def _normal_share(value: Tensor) -> Tensor:
+    """Of the standard normal distribution below a value, by the approximation of GELU: (1 + tanh) / 2 is a sigmoid."""
+    return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (value + 0.044715 * value**3))

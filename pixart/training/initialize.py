@@ -1,17 +1,27 @@
-"""Starting weights of a transformer trained from scratch."""
+"""The first weights of a run: fresh ones, or those of a file."""
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import AttentionFunction
 from ..checkpoints import load_transformer
+from ..checkpoints.detect import AUTO
 from ..checkpoints.keys import NULL_CAPTION_KEY
 from ..config import TransformerConfig
 from ..embeddings import position_table
 from ..errors import ConfigError
+from ..logs import get_logger
 from ..model import PixArtTransformer
 
+logger = get_logger(__name__)
+OF_FILES = ("compressed_blocks", "compression_mode", "null_caption", "max_tokens", "qk_norm")  # fields in which a variant's weights differ
+LAYER_SIZES = ("hidden_size", "depth", "patch_size", "in_channels", "out_channels", "mlp_hidden", "caption_channels", "micro_condition")
+SIZE_EMBEDDERS = ("csize_embedder.", "ar_embedder.")  # of alpha-1024 alone
 PASS_GAIN = 0.3  # of a latent value in its own channels; small beside the positions, which keep LayerNorm's divisor steady
 
 
@@ -40,25 +50,70 @@ def initialize_weights(model: PixArtTransformer) -> None:
     nn.init.zeros_(model.final_layer.linear.bias)
 
 
+def is_dry() -> bool:
+    """Whether tensors are made on the meta device now, as in a dry run, which loads no weights."""
+    return torch.empty(0).device.type == "meta"
+
+
 def copy_weights(model: PixArtTransformer, path: str, variant: str) -> list[int]:
     """Starts from a file's weights; raises ConfigError if they are another model's. The null caption may be absent.
 
-    So may KV compression; the blocks that the model compresses and the file doesn't are returned.
+    variant: of the file, or "auto": an alpha may then begin a Sigma, whose layers are the same but for the size embedders,
+    which are left out, and the null caption, which has other rows. So may a file without KV compression begin one with it:
+    the blocks that the model compresses and the file doesn't are returned. Positions are always computed.
     """
+    if is_dry():
+        return []
     loaded = load_transformer(path, variant=variant, dtype=torch.float32)
     _check_compression(model.config, loaded.config, path)
-    start, own = loaded.state_dict(), model.state_dict()
+    start, own = dict(loaded.state_dict()), model.state_dict()
     new = sorted(dict(model.config.compressed_blocks).keys() - dict(loaded.config.compressed_blocks).keys())
     optional = {key for key in own if key.startswith(tuple(f"blocks.{i}.attn.{part}." for i in new for part in ("sr", "norm")))}
+    if variant == AUTO:
+        _leave_alphas_own(start, own, path)
     missing = sorted(own.keys() - start.keys() - optional - {NULL_CAPTION_KEY})
     other = sorted(key for key in start.keys() if key not in own or own[key].shape != start[key].shape)
     if missing or other:
         raise ConfigError(
-            f"{path} can't begin a run of {variant}: missing {', '.join(missing[:4]) or 'nothing'}; unknown or of another "
-            f"shape: {', '.join(other[:4]) or 'nothing'}. Give weights of that variant."
+            f"{path} can't begin this run, whose model has other sizes: missing {', '.join(missing[:4]) or 'nothing'}; unknown or of "
+            f"another shape: {', '.join(other[:4]) or 'nothing'}. Give weights of the recipe's variant, or change its variant."
         )
     model.load_state_dict(start, strict=False)
+    if NULL_CAPTION_KEY in own and NULL_CAPTION_KEY not in start:
+        model.y_embedder.y_embedding = None  # zeros would be no empty caption
+        model.config = replace(model.config, null_caption=False)
     return new
+
+
+def _leave_alphas_own(start: dict[str, Tensor], own: Mapping[str, Tensor], path: str) -> None:
+    """Takes out, and logs, what a file has and this model's family doesn't: weak to strong, PixArt-Sigma's section 3.3."""
+    left = [key for key in start if key.startswith(SIZE_EMBEDDERS) and key not in own]
+    if NULL_CAPTION_KEY in start and NULL_CAPTION_KEY in own and len(start[NULL_CAPTION_KEY]) != len(own[NULL_CAPTION_KEY]):
+        left.append(NULL_CAPTION_KEY)
+    for key in left:
+        del start[key]
+    if left:
+        logger.info("%s begins a model without its %s.", path, ", ".join(sorted({key.partition(".")[0] for key in left})))
+
+
+def load_base(
+    path: str, variant: str, config: TransformerConfig, dtype: torch.dtype, attention: AttentionFunction
+) -> PixArtTransformer:
+    """Finished weights as they are, in a dtype and frozen, for adapters and ControlNets; with the file's KV compression.
+
+    Raises ConfigError if they are another model's than `config`, that of the recipe's variant.
+    """
+    if is_dry():
+        return PixArtTransformer(config, attention=attention, dtype=dtype).requires_grad_(False)
+    loaded = load_transformer(path, variant=variant, dtype=dtype)
+    wanted = replace(config, **{name: getattr(loaded.config, name) for name in OF_FILES})
+    differing = [name for name in LAYER_SIZES if getattr(loaded.config, name) != getattr(wanted, name)]
+    if differing:
+        found = ", ".join(f"{name} {getattr(loaded.config, name)} instead of {getattr(wanted, name)}" for name in differing)
+        raise ConfigError(f"{path} is another model than the recipe's variant: {found}. Give weights of that variant, or change it.")
+    model = PixArtTransformer(wanted, attention=attention, dtype=dtype, device="meta")
+    model.load_state_dict(loaded.state_dict(), assign=True)
+    return model.requires_grad_(False)
 
 
 def _check_compression(wanted: TransformerConfig, found: TransformerConfig, path: str) -> None:

@@ -1,7 +1,8 @@
 """A recipe's named parts: what is trained (methods), what a step computes (objectives), where pictures come from (sources).
 
 Each part is one module of the package of its kind, named as the recipe names it, with a dataclass `Settings` and a class
-`Part` that is made from them. A new part is a new file; nothing lists it. A recipe can only name what lies there.
+`Part` that is made from them. A function `check(settings)`, if it is there, raises ConfigError for values that no run can
+have. A new part is a new file; nothing lists it. A recipe can only name what lies there.
 """
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Chosen:
         if not values:
             return self
         given = {name: getattr(self.settings, name) for name in self.settings.__dataclass_fields__}
-        return Chosen(self.kind, self.name, typed(type(self.settings), {**given, **values}, f"{source}, {self.kind} {self.name}"))
+        return _chosen(self.kind, self.name, {**given, **values}, source)
 
 
 def part_names(kind: str) -> list[str]:
@@ -57,6 +58,15 @@ def choose(kind: str, values: Any, source: str) -> Chosen:
         values = {"name": values}
     if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
         raise ConfigError(f"{source}: {kind} is {values!r}; expected a name, or an object with a name and settings.")
-    settings = {key: value for key, value in values.items() if key != "name"}
-    module = part_module(kind, values["name"])
-    return Chosen(kind, values["name"], typed(module.Settings, settings, f"{source}, {kind} {values['name']}"))
+    return _chosen(kind, values["name"], {key: value for key, value in values.items() if key != "name"}, source)
+
+
+def _chosen(kind: str, name: str, values: Mapping[str, Any], source: str) -> Chosen:
+    module, where = part_module(kind, name), f"{source}, {kind} {name}"
+    settings = typed(module.Settings, values, where)
+    if hasattr(module, "check"):
+        try:
+            module.check(settings)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    return Chosen(kind, name, settings)

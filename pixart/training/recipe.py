@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from .fields import typed
 from .parts import KINDS, Chosen, choose
 
 EXAMPLE = "configs/train/demo.json"
+OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "muon")
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,26 @@ class Stage:
 
     base_size: int  # pixels; the bins of the variant's base size are scaled to this
     steps: int
-    batch_size: int  # over all processes, which share it evenly
+    batch_size: int  # of one update, over all processes, which share it evenly
     learning_rate: float
-    final_learning_rate: float | None = None  # reached linearly at the stage's end; None stays constant
+    accumulation: int = 1  # each process computes its share of the batch in so many parts, one after the other, to save memory
+    schedule: str | None = None  # constant, linear or cosine; null is linear if there is a final_learning_rate, else constant
+    final_learning_rate: float | None = None  # reached at the stage's end; null is 0 for linear and cosine
     objective: dict[str, Any] = field(default_factory=dict)  # settings that differ from the recipe's objective in this stage
     source: dict[str, Any] = field(default_factory=dict)  # likewise of its source
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures that a run draws as it goes, always from the same noise, with the averaged weights."""
+
+    prompts: tuple[str, ...]
+    every: int = 500  # steps
+    ratios: tuple[float, ...] = (1.0,)  # height / width, one prompt after the other; the nearest bin of the stage's base size is drawn
+    steps: int = 20
+    guidance: float = 4.5
+    negative: str = ""
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,23 +53,32 @@ class Recipe:
     method: Chosen  # what is trained
     objective: Chosen  # what a step computes
     source: Chosen  # where pictures come from
-    output: str  # the averaged weights, in the project's format
-    run_dir: str  # states to go on from, and the log
     stages: tuple[Stage, ...]
-    initialize: str | None = None  # start from these weights instead of random ones
+    output: str | None = None  # the averaged weights; --output
+    run_dir: str | None = None  # states to go on from, the log, samples; null lies beside the output, NAME-run
+    initialize: str | None = None  # start from these weights; --transformer
+    from_scratch: bool = False  # random first weights where initialize is null; sources that draw their pictures don't ask
     seed: int = 0
-    precision: str = "bf16"  # of the products; "fp16" scales the loss, "no" is fp32
-    optimizer: str = "adamw"  # or "muon"
-    betas: tuple[float, float] = (0.9, 0.99)
+    precision: str = "bf16"  # of the products; "fp16" scales the loss, "fp32" is exact
+    optimizer: str = "adamw"  # one of OPTIMIZERS, see `optimizers.py`
+    betas: tuple[float, float] | tuple[float, float, float] = (0.9, 0.99)  # came has a third, 0.9999 by itself
+    epsilon: float | None = None  # of the optimizer's division; null is its library's own
     weight_decay: float = 0.0
+    learning_rate_scaling: str = "none"  # "sqrt" multiplies by sqrt(batch_size / 256), as the reference's auto_lr does
     warmup_steps: int = 300
-    clip_norm: float = 1.0  # of the gradient
-    ema_decay: float = 0.999
+    clip_norm: float = 1.0  # of the gradient; 0 doesn't clip
+    ema_decay: float = 0.999  # 0 keeps no average, and saves its memory
     caption_dropout: float = 0.1  # share of captions replaced by the empty one
     dropped_mask: str = "empty"  # what an empty caption is masked with: "empty", its own mask, or "caption", the one it replaces
     save_every: int = 250  # steps
     log_every: int = 25  # steps
     compile_blocks: bool = False  # torch.compile, which needs a C++ compiler
+    checkpoint_blocks: bool = False  # blocks keep only their input and compute anew in the backward pass: a third more time, little memory
+    shard: bool = False  # FSDP2: processes share weights, gradients and the optimizer's state instead of each holding all
+    samples: Samples | None = None  # null draws none
+    validation_every: int | None = None  # steps between looks at held-out pictures, at fixed noise and timesteps; null never looks
+    trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio; beside log.jsonl
+    notes: dict[str, str] = field(default_factory=dict)  # field -> where its value comes from, for readers: JSON has no comments
 
     @property
     def steps(self) -> int:
@@ -68,12 +94,11 @@ class Recipe:
         raise ConfigError(f"Step is past the recipe's {self.steps} steps.")
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up over the run's first steps, then the stage's own line."""
+        """Linear warm-up over the run's first steps, then the stage's own schedule; scaled by the batch if asked."""
         number, inside = self.stage_at(step)
         stage = self.stages[number]
-        final = stage.learning_rate if stage.final_learning_rate is None else stage.final_learning_rate
-        rate = stage.learning_rate + (final - stage.learning_rate) * inside / stage.steps
-        return rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        rate = scheduled(stage, inside) * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return rate * (math.sqrt(stage.batch_size / SCALED_BATCH) if self.learning_rate_scaling == "sqrt" else 1.0)
 
     def part_at(self, kind: str, stage: int) -> Chosen:
         """The objective or source with the settings of one stage."""
@@ -88,9 +113,28 @@ class Recipe:
         return json.loads(json.dumps(values))
 
 
-CHOICES = {"precision": ("bf16", "fp16", "no"), "dropped_mask": ("empty", "caption")}
-AT_LEAST = {"warmup_steps": 0, "save_every": 1, "log_every": 1}
+CHOICES = {
+    "precision": ("bf16", "fp16", "fp32"),
+    "dropped_mask": ("empty", "caption"),
+    "learning_rate_scaling": ("none", "sqrt"),
+    "optimizer": OPTIMIZERS,
+}
+SCHEDULES = ("constant", "linear", "cosine")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+SCALED_BATCH = 256  # the batch that a learning rate is meant for, in the reference's diffusion/utils/optimizer.py
+AT_LEAST = {"warmup_steps": 0, "save_every": 1, "log_every": 1, "clip_norm": 0, "weight_decay": 0}
+STAGE_AT_LEAST = {"base_size": 1, "steps": 1, "batch_size": 1, "accumulation": 1, "learning_rate": 0}
 SHARES = ("ema_decay", "caption_dropout")
+
+
+def scheduled(stage: Stage, inside: int) -> float:
+    """The learning rate at a step of a stage, from 0, without warm-up."""
+    schedule = stage.schedule or ("constant" if stage.final_learning_rate is None else "linear")
+    if schedule == "constant":
+        return stage.learning_rate
+    done, final = inside / stage.steps, stage.final_learning_rate or 0.0
+    gone = done if schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return stage.learning_rate + (final - stage.learning_rate) * gone
 
 
 def load_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -116,6 +160,10 @@ def make_recipe(values: Mapping[str, Any], source: str) -> Recipe:
         if kind not in values:
             raise ConfigError(f"{source}: field {kind!r} is missing; add it.")
         values[kind] = choose(kind, values[kind], source)
+    if values.get("samples") is not None:
+        values["samples"] = typed(Samples, values["samples"], f"{source}, samples")
+    if values.get("run_dir") is None and isinstance(values.get("output"), str):
+        values["run_dir"] = f"{Path(values['output']).with_suffix('')}-run"
     recipe = typed(Recipe, values, source)
     get_variant(recipe.variant)
     _check(recipe, source)
@@ -127,18 +175,50 @@ def _check(recipe: Recipe, source: str) -> None:
     for name, known in CHOICES.items():
         if getattr(recipe, name) not in known:
             raise ConfigError(f"{source}: {name} is {getattr(recipe, name)!r}; expected one of {', '.join(known)}.")
-    for name, least in AT_LEAST.items():
-        if getattr(recipe, name) < least:
-            raise ConfigError(f"{source}: {name} is {getattr(recipe, name)}; expected {least} or more.")
+    for name in recipe.trackers:
+        if name not in TRACKERS:
+            raise ConfigError(f"{source}: trackers has {name!r}; expected some of {', '.join(TRACKERS)}.")
+    _at_least(recipe, AT_LEAST, source)
     for name in SHARES:
         if not 0 <= getattr(recipe, name) <= 1:
             raise ConfigError(f"{source}: {name} is {getattr(recipe, name)}; expected 0 to 1.")
+    if any(not 0 <= beta < 1 for beta in recipe.betas):
+        raise ConfigError(f"{source}: betas are {list(recipe.betas)}; expected numbers from 0 to below 1.")
+    if recipe.validation_every is not None:
+        _at_least(recipe, {"validation_every": 1}, source)
+    if recipe.samples is not None:
+        _at_least(recipe.samples, {"every": 1, "steps": 1}, f"{source}, samples")
+        if not recipe.samples.prompts or not recipe.samples.ratios or min(recipe.samples.ratios) <= 0:
+            raise ConfigError(f"{source}, samples: expected at least one prompt and ratios above 0, height / width.")
     for number, stage in enumerate(recipe.stages):
-        for name in ("base_size", "steps", "batch_size"):
-            if getattr(stage, name) < 1:
-                raise ConfigError(f"{source}, stage {number}: {name} is {getattr(stage, name)}; expected 1 or more.")
+        _check_stage(stage, f"{source}, stage {number}")
         for kind in ("objective", "source"):
             recipe.part_at(kind, number)  # names are checked here, not hours later
+
+
+def _check_stage(stage: Stage, source: str) -> None:
+    _at_least(stage, STAGE_AT_LEAST, source)
+    if stage.batch_size % stage.accumulation:
+        raise ConfigError(f"{source}: a batch of {stage.batch_size} doesn't divide into {stage.accumulation} parts (accumulation).")
+    if stage.schedule not in (None, *SCHEDULES):
+        raise ConfigError(f"{source}: schedule is {stage.schedule!r}; expected one of {', '.join(SCHEDULES)}.")
+    if stage.schedule == "constant" and stage.final_learning_rate is not None:
+        raise ConfigError(f"{source}: a constant schedule has no final_learning_rate; choose linear or cosine, or leave it out.")
+
+
+def _at_least(settings: Any, least: Mapping[str, float], source: str) -> None:
+    for name, bound in least.items():
+        if not getattr(settings, name) >= bound:  # NaN too
+            raise ConfigError(f"{source}: {name} is {getattr(settings, name)}; expected {bound} or more.")
+
+
+def check_given(recipe: Recipe) -> None:
+    """Raises ConfigError naming the flag for what a recipe leaves to the command line and nobody gave; sources name their own."""
+    missing = ["--output"] if recipe.output is None else []
+    if recipe.initialize is None and not recipe.from_scratch and hasattr(recipe.source.settings, "data"):
+        missing.append("--transformer (or from_scratch true)")
+    if missing:
+        raise ConfigError(f"The recipe leaves {' and '.join(missing)} to the command line; add {'it' if len(missing) == 1 else 'them'}.")
 
 
 def read_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

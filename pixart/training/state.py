@@ -22,19 +22,32 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from ..errors import CheckpointError, ConfigError
 
-INFO, PARTIAL = "info.json", ".partial"
-FREE = ("output", "run_dir", "save_every", "log_every", "compile_blocks")  # fields of a recipe that change no weight
+INFO, PARTIAL, AGAIN = "info.json", ".partial", "-again"
+FREE = (  # fields of a recipe that change no weight, but for rounding
+    "output", "run_dir", "save_every", "log_every", "compile_blocks", "checkpoint_blocks", "shard", "accumulation", "samples",
+    "validation_every", "trackers", "notes",
+)  # fmt: skip
 
 
 def newest_state(run_dir: Path) -> Path | None:
     """The folder of the last whole state of a run."""
-    found = [folder for folder in (run_dir / "states").glob("*") if folder.name.isdigit() and (folder / INFO).is_file()]
-    return max(found, key=lambda folder: int(folder.name), default=None)
+    found = [folder for folder in (run_dir / "states").glob("*") if _is_state(folder) and (folder / INFO).is_file()]
+    return max(found, key=lambda folder: int(folder.name.partition(AGAIN)[0]), default=None)
+
+
+def clear_run(run_dir: Path) -> None:
+    """Removes what a former run left in its folder: states, log and pictures."""
+    for name in ("states", "samples"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for name in ("log.jsonl", "loss.png"):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def write_state(run_dir: Path, step: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> Path:
     """Writes the state of a step and removes older ones; every process calls it. Raises OSError where it can't be written."""
     folder = run_dir / "states" / f"{step:08}"
+    if folder.exists():  # the same step again: under another name, so that at every moment one of the two is whole
+        folder = folder.with_name(folder.name + AGAIN)
     partial = folder.with_name(folder.name + PARTIAL)
     first = _rank() == 0
     if first:
@@ -55,7 +68,7 @@ def write_state(run_dir: Path, step: int, tensors: Mapping[str, Tensor], info: M
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         for old in folder.parent.glob("*"):
-            if old != folder and (old.name.isdigit() or old.name.endswith(PARTIAL)):
+            if old != folder and (_is_state(old) or old.name.endswith(PARTIAL)):
                 shutil.rmtree(old, ignore_errors=True)
     _wait()
     return folder
@@ -72,19 +85,20 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills `tensors` in place; raises CheckpointError unless the state has each of them in its shape."""
-    stored = stored_shapes(folder)
-    wrong = [f"{name} {tuple(stored.get(name, ()))}" for name, value in tensors.items() if stored.get(name) != value.shape]
+    stored = stored_tensors(folder)
+    wrong = [name for name, value in tensors.items() if name not in stored or stored[name].shape != value.shape]
+    wrong = [f"{name} {tuple(stored[name].shape) if name in stored else 'missing'}" for name in wrong]
     if wrong:
         raise CheckpointError(f"{folder} belongs to another model: found {', '.join(wrong[:4])}. Begin anew with --overwrite.")
     with _damage(folder):
         checkpoint.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
 
 
-def stored_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Name -> shape of every tensor of a state; raises CheckpointError if it is damaged."""
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Name -> a tensor on the meta device, of all that a state holds; raises CheckpointError if it is damaged."""
     with _damage(folder):
         stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: found.size for name, found in stored.items()}
+        return {name: torch.empty(found.size, dtype=found.properties.dtype, device="meta") for name, found in stored.items()}
 
 
 @contextmanager
@@ -98,31 +112,9 @@ def _damage(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} is damaged ({error}). Remove it, or begin anew with --overwrite.") from None
 
 
-def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: Mapping[int, str]) -> dict[str, Tensor]:
-    """Every tensor that the optimizers keep, as optimizer.<number>.<parameter>.<what>; names: of parameters, by id."""
-    return {
-        f"optimizer.{number}.{names[id(parameter)]}.{what}": value
-        for number, optimizer in enumerate(optimizers)
-        for parameter, kept in optimizer.state.items()
-        for what, value in kept.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def prepare_optimizers(optimizers: list[torch.optim.Optimizer], names: Mapping[int, str], stored: Mapping[str, torch.Size]) -> None:
-    """Gives fresh optimizers the tensors that a state holds for them, to be filled."""
-    for number, optimizer in enumerate(optimizers):
-        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
-            start = f"optimizer.{number}.{names[id(parameter)]}."
-            for name in (name for name in stored if name.startswith(start) and "." not in name[len(start) :]):
-                like = stored[name] == parameter.shape
-                empty = torch.zeros_like(parameter) if like else torch.zeros(stored[name], device=parameter.device)
-                optimizer.state[parameter][name[len(start) :]] = empty
-
-
 def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError naming every field by which a recipe differs from the one that a state was made with."""
-    changed = [text for text in differences(then, now) if text.partition(":")[0].partition(".")[0] not in FREE]
+    changed = [text for text in differences(then, now) if not set(text.partition(":")[0].split(".")) & set(FREE)]
     if changed:
         raise ConfigError(
             f"The run in {folder.parent.parent} was trained with another recipe: {'; '.join(changed[:6])}. Go on with the changes by "
@@ -138,6 +130,10 @@ def differences(then: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
         return [text for number, pair in enumerate(zip(then, now)) for text in differences(*pair, f"{name}.{number}")]
     return [] if then == now else [f"{name}: {json.dumps(then)} -> {json.dumps(now)}"]
+
+
+def _is_state(folder: Path) -> bool:
+    return folder.name.removesuffix(AGAIN).isdigit()
 
 
 def _rank() -> int:

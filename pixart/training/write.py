@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_weights(weights: dict[str, Tensor], path: Path, metadata: dict[str, str], dtype: torch.dtype = torch.float16) -> None:
-    """One safetensors file; raises OSError naming it where it can't be written."""
+def write_weights(
+    weights: dict[str, Tensor], path: Path, metadata: dict[str, str], dtype: torch.dtype | None = torch.float16
+) -> None:
+    """One safetensors file, in a dtype or, if None, as the tensors are; raises OSError naming it where it can't be written."""
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
     replace_file(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt", **metadata}))
 

@@ -18,8 +18,8 @@ FOLDER = ROOT / "workflows"
 FAMILY = tuple(FAMILY_WORKFLOWS)  # few steps, ControlNet and the like; each has settings of its own
 COMPRESSED = tuple(KV_WORKFLOWS)
 STEMS = (
-    "demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "img2img", "inpaint", "batch", *COMPRESSED, *FAMILY,
-    *GUIDANCE_WORKFLOWS,
+    "demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "compiled", "img2img", "inpaint", "batch",
+    *COMPRESSED, *FAMILY, *GUIDANCE_WORKFLOWS,
 )  # fmt: skip
 LOADERS = {
     "PixArtModelLoader": "diffusion_models", "PixArtT5Loader": "text_encoders", "VAELoader": "vae", "PixArtControlNetLoader": "controlnet",
@@ -221,6 +221,15 @@ def test_hires_fix_draws_again_from_a_part_of_the_noise(stem: str) -> None:
     first, second = sorted(of_kind(graph, "KSampler").values(), key=lambda s: -s["denoise"])
     assert first["denoise"] == 1.0 and graph[first["model"][0]]["inputs"]["variant"] == "sigma-1024"
     assert 0 < second["denoise"] < 1 and second["latent_image"] == [encode, 0]
+
+
+def test_the_compiled_workflow_is_sigma_1024_with_the_node_before_the_sampler() -> None:
+    graph, plain = read("api/compiled.json"), read("api/sigma-1024.json")
+    ((number, inputs),) = of_kind(graph, "TorchCompileModel").items()
+    (sampler,) = of_kind(graph, "KSampler").values()
+    assert sampler["model"] == [number, 0] and inputs["backend"] == "inductor"
+    assert graph[inputs["model"][0]]["inputs"] == plain["1"]["inputs"]
+    assert sorted(node["class_type"] for node in graph.values() if node != graph[number]) == sorted(n["class_type"] for n in plain.values())
 
 
 @pytest.mark.parametrize("stem", [stem for stem in STEMS if stem not in FAMILY])

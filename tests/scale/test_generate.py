@@ -16,8 +16,11 @@ from PIL import Image
 
 import pixart
 from pixart import cli
+from pixart.app.settings import from_text
 from pixart.scale import draw_stage, encode_stage
 from pixart.scale.book import FOLDER
+from pixart.scale.graph import GraphModels, picture_graph
+from pixart.scale.prompt_rows import Picture
 from tests.support.tiny_pipeline import make_parts
 
 ROWS = [
@@ -114,8 +117,9 @@ def test_the_index_and_the_pictures_tell_their_settings(first_run) -> None:
     }  # fmt: skip
     assert rows[0]["tokens"] > 1 and rows[0]["drawn_size"] != [120, 64]
     texts = picture(first_run / "00002.png").info
-    settings, graph = json.loads(texts["pixart"]), json.loads(texts["prompt"])
-    assert (settings["prompt"], settings["seed"], settings["steps"]) == (ROWS[1]["prompt"], 1, 1)
+    settings, model = from_text(texts["pixart"])  # as the web page reads it
+    assert (settings.prompt, settings.negative, settings.seed, settings.steps, model) == (ROWS[1]["prompt"], "blue", 1, 1, "pipeline0")
+    graph = json.loads(texts["prompt"])
     kinds = {node["class_type"]: node["inputs"] for node in graph.values()}
     assert kinds["KSampler"]["seed"] == 1 and kinds["PixArtCropToSize"] | {"image": 0} == {"image": 0, "width": 120, "height": 64}
     assert [node["inputs"]["text"] for node in graph.values() if node["class_type"] == "PixArtTextEncode"] == [ROWS[1]["prompt"], "blue"]
@@ -219,6 +223,15 @@ def test_pictures_of_the_size_asked_for(generate, tmp_path) -> None:
     assert [row["drawn_size"] for row in index(tmp_path / "out")][0] == [120, 64]
     graph = json.loads(picture(tmp_path / "out/00004.png").info["prompt"])
     assert graph["6"]["class_type"] == "EmptyLatentImage" and "10" not in graph
+
+
+def test_other_samplers_have_another_graph_or_none() -> None:
+    picture_of_row = Picture("a.png", 1, "a", "", 1, 256, 256, 4, 1.0)
+    models = GraphModels("t", "e", "v", base_size=256)
+    graph = picture_graph(picture_of_row, models, "lcm")
+    assert graph["7"]["inputs"]["sampler_name"] == "lcm" and graph["7"]["inputs"]["model"] == ["11", 0]
+    assert graph["11"]["class_type"] == "ModelSamplingDiscrete" and "10" not in graph
+    assert picture_graph(picture_of_row, models, "one-step") is None and picture_graph(picture_of_row, models, schedule="optimized") is None
 
 
 @pytest.mark.parametrize(

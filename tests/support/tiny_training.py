@@ -66,6 +66,6 @@ def recipe_values(folder: Any, steps: int = 6, **changes: Any) -> dict[str, Any]
     return {
         "variant": "demo", "method": "full", "objective": {"name": "denoise", "timesteps": "logit_normal"},
         "source": {"name": "scenes", "text_encoder": ""}, "output": str(folder / "out.safetensors"), "run_dir": str(folder / "run"),
-        "precision": "no", "warmup_steps": 2, "ema_decay": 0.9, "save_every": 1000, "caption_dropout": 0.0,
+        "precision": "fp32", "warmup_steps": 2, "ema_decay": 0.9, "save_every": 1000, "caption_dropout": 0.0,
         "stages": [{"base_size": 64, "steps": steps, "batch_size": 8, "learning_rate": 2e-3}], **changes,
     }  # fmt: skip

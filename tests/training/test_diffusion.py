@@ -1,4 +1,6 @@
 """The forward process and the loss against diffusers' scheduler and torch's distributions."""
+import math
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -6,6 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from pixart.training.diffusion import (
     NoiseSchedule,
+    binned_likelihood,
     gaussian_divergence,
     logit_normal_timesteps,
     noise_loss,
@@ -31,15 +34,16 @@ def test_added_noise_equals_diffusers():
 @pytest.mark.parametrize("timestep", [1, 10, 500, 999])
 def test_posterior_equals_diffusers_step(timestep):
     latent, noise, _ = batch()
-    t = torch.full((4,), timestep)
-    noisy = SCHEDULE.add_noise(latent, noise, t)
-    mean = SCHEDULE.posterior_mean(latent, noisy, t)
-    # with the true noise as prediction, the scheduler's step is the posterior's mean plus its deviation x noise
+    predicted = noise + 0.3 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(4))
+    noisy = SCHEDULE.add_noise(latent, noise, torch.full((4,), timestep))
     REFERENCE.set_timesteps(1000)
-    drawn = torch.randn(latent.shape, generator=torch.Generator().manual_seed(5))
-    step = REFERENCE.step(noise, timestep, noisy, generator=torch.Generator().manual_seed(5)).prev_sample
-    deviation = (0.5 * SCHEDULE.log_posterior[timestep]).exp()
-    torch.testing.assert_close(step, mean + deviation * drawn, atol=2e-4, rtol=1e-3)
+
+    def mean(eps):  # without what the scheduler draws: the same both times
+        return REFERENCE.step(eps, timestep, noisy, generator=torch.Generator().manual_seed(5)).prev_sample
+
+    moved = SCHEDULE.mean_from_noise[timestep] * (predicted - noise)
+    torch.testing.assert_close(mean(noise) - mean(predicted), moved, atol=1e-4 * float(moved.abs().max()) + 1e-6 * float(noisy.abs().max()), rtol=1e-3)
+    assert SCHEDULE.log_posterior[timestep].exp().item() == pytest.approx(REFERENCE._get_variance(timestep).item(), rel=1e-3)
 
 
 def test_divergence_equals_torch():
@@ -54,9 +58,26 @@ def test_perfect_prediction_has_no_loss_but_the_first_steps_likelihood():
     lowest_variance = torch.full_like(noise, -1.0)  # the posterior's own
     loss = variance_loss(SCHEDULE, noise, lowest_variance, latent, noise, timestep)
     torch.testing.assert_close(loss[1:], torch.zeros(3), atol=1e-5, rtol=0)
-    likelihood = -Normal(latent, (0.5 * SCHEDULE.log_posterior[0]).exp()).log_prob(latent) / torch.log(torch.tensor(2.0))
-    torch.testing.assert_close(loss[0], likelihood[0].mean(), atol=1e-3, rtol=1e-3)
+    half_bin = Normal(0.0, 1.0).cdf((1 / 255) * (-0.5 * SCHEDULE.log_posterior[0]).exp())
+    inside, outside = -(2 * half_bin - 1).log2(), -half_bin.log2()  # of a bin with two ends, and of the outermost ones
+    expected = torch.where(latent[0].abs() > 0.999, outside, inside).mean()
+    torch.testing.assert_close(loss[0], expected, atol=1e-3, rtol=1e-3)
     assert not noise_loss(SCHEDULE, noise, noise, timestep).any()
+
+
+@pytest.mark.parametrize("value", [-3.0, -0.9991, -0.5, 0.0, 0.7, 0.9989, 2.5])
+@pytest.mark.parametrize("mean", [-1.2, 0.0, 0.31])
+@pytest.mark.parametrize("deviation", [0.004, 0.05, 1.0])
+def test_the_first_steps_likelihood_is_the_references(value, mean, deviation):
+    """Improved diffusion's discretized_gaussian_log_likelihood for one number, in double precision."""
+
+    def share(x):
+        return 0.5 * (1.0 + math.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+    above, below = share((value - mean + 1 / 255) / deviation), share((value - mean - 1 / 255) / deviation)
+    expected = above if value < -0.999 else 1 - below if value > 0.999 else above - below
+    numbers = (torch.tensor([each], dtype=torch.float64) for each in (value, value - mean, math.log(deviation)))
+    assert binned_likelihood(*numbers).item() == pytest.approx(math.log(max(expected, 1e-12)), rel=1e-6)
 
 
 def test_variance_loss_does_not_move_the_noise():
@@ -81,6 +102,16 @@ def test_plain_loss_is_the_mean_square_and_the_weight_is_velocitys():
         return signal.sqrt() * eps - (1 - signal).sqrt() * (noisy - (1 - signal).sqrt() * eps) / signal.sqrt()
 
     torch.testing.assert_close(weighted, (velocity(predicted) - velocity(noise)).square().mean(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("timestep", [1, 200, 600, 990])
+def test_min_snr_is_the_papers_weight(timestep):
+    """Equation 5 of arXiv:2303.09556 for noise: diffusers' scripts compute it as min(snr, gamma) / snr."""
+    _, noise, _ = batch()
+    t = torch.full((4,), timestep)
+    ratio = float(REFERENCE.alphas_cumprod[timestep] / (1 - REFERENCE.alphas_cumprod[timestep]))
+    plain = noise_loss(SCHEDULE, torch.zeros_like(noise), noise, t)
+    torch.testing.assert_close(noise_loss(SCHEDULE, torch.zeros_like(noise), noise, t, min_snr=5.0), plain * min(ratio, 5.0) / ratio)
 
 
 def test_timesteps_are_where_they_were_asked():

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from pixart.errors import ConfigError
 from pixart.training.parts import KINDS, choose, part_names
-from pixart.training.recipe import load_recipe, make_recipe
+from pixart.training.recipe import load_recipe, make_recipe, read_values
 from tests.support.tiny_training import recipe_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +27,21 @@ def test_shipped_recipes_load_and_survive_being_written(path: Path) -> None:
     recipe = load_recipe(path)
     assert make_recipe(recipe.to_dict(), "again") == recipe
     assert recipe.steps > 0 and recipe.learning_rate(recipe.steps - 1) > 0
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if not path.stem.startswith("demo")], ids=lambda path: path.stem)
+def test_every_value_of_a_recipe_for_released_models_says_where_it_comes_from(path: Path) -> None:
+    values = read_values(path)
+    notes = values.pop("notes")
+    named = {"variant", "source.name", "method.name", "stages.base_size"}  # what the recipe is for
+    found = set()
+    for name, value in values.items():
+        parts = value[0] if name == "stages" else value if isinstance(value, dict) else None
+        found |= {f"{name}.{part}" for part, each in parts.items() if each is not None} if parts else {name}
+    assert found - named <= notes.keys(), sorted(found - named - notes.keys())
+    recipe = load_recipe(path)
+    assert recipe.initialize is None and recipe.output is None and recipe.source.settings.data is None
+    assert all(recipe.to_dict().get(name.partition(".")[0]) is not None for name in notes)
 
 
 def test_a_recipe_extends_another_and_overrides_what_it_names(tmp_path: Path) -> None:
@@ -58,6 +75,50 @@ def test_stages_have_their_own_settings_and_learning_rates(tmp_path: Path) -> No
         recipe.stage_at(200)
 
 
+def stage_rates(tmp_path: Path, steps: tuple[int, ...], **fields: object) -> list[float]:
+    stage = {"base_size": 64, "steps": 100, "batch_size": 64, "learning_rate": 1.0, **fields.pop("stage", {})}
+    recipe = make_recipe(recipe_values(tmp_path, stages=[stage], **{"warmup_steps": 0, **fields}), "r")
+    return [recipe.learning_rate(step) for step in steps]
+
+
+def test_schedules_are_those_of_torch(tmp_path: Path) -> None:
+    """Against torch's schedulers, stepped."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def stepped(make) -> list[float]:
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        scheduler, rates = make(optimizer), []
+        for _ in range(100):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+    every = tuple(range(100))
+    cosine = stepped(lambda optimizer: CosineAnnealingLR(optimizer, 100, eta_min=0.2))
+    linear = stepped(lambda optimizer: LinearLR(optimizer, 1.0, 0.2, total_iters=100))
+    assert stage_rates(tmp_path, every, stage={"schedule": "cosine", "final_learning_rate": 0.2}) == pytest.approx(cosine)
+    assert stage_rates(tmp_path, every, stage={"schedule": "linear", "final_learning_rate": 0.2}) == pytest.approx(linear)
+    assert stage_rates(tmp_path, (0, 50), stage={"schedule": "cosine"}) == pytest.approx([1, 0.5])
+    assert stage_rates(tmp_path, (0, 99), stage={"schedule": "constant"}) == [1, 1]
+    assert stage_rates(tmp_path, (0, 9, 50), warmup_steps=20) == pytest.approx([0.05, 0.5, 1])
+
+
+@pytest.mark.parametrize(("batch", "rate"), [(2, 1.77e-6), (16, 5e-6), (64, 1e-5), (1024, 4e-5)])
+def test_the_square_root_rule_is_the_references(tmp_path: Path, batch: int, rate: float) -> None:
+    stage = {"batch_size": batch, "learning_rate": 2e-5}
+    assert stage_rates(tmp_path, (0,), stage=stage, learning_rate_scaling="sqrt") == pytest.approx([rate], rel=2e-3)
+    assert stage_rates(tmp_path, (0,), stage=stage) == [2e-5]
+
+
+def test_a_runs_folder_lies_beside_its_output(tmp_path: Path) -> None:
+    values = {name: value for name, value in recipe_values(tmp_path).items() if name not in ("run_dir", "output")}
+    path = write(tmp_path, **values)
+    assert (load_recipe(path).output, load_recipe(path).run_dir) == (None, None)
+    assert load_recipe(path, ["output=a/b.safetensors"]).run_dir == str(Path("a/b-run"))
+    assert load_recipe(path, ["output=a/b.safetensors", "run_dir=c"]).run_dir == "c"
+
+
 STAGE = {"base_size": 64, "steps": 5, "batch_size": 8, "learning_rate": 1e-3}
 BAD = {
     "unknown field": ({"speed": 3}, "unknown field.*speed"),
@@ -79,9 +140,22 @@ BAD = {
     "unknown setting of a stage": ({"stages": [{**STAGE, "objective": {"snr": 5}}]}, "stage 0, objective denoise: unknown field.*snr"),
     "missing setting": ({"source": "scenes"}, "source scenes: field.*text_encoder.*missing"),
     "blocks that are no pairs": ({"method": {"name": "kv", "blocks": [4, 5]}}, "method kv: blocks is"),
-    "unknown precision": ({"precision": "fp64"}, "precision is 'fp64'; expected one of bf16, fp16, no"),
+    "unknown precision": ({"precision": "fp64"}, "precision is 'fp64'; expected one of bf16, fp16, fp32"),
     "a share above 1": ({"caption_dropout": 1.5}, "caption_dropout is 1.5; expected 0 to 1"),
     "never saved": ({"save_every": 0}, "save_every is 0; expected 1 or more"),
+    "unknown optimizer": ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected one of adamw, adamw8bit, came, prodigy, muon"),
+    "unknown schedule": ({"stages": [{**STAGE, "schedule": "step"}]}, "stage 0: schedule is 'step'; expected one of constant, linear, cosine"),
+    "a constant schedule that ends elsewhere": ({"stages": [{**STAGE, "schedule": "constant", "final_learning_rate": 0}]}, "has no final_learning_rate"),
+    "parts that don't divide the batch": ({"stages": [{**STAGE, "accumulation": 3}]}, "stage 0: a batch of 8 doesn't divide into 3 parts"),
+    "a rate below 0": ({"stages": [{**STAGE, "learning_rate": -1}]}, "stage 0: learning_rate is -1; expected 0 or more"),
+    "a rate that is no number": ({"stages": [{**STAGE, "learning_rate": float("nan")}]}, "learning_rate is nan; expected 0 or more"),
+    "a beta above 1": ({"betas": [0.9, 1.5]}, r"betas are \[0.9, 1.5\]; expected numbers from 0 to below 1"),
+    "an unknown scaling": ({"learning_rate_scaling": "linear"}, "learning_rate_scaling is 'linear'; expected one of none, sqrt"),
+    "an unknown tracker": ({"trackers": ["comet"]}, "trackers has 'comet'; expected some of tensorboard, wandb, trackio"),
+    "samples without prompts": ({"samples": {"prompts": []}}, "samples: expected at least one prompt"),
+    "samples of no steps": ({"samples": {"prompts": ["x"], "steps": 0}}, "samples: steps is 0; expected 1 or more"),
+    "an unknown field of samples": ({"samples": {"prompts": ["x"], "cfg": 3}}, "samples: unknown field.*cfg"),
+    "a look at nothing": ({"validation_every": 0}, "validation_every is 0; expected 1 or more"),
     "unknown mask": ({"dropped_mask": "both"}, "dropped_mask is 'both'; expected one of empty, caption"),
 }
 

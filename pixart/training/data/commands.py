@@ -24,6 +24,7 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     extract.add_argument("recipe", type=Path, help="the recipe that will be trained; its sizes and settings hold")
     add_places(extract)
+    extract.add_argument("--output", metavar="FILE", help="of the training; without --cache, features lie in cache beside its run")
     extract.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help="change one field of the recipe")
     extract.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     add_where_options(extract)
@@ -38,7 +39,8 @@ def add_places(parser: argparse.ArgumentParser) -> None:
 
 
 def _extract(given: argparse.Namespace) -> None:
-    changes = [*given.changes, *place_changes(given)]
+    output = [f"output={json.dumps(given.output)}"] if given.output else []
+    changes = [*given.changes, *place_changes(given), *output]
     if given.dry_run:
         from ..recipe import load_recipe
 

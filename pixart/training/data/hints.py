@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ class Hints:
             raise DataError(f"it has no hint in {self.kind}; expected {path.with_suffix('.png').relative_to(self.kind)} or another format")
         return File(found)
 
+    @cached_property
     def mark(self) -> str:
         """Names how hints are made."""
         if self.kind == HED:

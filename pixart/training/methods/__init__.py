@@ -21,7 +21,7 @@ class Method(Protocol):
         """The network on the device; parameters that are not to be trained don't require gradients."""
 
     def blocks(self, network: nn.Module) -> Iterable[nn.Module]:
-        """The transformer blocks in training, which are compiled, checkpointed and, their matrices, given to Muon."""
+        """The blocks that gradients cross: they are compiled, checkpointed and sharded, and their trained matrices given to Muon."""
 
     def null_rows(self, network: nn.Module) -> Tensor | None:
         """The null caption that the weights bring, (M, C'), or None."""

@@ -1,6 +1,7 @@
 """A ControlNet beside finished weights, which stay as they are; the source gives a hint for every picture."""
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 from ...config import TransformerConfig
 from ...controlnet import ControlledTransformer, ControlNetConfig, PixArtControlNet, copy_base_blocks
 from ...errors import ConfigError
+from ..bases import DTYPES, base_dtype, check_base, pack_matrices
 from ..batch import Batch, Source
+from ..initialize import load_base
 from ..recipe import Recipe
+from ..results import check_saving, describe, weights_of, without_places
 from ..write import write_weights
 from . import full
+
+HINT_RANGE = "-1..1"  # of the picture whose latent is the hint, as PixArt-delta was trained; diffusers' example has 0..1
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,15 @@ class Settings:
     """Of the ControlNet."""
 
     blocks: int = 13  # copies of the first blocks, as in PixArt-delta
+    base: str | None = None  # as of the method lora
+    save_dtype: str = "fp16"  # of the result; or "bf16", "fp32"
+
+
+def check(settings: Settings) -> None:
+    """Raises ConfigError for what no run can have."""
+    check_saving("original", settings.save_dtype)
+    if settings.blocks < 1:
+        raise ConfigError(f"blocks is {settings.blocks}; expected the number of blocks to copy, 1 or more.")
 
 
 class Part(full.Part):
@@ -31,16 +46,19 @@ class Part(full.Part):
     def __init__(self, settings: Settings, recipe: Recipe) -> None:
         if not recipe.initialize:
             raise ConfigError("Method controlnet is trained beside finished weights; set initialize to them.")
+        check_base(settings.base, recipe.precision)
         super().__init__(settings, recipe)
 
     def build(self, source: Source, device: torch.device) -> ControlledTransformer:
-        base = self.begin(self.config(), device)[0].to(device)
-        controlnet = PixArtControlNet(control_config(base.config, self.settings.blocks), attention=base.blocks[0].attn.attention)
+        dtype, attention = base_dtype(self.settings.base, self.recipe.precision), full.attention_of(device)
+        base = load_base(self.recipe.initialize, self.recipe.variant, self.config(), dtype, attention)
+        controlnet = PixArtControlNet(control_config(base.config, self.settings.blocks), attention=attention)
         copy_base_blocks(controlnet, base)
+        base = pack_matrices(base, self.settings.base, device).to(device)
         return ControlledTransformer(base, controlnet.to(device))
 
     def blocks(self, network: nn.Module) -> Iterable[nn.Module]:
-        return [block.copied_block for block in network.controlnet.controlnet]
+        return [*(block.copied_block for block in network.controlnet.controlnet), *network.base.blocks]  # gradients cross the base too
 
     def null_rows(self, network: nn.Module) -> Tensor | None:
         return super().null_rows(network.base)
@@ -51,8 +69,13 @@ class Part(full.Part):
         return {**super().conditions(network, batch), "hint": batch.hint}
 
     def write(self, network: nn.Module, averages: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        weights = {name.removeprefix("controlnet."): value for name, value in {**network.state_dict(), **averages}.items()}
-        write_weights(weights, path, metadata)
+        weights = {name.removeprefix("controlnet."): value for name, value in weights_of(network, averages).items()}
+        facts = describe(self.recipe, "controlnet", metadata, hint_range=HINT_RANGE, hints=json.dumps(self._hints()))
+        write_weights(weights, path, facts, DTYPES[self.settings.save_dtype])
+
+    def _hints(self) -> Any:
+        """What the pictures' hints were, as the source was told; of a folder, its name."""
+        return without_places(getattr(self.recipe.source.settings, "hints", None))
 
 
 def control_config(base: TransformerConfig, depth: int) -> ControlNetConfig:

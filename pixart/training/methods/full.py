@@ -1,7 +1,6 @@
-"""The whole transformer: from scratch, or on from weights of the same sizes."""
+"""The whole transformer: from scratch, or on from weights of the same sizes; weak to strong too, as PixArt-Sigma came from alpha."""
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention import dense_attention, torch_attention
-from ...checkpoints.hints import NOTE_KEY
+from ...attention import AttentionFunction, cpu_training_attention, torch_attention
+from ...checkpoints.detect import AUTO
 from ...config import TransformerConfig, get_variant
 from ...model import PixArtTransformer
 from ..batch import Batch, Source
 from ..initialize import copy_weights, initialize_weights, pass_noise_through
 from ..recipe import Recipe
-from ..write import write_weights
+from ..results import check_saving, describe, hints_of, weights_of, write_model
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,13 @@ class Settings:
     """Beside the recipe's own `initialize`."""
 
     pass_noise: bool = False  # from scratch: begin as the identity on noise, see `initialize.pass_noise_through`
+    layout: str = "original"  # of the result's keys; or "diffusers", where an output without ending is a folder
+    save_dtype: str = "fp16"  # of the result; or "bf16", "fp32"
+
+
+def check(settings: Settings) -> None:
+    """Raises ConfigError for what no run can have."""
+    check_saving(settings.layout, settings.save_dtype)
 
 
 class Part:
@@ -42,12 +48,11 @@ class Part:
 
     def begin(self, config: TransformerConfig, device: torch.device) -> tuple[PixArtTransformer, list[int]]:
         """A network of these sizes with its first weights, and the blocks whose compression has none yet."""
-        attention = dense_attention if device.type == "cpu" else torch_attention
-        network = PixArtTransformer(config, attention=attention)
+        network = PixArtTransformer(config, attention=attention_of(device))
         if self.recipe.initialize:
-            return network, copy_weights(network, self.recipe.initialize, self.recipe.variant)
+            return network, copy_weights(network, self.recipe.initialize, AUTO)
         initialize_weights(network)
-        if getattr(self.settings, "pass_noise", False):
+        if self.settings.pass_noise:
             pass_noise_through(network)
         return network, [block for block, _ in config.compressed_blocks]
 
@@ -62,4 +67,11 @@ class Part:
         return {"context": batch.context, "context_mask": batch.mask, **size}
 
     def write(self, network: nn.Module, averages: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        write_weights({**network.state_dict(), **averages}, path, {**metadata, NOTE_KEY: json.dumps({"ema": True})})
+        hints = hints_of(self.recipe, get_variant(self.recipe.variant), network.config)
+        facts = describe(self.recipe, "", metadata)
+        write_model(weights_of(network, averages), path, facts, hints, self.settings.layout, self.settings.save_dtype)
+
+
+def attention_of(device: torch.device) -> AttentionFunction:
+    """The one that trains fastest there."""
+    return cpu_training_attention if device.type == "cpu" else torch_attention

@@ -28,6 +28,9 @@ class Settings(denoise.Settings):
     align_block: int = 0  # whose tokens are aligned
 
 
+check = denoise.check
+
+
 class Part(denoise.Part):
     """`denoise` with that target beside it."""
 

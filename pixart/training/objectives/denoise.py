@@ -12,6 +12,8 @@ from ..batch import Batch, Source
 from ..diffusion import NoiseSchedule, logit_normal_timesteps, noise_loss, uniform_timesteps, variance_loss
 from ..draws import Draws
 
+LEAST = {"timestep_std": 0, "max_loss_weight": 1, "variance_weight": 0}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,13 +23,14 @@ class Settings:
     timestep_mean: float = 0.0
     timestep_std: float = 1.0
     max_loss_weight: float = 1.0  # noise loss is weighted by min(1/alpha_bar, this); 1 is the plain loss
+    min_snr: float | None = None  # noise loss is weighted by min(SNR, this) / SNR; 5 is usual
+    variance_weight: float = 1.0  # of the variational bound; 0 trains the noise alone, as diffusers' scripts do
 
 
 class Part:
     """See `objectives.Objective`."""
 
     def __init__(self, settings: Settings) -> None:
-        check(settings)
         self._schedule: NoiseSchedule | None = None
 
     def wrap(self, network: nn.Module, source: Source) -> nn.Module:
@@ -48,9 +51,10 @@ class Part:
         """The losses of a prediction (B, 2C, H, W)."""
         schedule, prediction = self.schedule(latent.device), prediction.float()
         predicted, fraction = prediction.chunk(2, dim=1)
+        bound = variance_loss(schedule, predicted.detach(), fraction, latent, noise, timestep)
         return {
-            "noise_loss": noise_loss(schedule, predicted, noise, timestep, settings.max_loss_weight),
-            "variance_loss": variance_loss(schedule, predicted.detach(), fraction, latent, noise, timestep),
+            "noise_loss": noise_loss(schedule, predicted, noise, timestep, settings.max_loss_weight, settings.min_snr),
+            "variance_loss": settings.variance_weight * bound,
         }
 
     def schedule(self, device: Any) -> NoiseSchedule:
@@ -77,7 +81,8 @@ def check(settings: Settings) -> None:
     """Raises ConfigError for what no run can have."""
     if settings.timesteps not in ("uniform", "logit_normal"):
         raise ConfigError(f"timesteps is {settings.timesteps!r}; expected 'uniform' or 'logit_normal'.")
-    if settings.timestep_std < 0 or settings.max_loss_weight < 1:
-        raise ConfigError(
-            f"timestep_std is {settings.timestep_std} and max_loss_weight {settings.max_loss_weight}; expected 0 or more, and 1 or more."
-        )
+    for name, least in LEAST.items():
+        if not getattr(settings, name) >= least:  # NaN too
+            raise ConfigError(f"{name} is {getattr(settings, name)}; expected {least} or more.")
+    if settings.min_snr is not None and not settings.min_snr > 0:
+        raise ConfigError(f"min_snr is {settings.min_snr}; expected a number above 0, such as 5, or null.")

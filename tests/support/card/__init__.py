@@ -6,4 +6,5 @@ several cards, Windows, MPS and ROCm.
 """
 from tests.support.card.tensors import LOG, CardTensor, Event, Mode
 
-__all__ = ["LOG", "CardTensor", "Event", "Mode"]
+__all__ = ["LOG", "PRETEND", "CardTensor", "Event", "Mode"]
+PRETEND = "PIXART_PRETENDED_CARD"  # set: benchmarks put the card into their process before all else

@@ -105,6 +105,8 @@ def _cuda() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **options: answer)
     torch.cuda.mem_get_info = lambda *args, **options: (max(0, TOTAL - used_bytes()), TOTAL)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):  # peaks are not kept
+        setattr(torch.cuda, name, lambda *args, **options: used_bytes())
     torch.cuda.get_rng_state = lambda *args, **options: torch.get_rng_state()
     torch.cuda.synchronize = lambda *args, **options: record("wait", "synchronize")
     torch.cuda.current_stream = lambda *args, **options: _Stream()

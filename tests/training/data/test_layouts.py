@@ -41,6 +41,25 @@ def test_a_folder_with_texts(tmp_path):
     assert sizes_of(listing, tmp_path) == [(32, 16), (16, 32), (64, 64)] and not listing.broken
 
 
+def test_linked_folders_are_read_and_circles_are_not(tmp_path):
+    folder(tmp_path / "elsewhere", [(16, 16)])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "data")
+    assert captions_of(read_place(tmp_path / "data", "sigma")) == {"linked/p0.png": ["a red circle 0"]}
+
+
+def test_of_splits_train_is_read(tmp_path):
+    for name in ("train", "test"):
+        folder(tmp_path / "folders" / name, [(16, 16)])
+        tar(tmp_path / f"tars/{name}-0000.tar", {"a.png": encoded(picture())})
+    listing = read_place(tmp_path / "folders", "sigma")
+    assert list(captions_of(listing)) == ["train/p0.png"] and listing.layout == "folder of pictures, of its splits train"
+    assert list(captions_of(read_place(tmp_path / "tars", "sigma"))) == ["train-0000.tar, a.png"]
+    folder(tmp_path / "alone/test", [(16, 16)])
+    assert list(captions_of(read_place(tmp_path / "alone", "sigma"))) == ["test/p0.png"]
+
+
 def test_folders_named_n_repeat_and_lend_their_name(tmp_path):
     folder(tmp_path / "10_sks dog", [(16, 16)], caption=None)
     folder(tmp_path / "2_cat", [(16, 16)], caption="a cat")

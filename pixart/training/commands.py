@@ -1,0 +1,75 @@
+"""The subcommands `train` and `score`."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .data.commands import add_places, place_changes
+
+TRAIN = """Trains by a recipe (configs/train/*.json), going on from where it stopped.
+
+A recipe leaves to the command line what is yours: pictures, weights, output. Everything else can be changed by --set.
+Stop with Ctrl-C and start again with the same command. On many cards: torchrun --nproc-per-node 8 -m pixart train ...
+"""
+SCORE = """Scores pictures: FID beside a folder of real ones (--reference), CLIP score by their captions (NAME.txt beside each)."""
+
+
+def add_training_commands(commands: Any) -> None:
+    """Adds them to a parser's subcommands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    says = "train a model by a recipe, going on from where it stopped"
+    train = commands.add_parser("train", help=says, description=TRAIN, formatter_class=raw)
+    train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
+    add_places(train)
+    train.add_argument("--transformer", metavar="PLACE", help="weights to begin from: a file or folder, in any format that loads")
+    train.add_argument("--output", metavar="FILE", help="where the weights go; states, log and samples go to a folder beside it, NAME-run")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
+        help="change one field of the recipe, e.g. seed=1 or stages.0.steps=500; may be repeated",
+    )  # fmt: skip
+    train.add_argument("--dry-run", action="store_true", help="say what would happen and what memory it takes, and stop")
+    train.add_argument("--overwrite", action="store_true", help="begin anew, over a former run and its output")
+    train.add_argument("--accept-changes", action="store_true", help="go on although recipe, base or pictures have changed since")
+    train.add_argument("--stop-after", type=float, metavar="SECONDS", help="save and stop after this long")
+    train.set_defaults(run=_train)
+
+    score = commands.add_parser("score", help="FID and CLIP score of pictures", description=SCORE, formatter_class=raw)
+    score.add_argument("pictures", type=Path, help="a folder of pictures")
+    score.add_argument("--reference", type=Path, help="a folder of real pictures, for FID")
+    score.add_argument("--inception", type=Path, metavar="FILE", help="torch-fidelity's weights-inception file (default: it is downloaded)")
+    score.add_argument("--clip", metavar="MODEL", help="a CLIP by name or folder, for the CLIP score, e.g. openai/clip-vit-large-patch14")
+    score.add_argument("--batch-size", type=int, default=16)
+    score.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    score.add_argument("--json", action="store_true", help="print the result as JSON")
+    score.set_defaults(run=_score)
+
+
+def changes_of(given: argparse.Namespace) -> list[str]:
+    """Changes of the recipe, the places that have a flag among them; what --set says of a place is overruled by its flag."""
+    fields = {"initialize": given.transformer, "output": given.output}
+    own = [f"{field}={json.dumps(value)}" for field, value in fields.items() if value is not None]
+    return [*given.changes, *place_changes(given), *own]
+
+
+def _train(given: argparse.Namespace) -> None:
+    from .loop import dry_run, train
+
+    if given.dry_run:
+        sys.stdout.write("".join(f"{line}\n" for line in dry_run(given.recipe, changes_of(given))))
+        return
+    options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes, "stop_after": given.stop_after}
+    sys.stdout.write(f"{train(given.recipe, changes_of(given), **options)}\n")
+
+
+def _score(given: argparse.Namespace) -> None:
+    from ..device import check_device
+    from .score import score_folder
+
+    scores = score_folder(
+        given.pictures, reference=given.reference, inception=given.inception, clip=given.clip, batch_size=given.batch_size,
+        device=check_device(given.device),
+    )  # fmt: skip
+    sys.stdout.write(scores.to_json() if given.json else scores.describe())
