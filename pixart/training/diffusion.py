@@ -28,17 +28,13 @@ class NoiseSchedule:
         self.alphas_cumprod = alphas_cumprod.float().to(device)
         self.log_beta = betas.log().float().to(device)
         self.log_posterior = posterior.log().float().to(device)
-        self.mean_from_x0 = (betas * previous.sqrt() / (1 - alphas_cumprod)).float().to(device)
-        self.mean_from_xt = ((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod)).float().to(device)
+        # How far the mean of q(x_{t-1} | x_t, x_0), equation 11, moves with the noise that x_0 is computed from
+        self.mean_from_noise = (betas * previous.sqrt() / (1 - alphas_cumprod).sqrt() / alphas_cumprod.sqrt()).float().to(device)
 
     def add_noise(self, latent: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """q(x_t | x_0), equation 9; timestep: (B,) integers."""
         signal = _spread(self.alphas_cumprod, timestep)
         return signal.sqrt() * latent + (1 - signal).sqrt() * noise
-
-    def posterior_mean(self, latent: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0), equation 11."""
-        return _spread(self.mean_from_x0, timestep) * latent + _spread(self.mean_from_xt, timestep) * noisy
 
     def predicted_latent(self, noisy: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """x_0 from x_t and a noise prediction."""
@@ -81,16 +77,14 @@ def variance_loss(
     schedule: NoiseSchedule, predicted_noise: Tensor, fraction: Tensor, latent: Tensor, noise: Tensor, timestep: Tensor
 ) -> Tensor:
     """The variational bound's term at each timestep, (B,), in bits per dimension; at t = 0 the likelihood of a picture's values."""
-    noisy = schedule.add_noise(latent, noise, timestep)
     low, high = _spread(schedule.log_posterior, timestep), _spread(schedule.log_beta, timestep)
     weight = (fraction + 1) / 2  # equation 15, with the network's output meant for -1..1
     log_variance = weight * high + (1 - weight) * low
-    x0 = schedule.predicted_latent(noisy, predicted_noise, timestep)
-    mean = schedule.posterior_mean(x0, noisy, timestep)
-    true_mean = schedule.posterior_mean(latent, noisy, timestep)
-    divergence = gaussian_divergence(true_mean, low, mean, log_variance)
+    # The true mean less the predicted one. x_t is the same in both, so that only the noise differs; fp32 would lose it in their difference
+    shift = _spread(schedule.mean_from_noise, timestep) * (predicted_noise - noise)
+    divergence = gaussian_divergence(shift, low, torch.zeros_like(shift), log_variance)
+    likelihood = binned_likelihood(latent, shift, 0.5 * log_variance)  # at t = 0 the true mean is the latent itself
     first = (timestep == 0)[:, None, None, None]
-    likelihood = binned_likelihood(latent, mean, 0.5 * log_variance)
     return torch.where(first, -likelihood, divergence).mean(dim=(1, 2, 3)) / math.log(2)
 
 
@@ -101,18 +95,19 @@ def gaussian_divergence(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log
     return 0.5 * (log_variance2 - log_variance1 - 1 + ratio + shift)
 
 
-def binned_likelihood(latent: Tensor, mean: Tensor, log_deviation: Tensor) -> Tensor:
+def binned_likelihood(latent: Tensor, centred: Tensor, log_deviation: Tensor) -> Tensor:
     """Logarithm of a normal distribution's share in the bin of each value, as if latents were pictures of 8 bits in -1..1.
 
-    They aren't, but the reference measures them so at t = 0 (discretized_gaussian_log_likelihood), and with it were all
-    released models trained.
+    centred: the latent less the distribution's mean. Latents aren't pictures, but the reference measures them so at t = 0
+    (discretized_gaussian_log_likelihood), and so were all released models trained.
     """
-    centred, narrow = latent - mean, (-log_deviation).exp()
-    above, below = _normal_share(narrow * (centred + HALF_BIN)), _normal_share(narrow * (centred - HALF_BIN))
-    inside = torch.where(latent > OUTERMOST, 1 - below, above - below)  # the outermost bins have no end
-    return torch.where(latent < -OUTERMOST, above, inside).clamp(min=LEAST_PROBABILITY).log()
+    narrow, distance = (-log_deviation).exp(), centred.abs()  # both sides are alike, and fp32 is exact in the lower tail alone
+    inside = _normal_share(narrow * (HALF_BIN - distance)) - _normal_share(narrow * (-HALF_BIN - distance))
+    lowest, highest = _normal_share(narrow * (centred + HALF_BIN)), _normal_share(narrow * (HALF_BIN - centred))  # bins without end
+    share = torch.where(latent < -OUTERMOST, lowest, torch.where(latent > OUTERMOST, highest, inside))
+    return share.clamp(min=LEAST_PROBABILITY).log()
 
 
 def _normal_share(value: Tensor) -> Tensor:
-    """Of the standard normal distribution below a value, by the approximation of GELU."""
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
+    """Of the standard normal distribution below a value, by the approximation of GELU: (1 + tanh) / 2 is a sigmoid."""
+    return torch.sigmoid(2 * math.sqrt(2 / math.pi) * (value + 0.044715 * value**3))

@@ -31,6 +31,7 @@ def describe_run(recipe: Recipe, accelerator: Accelerator) -> list[str]:
         *source.report(),
         *(_stage_line(number, stage, recipe) for number, stage in enumerate(recipe.stages)),
         *_memory_lines(recipe, method, network, processes),
+        *_companion_lines(recipe, method, network, source, processes),
         *(_activation_line(recipe, number, method, network, source, accelerator) for number in range(len(recipe.stages))),
         f"result: {recipe.output}; states, log and pictures: {recipe.run_dir}",
     ]
@@ -59,6 +60,21 @@ def _memory_lines(recipe: Recipe, method: Method, network: nn.Module, processes:
         f"memory of each of {processes} processes: weights {_gib(weights)}, gradients {_gib(gradients)}, optimizer {_gib(states)}, "
         f"average {_gib(average)}, together {_gib(total)}; beside them the activations:",
     ]
+
+
+def _companion_lines(recipe: Recipe, method: Method, network: nn.Module, source: Source, processes: int) -> list[str]:
+    """Of networks that the objective has beside the one in training; frozen weights that they share are counted once."""
+    objective, shares = recipe.objective.make(), processes if recipe.shard else 1
+    with torch.device("meta"):
+        objective.wrap(network, source)
+    shared, lines = {id(value) for module in _modules(network) for value in _own_tensors(module)}, []
+    for name, beside in objective.companions().items():
+        own = _bytes(value for module in beside.modules() for value in _own_tensors(module) if id(value) not in shared) / shares
+        trained = [parameter for parameter in beside.parameters() if parameter.requires_grad]
+        states = state_bytes(recipe.optimizer, trained, block_matrices(method.blocks(beside))) / shares if trained else 0
+        more = f", gradients {_gib(_bytes(trained) / shares)}, optimizer {_gib(states)}" if trained else ""
+        lines.append(f"objective {recipe.objective.name} has beside it: {name}, weights of its own {_gib(own)}{more}")
+    return lines
 
 
 def _activation_line(recipe: Recipe, number: int, method: Method, network: nn.Module, source: Source, accelerator: Accelerator) -> str:

@@ -78,6 +78,7 @@ class Recipe:
     samples: Samples | None = None  # null draws none
     validation_every: int | None = None  # steps between looks at held-out pictures, at fixed noise and timesteps; null never looks
     trackers: tuple[str, ...] = ()  # tensorboard, wandb, trackio; beside log.jsonl
+    notes: dict[str, str] = field(default_factory=dict)  # field -> where its value comes from, for readers: JSON has no comments
 
     @property
     def steps(self) -> int:

@@ -25,7 +25,7 @@ class Teacher:
         if make is None and adapter_layers(network):
             self.network, self.own = network, False
         else:
-            copied = copy.deepcopy(network) if make is None else make().to(next(network.parameters()).device)
+            copied = _copy(network) if make is None else make().to(next(network.parameters()).device)
             self.network, self.own = copied.requires_grad_(False).eval(), True
 
     @torch.no_grad()
@@ -35,6 +35,13 @@ class Teacher:
             return self.network(*inputs, **conditions)
         with without_adapters(self.network):
             return self.network(*inputs, **conditions)
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    made = copy.deepcopy(network)
+    for module in made.modules():
+        module.__dict__.pop("forward", None)  # compiled or checkpointed, it would still be the first network's
+    return made
 
 
 def set_teacher(network: nn.Module, make: Callable[[], nn.Module]) -> None:

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from pixart.errors import ConfigError
 from pixart.training.parts import KINDS, choose, part_names
-from pixart.training.recipe import load_recipe, make_recipe
+from pixart.training.recipe import load_recipe, make_recipe, read_values
 from tests.support.tiny_training import recipe_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +27,21 @@ def test_shipped_recipes_load_and_survive_being_written(path: Path) -> None:
     recipe = load_recipe(path)
     assert make_recipe(recipe.to_dict(), "again") == recipe
     assert recipe.steps > 0 and recipe.learning_rate(recipe.steps - 1) > 0
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if not path.stem.startswith("demo")], ids=lambda path: path.stem)
+def test_every_value_of_a_recipe_for_released_models_says_where_it_comes_from(path: Path) -> None:
+    values = read_values(path)
+    notes = values.pop("notes")
+    named = {"variant", "source.name", "method.name", "stages.base_size"}  # what the recipe is for
+    found = set()
+    for name, value in values.items():
+        parts = value[0] if name == "stages" else value if isinstance(value, dict) else None
+        found |= {f"{name}.{part}" for part, each in parts.items() if each is not None} if parts else {name}
+    assert found - named <= notes.keys(), sorted(found - named - notes.keys())
+    recipe = load_recipe(path)
+    assert recipe.initialize is None and recipe.output is None and recipe.source.settings.data is None
+    assert all(recipe.to_dict().get(name.partition(".")[0]) is not None for name in notes)
 
 
 def test_a_recipe_extends_another_and_overrides_what_it_names(tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""A few pictures of one subject, and pictures of its class, so that the class is not forgotten.
+
+"DreamBooth" (Ruiz and others, 2022): instance pictures are called by a prompt with a rare word ("a photo of sks dog"), and
+what the model itself draws of the class ("a photo of a dog") is trained beside them: prior preservation, section 3.2. Any
+method takes it: `full` as in the paper, `lora` at a fraction of the memory.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...errors import ConfigError
+from ..bases import DTYPES
+from ..batch import Batch
+from ..data.album import Settings as PictureSettings
+from ..data.album import release
+from ..data.folder import read_folder
+from ..data.item import Caption, Item, Listing
+from ..data.marks import mark_of, model_mark
+from ..data.spread import spread
+from ..draws import Draws
+from ..recipe import Recipe, Stage
+from ..write import replace_file
+from . import pictures
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DRAWN = "drawn-{:05}.png"
+NEEDS = ("text_encoder", "vae")
+
+
+@dataclass(frozen=True)
+class Settings(PictureSettings):
+    """Beside those of `pictures`, whose `data` are the instance pictures; captions of files are not used."""
+
+    instance_prompt: str | None = None  # of every instance picture, such as "a photo of sks dog"
+    class_prompt: str | None = None  # such as "a photo of a dog"; null trains without prior preservation
+    class_data: str | None = None  # folder of class pictures, to which missing ones are added; null lies beside the run's folder
+    class_pictures: int = 100  # as many are drawn by the first weights themselves, unless they are there
+    class_steps: int = 20
+    class_guidance: float = 4.5
+    prior_weight: float = 1.0  # of the class pictures' loss
+
+
+def check(settings: Settings) -> None:
+    """Raises ConfigError for what no run can have."""
+    pictures.check(settings)
+    prompt, other = ((text or "").strip().lower() for text in (settings.instance_prompt, settings.class_prompt))
+    if not prompt:
+        raise ConfigError('instance_prompt is empty; expected one that names the subject by a rare word, like "a photo of sks dog".')
+    if prompt == other:
+        raise ConfigError(f"instance_prompt and class_prompt are both {prompt!r}; expected the class without the subject's word.")
+    if settings.class_pictures < 1 or settings.class_steps < 1 or not settings.prior_weight >= 0:
+        raise ConfigError(
+            f"class_pictures is {settings.class_pictures}, class_steps {settings.class_steps} and prior_weight {settings.prior_weight}; "
+            "expected 1 or more, 1 or more, and 0 or more."
+        )
+
+
+class Part(pictures.Part):
+    """See `batch.Source`. Of the rows about half are of the class; each picture of the instance comes again as often as that takes."""
+
+    def __init__(self, settings: Settings, recipe: Recipe) -> None:
+        self.recipe, self.place = recipe, _place_of(settings, recipe)
+        super().__init__(settings, recipe)
+
+    def listing(self) -> Listing:
+        """Instance pictures, and those of the class that are there."""
+        instance = super().listing()
+        classes = self._class_items()
+        repeats = max(1, round(self._wanted() / max(1, len(instance.items))))
+        prompt = (Caption(self.settings.instance_prompt),)
+        items = [replace(item, captions=prompt, repeats=repeats) for item in instance.items]
+        layout = f"{instance.layout}, {len(items)} of the instance" + (f" and {len(classes)} of the class" if self.place else "")
+        return Listing(layout, [*items, *classes], instance.broken, instance.left_out)
+
+    def _class_items(self) -> list[Item]:
+        if self.place is None or not self.place.is_dir():
+            return []
+        found = read_folder(self.place)
+        prompt = (Caption(self.settings.class_prompt),)
+        return [replace(item, name=f"{self.place.name}/{item.name}", captions=prompt, repeats=1) for item in found.items]
+
+    def _wanted(self) -> int:
+        """Class pictures of the run, whether they are there or not."""
+        return 0 if self.place is None else max(self.settings.class_pictures, len(self._class_items()))
+
+    def missing(self) -> list[int]:
+        """Numbers of the class pictures that are still to be drawn."""
+        lacking = self._wanted() - len(self._class_items())
+        free = (number for number in range(self._wanted()) if not (self.place / DRAWN.format(number)).is_file())
+        return [next(free) for _ in range(lacking)]
+
+    # -- before training -------------------------------------------------------------------------
+
+    def report(self) -> list[str]:
+        """As `pictures`, and what there is to draw."""
+        lines, lacking = super().report(), len(self.missing())
+        return [*lines, f"class pictures to draw: {lacking}, into {self.place}"] if lacking else lines
+
+    def prepare(self, prompts: Sequence[str], accelerator: Accelerator, over: Callable[..., list[Any]] = spread) -> None:
+        """Draws the class pictures that are missing, then fills the cache; the models are in memory one after the other."""
+        missing = self.missing()
+        accelerator.wait_for_everyone()  # all have counted before the first is drawn
+        if missing:
+            self._check_drawing(len(missing))
+            super().prepare([self.settings.class_prompt], accelerator, over)  # states first: T5 leaves before the transformer comes
+            self._draw(missing[accelerator.process_index :: accelerator.num_processes], accelerator.device)
+            accelerator.wait_for_everyone()
+            Part.__init__(self, self.settings, self.recipe)  # with what is there now
+        super().prepare(prompts, accelerator, over)
+
+    def _check_drawing(self, missing: int) -> None:
+        lacking = [f"source.{name}" for name in NEEDS if not getattr(self.settings, name)] + ["initialize"] * (not self.recipe.initialize)
+        if lacking:
+            raise ConfigError(
+                f"{missing} class pictures are missing in {self.place}, and can't be drawn without {', '.join(lacking)}. Give them, or put "
+                f"{self.settings.class_pictures} pictures there, or set class_prompt to null."
+            )
+
+    def _draw(self, numbers: Sequence[int], device: torch.device) -> None:
+        """The first weights' own pictures of the class prompt, in the bins of the instance pictures."""
+        shape = self.album.shapes[-1]
+        of_instance = (each for each in zip(self.album.entries, self.album.bins[shape]) if not self._is_class(each[0].captions[0].text))
+        sizes = [size for _, size in of_instance]
+        latents = dict(tqdm(self._latents(numbers, sizes, device), desc="class pictures", total=len(numbers), mininterval=2))
+        release(device)
+        self.place.mkdir(parents=True, exist_ok=True)
+        for number, latent in latents.items():
+            picture = self.decode(latent.to(device))[0]
+            replace_file(self.place / DRAWN.format(number), lambda partial, picture=picture: picture.save(partial, "PNG"))
+        release(device)
+
+    def _latents(self, numbers: Sequence[int], sizes: Sequence[tuple[int, int]], device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        from ...pipeline import Pipeline  # which imports diffusers
+
+        settings, recipe = self.settings, self.recipe
+        dtype = None if device.type == "cpu" else DTYPES[recipe.precision]
+        pipe = Pipeline.from_files(recipe.initialize, variant=recipe.variant, dtype=dtype, device=device)
+        states, mask = self.encode([settings.class_prompt, ""])
+        given = {
+            "prompt_embeds": states[:1], "prompt_attention_mask": mask[:1],
+            "negative_prompt_embeds": states[1:], "negative_prompt_attention_mask": mask[1:],
+        }  # fmt: skip
+        for number in numbers:
+            height, width = sizes[number % len(sizes)]
+            latent = pipe(
+                **given, steps=settings.class_steps, guidance=settings.class_guidance, height=height, width=width, use_bins=False,
+                seed=recipe.seed + number, output="latent", progress=False,
+            )  # fmt: skip
+            yield number, latent.float().cpu()
+
+    # -- batches ---------------------------------------------------------------------------------
+
+    def batch(self, settings: Settings, stage: Stage, draws: Draws) -> Batch:
+        """As `pictures`, with the class pictures' rows weighed; the total stays, so that a batch of one feels the weight too."""
+        made = super().batch(settings, stage, draws)
+        if self.place is None or settings.prior_weight == 1:
+            return made
+        factors = [settings.prior_weight if self._is_class(caption) else 1.0 for caption in made.captions]
+        return replace(made, weight=made.weight * torch.tensor(factors))
+
+    def _is_class(self, caption: str) -> bool:
+        return self.place is not None and caption == self.album.prepared(self.settings.class_prompt)
+
+
+def _place_of(settings: Settings, recipe: Recipe) -> Path | None:
+    """The folder of class pictures; those of other prompts, weights and ways to draw have others."""
+    if settings.class_prompt is None:
+        return None
+    if settings.class_data:
+        return Path(settings.class_data)
+    start = model_mark(recipe.initialize) if recipe.initialize and Path(recipe.initialize).exists() else None
+    sizes = [stage.base_size for stage in recipe.stages]
+    mark = mark_of(settings.class_prompt, start, settings.class_steps, settings.class_guidance, sizes, recipe.seed)
+    return Path(recipe.run_dir).parent / "class-pictures" / mark

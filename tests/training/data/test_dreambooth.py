@@ -1,0 +1,128 @@
+"""DreamBooth: class pictures come from the model itself, half of the rows are theirs, and their loss has its weight."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from demo import WEIGHTS
+from pixart.errors import ConfigError
+from pixart.pipeline import Pipeline
+from pixart.training.draws import Draws
+from pixart.training.recipe import Recipe, make_recipe
+from tests.support.data_sets import batches, folder, prepared
+
+PROMPTS = {"instance_prompt": "A Photo of sks circle", "class_prompt": "a red circle"}
+
+
+@pytest.fixture
+def dreams(tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe of the demo model on tmp_path/data."""
+
+    def made(initialize: bool = True, batch_size: int = 4, **source: Any) -> Recipe:
+        places = {"data": str(tmp_path / "data"), "text_encoder": str(WEIGHTS["text_encoders"]), "vae": str(WEIGHTS["vae"]), "cache": str(tmp_path / "cache")}
+        values = {
+            "variant": "demo", "method": "full", "objective": "denoise", "precision": "fp32", "seed": 5,
+            "source": {"name": "dreambooth", **places, **PROMPTS, "class_pictures": 3, "class_steps": 2, **source},
+            "initialize": str(WEIGHTS["diffusion_models"]) if initialize else None,
+            "output": str(tmp_path / "out.safetensors"), "run_dir": str(tmp_path / "run"),
+            "stages": [{"base_size": 64, "steps": 10, "batch_size": batch_size, "learning_rate": 1e-3}],
+        }  # fmt: skip
+        return make_recipe(values, "test")
+
+    return made
+
+
+def test_missing_class_pictures_are_the_models_own(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64), (96, 64)])
+    source = dreams().source.make(dreams())
+    assert source.report()[-1] == f"class pictures to draw: 3, into {source.place}" and not source.place.exists()
+    prepared(source)
+    drawn = sorted(source.place.iterdir())
+    assert [path.name for path in drawn] == ["drawn-00000.png", "drawn-00001.png", "drawn-00002.png"]
+    pipe = Pipeline.from_files(WEIGHTS["diffusion_models"], WEIGHTS["text_encoders"], WEIGHTS["vae"])
+    shapes = set()
+    for number, path in enumerate(drawn):
+        with Image.open(path) as found:
+            width, height = found.size
+            expected = pipe("a red circle", width=width, height=height, use_bins=False, steps=2, seed=5 + number, progress=False)[0]
+            shapes.add((height, width))
+            apart = torch.tensor(list(found.convert("RGB").tobytes())).sub(torch.tensor(list(expected.tobytes()))).abs()
+        assert apart.float().mean() < 2  # of 255; the cached states are in fp16
+    assert shapes <= set(source.album.bins[source.album.shapes[0]][:2])  # of the instance pictures' bins
+    times = {path: path.stat().st_mtime_ns for path in drawn}
+    again = prepared(dreams().source.make(dreams()))
+    assert not again.missing() and {path: path.stat().st_mtime_ns for path in drawn} == times
+    assert again.report()[0] == "data: folder of pictures, 2 of the instance and 3 of the class, 5 pictures, 7 with repeats"
+
+
+def test_half_of_the_rows_are_of_the_class_and_have_its_weight(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)] * 2)
+    folder(tmp_path / "class", [(64, 64)] * 10, caption=None)
+    recipe = dreams(class_data=str(tmp_path / "class"), class_pictures=10, prior_weight=0.25)
+    source = prepared(recipe.source.make(recipe))
+    seen = batches(source, recipe, 5)  # an epoch
+    captions = Counter(caption for batch in seen for caption in batch.captions)
+    assert captions == {"a photo of sks circle": 10, "a red circle": 10}
+    for batch in seen:
+        assert batch.weight.tolist() == [0.25 if caption == "a red circle" else 1.0 for caption in batch.captions]
+        assert batch.total == 4  # a mean over rows, whose weights the class pictures' own are beside
+    alone = dreams(batch_size=1, class_data=str(tmp_path / "class"), class_pictures=10, prior_weight=0.25)
+    source = prepared(alone.source.make(alone))
+    weights = {(batch.captions[0], float(batch.weight), batch.total) for batch in batches(source, alone, 20)}
+    assert weights == {("a photo of sks circle", 1.0, 1.0), ("a red circle", 0.25, 1.0)}
+
+
+def test_a_folder_of_too_few_is_filled_up(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)])
+    folder(tmp_path / "class", [(64, 64)], caption=None)
+    (tmp_path / "class/drawn-00001.png").write_bytes((tmp_path / "class/p0.png").read_bytes())
+    recipe = dreams(class_data=str(tmp_path / "class"), class_pictures=4)
+    source = recipe.source.make(recipe)
+    assert source.missing() == [0, 2]
+    prepared(source)
+    assert sorted(path.name for path in (tmp_path / "class").iterdir()) == ["drawn-00000.png", "drawn-00001.png", "drawn-00002.png", "p0.png"]
+
+
+def test_without_a_class_prompt_only_the_instance_is_trained(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)] * 2)
+    recipe = dreams(class_prompt=None)
+    source = prepared(recipe.source.make(recipe))
+    batch = source.batch(recipe.source.settings, recipe.stages[0], Draws(0, 0, 0, range(4)))
+    assert set(batch.captions) == {"a photo of sks circle"} and source.missing() == []
+
+
+def test_other_weights_or_prompts_have_class_pictures_of_their_own(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)])
+    places = {str(recipe.source.make(recipe).place) for recipe in (dreams(), dreams(class_prompt="a circle"), dreams(class_steps=3), dreams(initialize=False))}
+    assert len(places) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"instance_prompt": None}, "source dreambooth: instance_prompt is empty; expected one that names the subject"),
+        ({"class_prompt": "a photo of SKS circle"}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
+        ({"class_pictures": 0}, "class_pictures is 0, class_steps 2 and prior_weight 1.0; expected 1 or more"),
+        ({"prior_weight": -1}, "prior_weight -1; expected"),
+        ({"prior": 1}, "unknown field.*prior"),
+    ],
+)
+def test_bad_settings_are_sentences(dreams, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dreams(**changes)
+
+
+def test_what_drawing_lacks_is_named_before_anything_is_computed(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)])
+    recipe = dreams(initialize=False)
+    source = recipe.source.make(recipe)
+    with pytest.raises(ConfigError, match="3 class pictures are missing in .*can't be drawn without initialize"):
+        source.prepare([], Accelerator(cpu=True))
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,333 @@
+"""What methods write is what they trained: read again by this package, by PEFT on diffusers, and by nothing else by mistake."""
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+peft = pytest.importorskip("peft")
+diffusers = pytest.importorskip("diffusers")
+
+from pixart.adapters import load_adapter, merge_file
+from pixart.checkpoints import inspect_file, load_transformer
+from pixart.checkpoints.controlnet import load_controlnet
+from pixart.config import Variant, get_variant, variant_names
+from pixart.controlnet import ControlledTransformer
+from pixart.training.loop import Loop
+from pixart.training.methods import lora
+from pixart.training.recipe import make_recipe
+from pixart.training.results import content_hash, without_places
+from pixart.training.sources import scenes
+from tests.support import checkpoint_factory as factory
+from tests.support import training_reference as reference
+from tests.support.tiny_methods import CONFIG, built, inputs, recipe_of, use_variant, write_base
+from tests.support.tiny_training import TwoPictures, recipe_values
+
+ADAPTERS = {
+    "lora": {}, "alpha": {"alpha": 5}, "rslora": {"rank": 9, "alpha": 2, "rank_stabilized": True}, "dora": {"kind": "dora", "alpha": 2},
+    "loha": {"kind": "loha", "alpha": 3}, "lokr": {"kind": "lokr", "rank": 2, "alpha": 3}, "lokr-whole": {"kind": "lokr", "rank": 64, "alpha": 32},
+    "lokr-factor": {"kind": "lokr", "rank": 2, "factor": 4},
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    use_variant(monkeypatch)
+    return write_base(tmp_path / "base")
+
+
+def adapter(name: str, **changes: Any) -> dict[str, Any]:
+    return {"name": "lora", "rank": 4, "targets": "all", "save_dtype": "fp32", **ADAPTERS[name], **changes}
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(str(path), framework="pt") as opened:
+        return opened.metadata()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@torch.no_grad()
+def test_an_adapter_read_again_predicts_as_the_trained_network(tmp_path: Path, base: Path, name: str) -> None:
+    method, network, averages = built(recipe_of(tmp_path, base, adapter(name)))
+    method.write(network, averages, tmp_path / "style.safetensors", {"step": "3"})
+    model = load_transformer(base)
+    plain = model(*inputs())
+    fit = merge_file(tmp_path / "style.safetensors", 1.0, model, None)
+    assert not fit.left and len(fit.layers) == len(network.blocks) * 7 + 6
+    torch.testing.assert_close(model(*inputs()), network(*inputs()), rtol=1e-5, atol=1e-5)
+    assert (model(*inputs()) - plain).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if not name.startswith("lokr")])
+@torch.no_grad()
+def test_a_peft_folder_is_the_trained_network_on_diffusers(tmp_path: Path, base: Path, name: str) -> None:
+    """PEFT's own reading; and this package's, of the same folder."""
+    method, network, averages = built(recipe_of(tmp_path, base, adapter(name, peft_folder=True)))
+    method.write(network, averages, tmp_path / "style.safetensors", {})
+    folder = tmp_path / "style-peft"
+    model = factory.reference_model(factory.diffusers_config(hidden=72, depth=2, captions=8))
+    loaded = peft.PeftModel.from_pretrained(model, folder)
+    latent, timestep, context, mask = inputs()
+    torch.testing.assert_close(reference.predict(loaded, latent, timestep, context, mask), network(*inputs()), rtol=1e-5, atol=1e-5)
+    ours = load_transformer(base)
+    assert not merge_file(folder, 1.0, ours, None).left
+    torch.testing.assert_close(ours(*inputs()), network(*inputs()), rtol=1e-5, atol=1e-5)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "model.safetensors" and config["inference_mode"]
+
+
+@pytest.mark.parametrize("base_precision", ["fp8", "nf4"])
+def test_a_packed_base_is_never_in_a_result(tmp_path: Path, base: Path, base_precision: str) -> None:
+    if base_precision == "nf4":
+        pytest.importorskip("bitsandbytes")
+    method, network, averages = built(recipe_of(tmp_path, base, adapter("lora", base=base_precision)))
+    method.write(network, averages, tmp_path / "style.safetensors", {})
+    tensors = load_file(tmp_path / "style.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    assert all(key.endswith((".lora_up.weight", ".lora_down.weight", ".alpha")) for key in tensors)
+    control, network, averages = built(recipe_of(tmp_path, base, {"name": "controlnet", "blocks": 1, "base": base_precision}))
+    control.write(network, averages, tmp_path / "control.safetensors", {})
+    stored = load_file(tmp_path / "control.safetensors")
+    assert all(key.startswith("controlnet.0.") for key in stored) and {value.dtype for value in stored.values()} == {torch.float16}
+
+
+@torch.no_grad()
+def test_t5_is_written_beside_and_both_halves_predict_as_trained(tmp_path: Path, base: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    from pixart.text.encoder import load_text_encoder
+    from tests.support.tiny_text import save_t5_file, tiny_t5
+
+    t5 = save_t5_file(tiny_t5(width=8), tmp_path / "t5.safetensors")
+    recipe = recipe_of(tmp_path, base, adapter("lora", text_rank=2, peft_folder=True), source={"name": "scenes", "text_encoder": str(t5)})
+    method, network, averages = built(recipe)
+    method.write(network, averages, tmp_path / "style.safetensors", {})
+    model, encoder = load_transformer(base), load_text_encoder(t5)
+    fit = merge_file(tmp_path / "style.safetensors", 1.0, model, encoder.model)
+    assert len(fit.text_layers) == 2 * 7 and not fit.left
+    texts = ["a red circle", "blue"]
+    encoded = encoder.encode(texts)
+    latent, timestep = inputs()[:2]
+    expected = network(latent, timestep, captions=texts)
+    torch.testing.assert_close(model(latent, timestep, encoded.states, encoded.mask), expected, rtol=1e-5, atol=1e-5)
+    plain = load_text_encoder(t5).encode(texts)
+    assert (encoded.states - plain.states).abs().max() > 1e-2
+    text = peft.PeftModel.from_pretrained(tiny_t5(width=8), tmp_path / "style-peft-text")
+    assert sum("lora_A" in name for name, _ in text.named_parameters()) == 2 * 7
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@torch.no_grad()
+def test_a_whole_model_in_each_layout_is_the_trained_network(tmp_path: Path, base: Path, dtype: str) -> None:
+    tolerance = {"fp16": 1e-2, "bf16": 1e-1, "fp32": 1e-5}[dtype]
+    latent, timestep, context, mask = inputs()
+    for layout, name in (("original", "m.safetensors"), ("original", "m.pth"), ("diffusers", "d.safetensors"), ("diffusers", "folder")):
+        method, network, averages = built(recipe_of(tmp_path, base, {"name": "full", "layout": layout, "save_dtype": dtype}))
+        method.write(network, averages, tmp_path / name, {"step": "3"})
+        expected = network(*inputs())
+        torch.testing.assert_close(load_transformer(tmp_path / name, dtype=torch.float32)(*inputs()), expected, rtol=tolerance, atol=tolerance)
+        detection = inspect_file(tmp_path / name)
+        assert (detection.family, detection.base_size, detection.config.position_range) == ("sigma", 1024, 32) and detection.ema
+    theirs = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "folder", torch_dtype=torch.float32).eval()
+    torch.testing.assert_close(reference.predict(theirs, latent, timestep, context, mask), expected, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+def test_a_controlnet_names_the_range_of_its_hints(tmp_path: Path, base: Path) -> None:
+    recipe = recipe_of(tmp_path, base, {"name": "controlnet", "blocks": 1, "save_dtype": "fp32"}, source={"name": "scenes", "text_encoder": "", "hints": True})
+    method, network, averages = built(recipe)
+    method.write(network, averages, tmp_path / "control.safetensors", {"step": "3"})
+    hint = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    loaded = ControlledTransformer(load_transformer(base), load_controlnet(tmp_path / "control.safetensors"))
+    torch.testing.assert_close(loaded(*inputs(), hint=hint), network(*inputs(), hint=hint), rtol=1e-5, atol=1e-5)
+    facts = metadata(tmp_path / "control.safetensors")
+    assert facts["pixart.hint_range"] == "-1..1" and json.loads(facts["pixart.hints"]) is True
+    assert facts["modelspec.architecture"] == "pixart-sigma/controlnet"
+
+
+def test_a_result_says_what_it_is_and_nothing_of_its_owner(tmp_path: Path, base: Path) -> None:
+    recipe = replace(recipe_of(tmp_path, base, adapter("lora")), variant="sigma-512")
+    method, network, averages = built(recipe)
+    method.write(network, averages, tmp_path / "out.safetensors", {"step": "3", "license": "Apache-2.0"})
+    facts = metadata(tmp_path / "out.safetensors")
+    assert facts["modelspec.sai_model_spec"] == "1.0.1" and facts["modelspec.architecture"] == "pixart-sigma/lora"
+    assert (facts["modelspec.title"], facts["modelspec.resolution"], facts["modelspec.prediction_type"]) == ("out", "64x64", "epsilon")
+    assert facts["step"] == "3" and facts["pixart.variant"] == "sigma-512" and "license" not in facts
+    import hashlib
+
+    assert json.loads(facts["pixart.base"]) == {"file": "model.safetensors", "sha256": hashlib.sha256(base.read_bytes()).hexdigest()}
+    told = json.loads(facts["pixart.recipe"])
+    assert told["method"]["rank"] == 4 and told["initialize"] == "model.safetensors" and str(tmp_path) not in json.dumps(facts)
+
+
+def test_places_are_their_last_names() -> None:
+    assert without_places({"a": ["/home/me/x/cats", "~/cats", "C:\\Users\\me\\cats", "\\\\share\\cats"], "b": "runs/x", "c": 3}) == {
+        "a": ["cats"] * 4, "b": "runs/x", "c": 3,
+    }  # fmt: skip
+
+
+def test_a_folders_hash_is_of_its_weights(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "a", "diffusers-shards")
+    before = content_hash(folder)
+    (folder / "notes.txt").write_text("x")
+    assert content_hash(folder) == before
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert content_hash(folder) != before
+
+
+@pytest.mark.parametrize("method", ["full", "diffusers", "lora", "controlnet"])
+def test_a_disk_that_fills_leaves_the_former_result(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    chosen = {"lora": adapter("lora", peft_folder=True), "controlnet": {"name": "controlnet", "blocks": 1}, "diffusers": {"name": "full", "layout": "diffusers"}}
+    part, network, averages = built(recipe_of(tmp_path, base, chosen.get(method, "full")))
+    out = tmp_path / "results" / "out.safetensors"
+    part.write(network, averages, out, {})
+    before = {path.relative_to(tmp_path): path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
+
+    def full_disk(tensors, path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    for place in ("pixart.training.write", "pixart.checkpoints.convert", "pixart.training.adapter_files"):
+        monkeypatch.setattr(f"{place}.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        part.write(network, averages, out, {})
+    assert {path.relative_to(tmp_path): path.read_bytes() for path in out.parent.rglob("*") if path.is_file()} == before
+
+
+# -- where runs begin ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pth", "pth-ema", "diffusers-folder", "pipeline-folder"])
+@pytest.mark.parametrize("micro", [False, True])
+def test_weak_to_strong_an_alpha_begins_a_sigma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, micro: bool) -> None:
+    """Its VAE is of no matter to the weights; the size embedders and the null caption of 120 rows are left out."""
+    use_variant(monkeypatch)
+    base = write_base(tmp_path / "alpha", kind, micro=micro, null_rows=120, pixels=1024 if micro else 256, position_range=32 if micro else 16)
+    method, network, _ = built(recipe_of(tmp_path, base, "full"), move=0)
+    start = load_transformer(base, ema=kind == "pth-ema").state_dict()
+    if kind == "pth-ema":
+        start = {name: torch.zeros_like(value) for name, value in start.items()}  # what the factory keeps beside the average
+    kept = network.state_dict()
+    assert kept.keys() == {name for name in start if not name.startswith(("csize", "ar_", "y_embedder.y_embedding"))}
+    assert all(torch.equal(value, start[name]) for name, value in kept.items())
+    assert network.config.position_range == 32 and not network.config.micro_condition and method.null_rows(network) is None
+    method.write(network, {}, tmp_path / "sigma.safetensors", {})
+    detection = inspect_file(tmp_path / "sigma.safetensors")
+    assert (detection.family, detection.family_known, detection.vae, detection.latent_scale) == ("sigma", True, "sdxl", 0.13025)
+
+
+def test_stored_positions_are_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 -> 1024: the same weights, whatever table the file brings."""
+    use_variant(monkeypatch)
+    _, _, original = factory.tiny_weights(hidden=72, depth=2, captions=8)
+    base = tmp_path / "small.pth"
+    torch.save({"state_dict": {**original, "pos_embed": factory.stored_positions(16, 72, 16)}}, base)
+    _, network, _ = built(recipe_of(tmp_path, base, "full"), move=0)
+    assert torch.equal(network.y_embedder.y_embedding, original["y_embedder.y_embedding"])
+    large = write_base(tmp_path / "large")
+    with torch.no_grad():
+        torch.testing.assert_close(network(*inputs()), load_transformer(large)(*inputs()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in variant_names() if name != "demo"])
+def test_every_variant_trains_and_is_known_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With its own latents, tokens and size embedders, and 900M with its own depth; only narrower."""
+    real = get_variant(name)
+    depth = real.transformer.depth if name == "sigma-900m" else 2
+    narrow = replace(real.transformer, hidden_size=72, num_heads=1, mlp_hidden=144, caption_channels=8, depth=depth)
+    variant = Variant(real.name, "narrow", real.family, real.base_size, real.max_tokens, real.latent_scale, real.vae, narrow)
+    use_variant(monkeypatch, variant)
+
+    class Pictures(TwoPictures):
+        def batch(self, settings, stage, draws):
+            made = super().batch(settings, stage, draws)
+            return replace(made, latent=made.latent.repeat(1, narrow.in_channels // 4, 1, 1))
+
+    monkeypatch.setattr(scenes, "Part", Pictures)
+    stages = [{"base_size": 64, "steps": 1, "batch_size": 2, "learning_rate": 1e-3}]
+    values = recipe_values(tmp_path, variant=name, stages=stages)
+    Loop(make_recipe(values, "r")).run()
+    out = tmp_path / "out.safetensors"
+    detection = inspect_file(out)
+    assert (detection.family, detection.base_size, detection.vae, detection.family_known) == (real.family, real.base_size, real.vae, True)
+    assert detection.config.position_range == real.transformer.position_range and detection.config.depth == depth
+    adapted = {"initialize": str(out), "output": str(tmp_path / "l.safetensors"), "run_dir": str(tmp_path / "lora")}
+    blocks = [0, depth - 1]
+    Loop(make_recipe({**values, **adapted, "method": {"name": "lora", "rank": 2, "blocks": blocks}}, "r")).run()
+    assert len(load_adapter(tmp_path / "l.safetensors").layers) == 5 * len(blocks)
+
+
+# -- bad recipes ---------------------------------------------------------------------------------
+
+BAD = {
+    "an unknown kind": ({"kind": "oft"}, "method lora: kind is 'oft'; expected one of lora, dora, lokr, loha"),
+    "rank 0": ({"rank": 0}, "rank is 0 and text_rank 0; expected 1 or more"),
+    "alpha 0": ({"alpha": 0}, "alpha is 0; expected a number above 0, or null for the rank"),
+    "an unknown preset": ({"targets": "everything"}, "targets is 'everything'; expected attention, attention.mlp, all, or a list"),
+    "a layer that isn't there": ({"targets": ["attn.to_q"]}, r"names attn.to_q, which no linear layer .* expected some of t_embedder.mlp.0, .*attn.qkv, attn.proj"),
+    "a block that isn't there": ({"blocks": [0, 7]}, "blocks has 7; this model has the blocks 0 to 1"),
+    "no block": ({"blocks": []}, "leave no layer to train"),
+    "an unknown base": ({"base": "int8"}, "base is 'int8'; expected one of fp32, bf16, fp16, fp8, nf4, or null"),
+    "a base that the run doesn't compute in": ({"base": "bf16"}, "base is 'bf16', which needs the precision 'bf16' too"),
+    "all dropped": ({"dropout": 1}, "dropout is 1; expected 0 to below 1"),
+    "rsLoRA of LoKr": ({"kind": "lokr", "rank_stabilized": True}, "lokr has no such form"),
+    "a factor of a LoRA": ({"factor": 4}, "factor is 4 for the kind 'lora'"),
+    "a folder of a LoKr": ({"kind": "lokr", "peft_folder": True}, "asked for a LoKr, whose products don't split"),
+    "an unknown dtype": ({"save_dtype": "fp8"}, "save_dtype is 'fp8'; expected one of fp32, bf16, fp16"),
+    "T5 of nowhere": ({"text_rank": 2}, "set source.text_encoder"),
+    "a part that isn't a number": ({"rank": "16"}, "rank is '16'; expected a whole number"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_adapters_that_can_not_be(tmp_path: Path, base: Path, case: str) -> None:
+    changes, message = BAD[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        built(recipe_of(tmp_path, base, {"name": "lora", **changes}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("lora", {"initialize": None}, "Method lora is trained beside finished weights"),
+        ({"name": "full", "layout": "onnx"}, {}, "layout is 'onnx'; expected one of original, diffusers"),
+        ({"name": "kv", "blocks": [[0, 2]], "layout": "diffusers"}, {}, "diffusers has no KV compression"),
+        ({"name": "kv", "blocks": [[0, 2]], "mode": "mean"}, {}, "mode is 'mean'; expected one of conv, uniform"),
+        ({"name": "kv"}, {}, "there are no blocks; expected pairs"),
+        ({"name": "controlnet", "blocks": 0}, {}, "blocks is 0; expected the number of blocks to copy"),
+        ("full", {"objective": {"name": "denoise", "min_snr": 0}}, "min_snr is 0; expected a number above 0"),
+        ("full", {"objective": {"name": "imitate", "imitate_weight": 0}}, "imitate_weight is 0 and denoise_weight 0.0; expected above 0"),
+        ("full", {"objective": {"name": "denoise", "variance_weight": float("nan")}}, "variance_weight is nan; expected 0 or more"),
+        ("full", {"stages": [{"base_size": 64, "steps": 1, "batch_size": 1, "learning_rate": 1, "objective": {"timesteps": "cosine"}}]},
+         "stage 0, objective denoise: timesteps is 'cosine'; expected 'uniform' or 'logit_normal'"),
+    ],
+)  # fmt: skip
+def test_recipes_that_can_not_be(tmp_path: Path, base: Path, method: Any, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built(recipe_of(tmp_path, changes.pop("initialize", base), method, **changes))
+
+
+def test_a_base_of_another_model_is_named(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deeper = write_base(tmp_path / "deeper", depth=3)
+    with pytest.raises(ValueError, match=r"model.safetensors is another model than the recipe's variant: depth 3 instead of 2"):
+        built(recipe_of(tmp_path, deeper, "lora"))
+    alpha = write_base(tmp_path / "alpha", micro=True, null_rows=120)
+    with pytest.raises(ValueError, match="micro_condition True instead of False"):
+        built(recipe_of(tmp_path, alpha, {"name": "controlnet", "blocks": 1}))
+
+
+def test_an_alpha_is_no_base_of_a_sigmas_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their layers are alike: the file's null caption tells."""
+    alpha = write_base(tmp_path / "alpha", null_rows=120)
+    monkeypatch.setattr(lora.full, "get_variant", lambda name: replace(get_variant("sigma-512"), transformer=CONFIG))
+    recipe = replace(recipe_of(tmp_path, alpha, "lora"), variant="sigma-512")
+    with pytest.raises(ValueError, match=r"y_embedding has 120 rows, that is alpha; sigma-512 has 300"):
+        built(recipe)
