@@ -30,7 +30,7 @@ def run_on_ray(stages: Sequence[Stage], chosen: Where) -> None:
         raise UnsupportedError(f"--on ray needs Ray ({error}): {INSTALL}.") from None
     started = not ray.is_initialized()
     if started:
-        _connect(ray, chosen)
+        connect(ray, chosen)
     _quieten(ray)
     try:
         for stage in stages:
@@ -89,10 +89,11 @@ def _run(ray: Any, stage: Stage, chosen: Where) -> None:
         raise UnsupportedError(f"{missing} batches were done, but their files are not in {stage.place}. Run the command again.")
 
 
-def _connect(ray: Any, chosen: Where) -> None:
-    """Joins the cluster of `--address`, or starts one of this machine alone."""
+def connect(ray: Any, chosen: Where) -> None:
+    """Joins the cluster of `--address`, or starts one of this machine alone. Raises UnsupportedError."""
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error", "configure_logging": True}
     if chosen.address is None:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else any other program of this machine comes before the workers
         cores = worker_count(chosen) * chosen.threads
         ray.init(address="local", num_cpus=cores, object_store_memory=OBJECT_STORE, **quiet)
     else:
