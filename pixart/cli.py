@@ -23,6 +23,7 @@ from .text.commands import add_text_commands
 from .text.names import PRECISIONS
 from .training.commands import add_training_commands
 from .training.data.commands import add_data_commands
+from .training.pair_commands import add_pair_commands
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
@@ -86,6 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_caption_command(commands)
     add_data_commands(commands)
     add_training_commands(commands)
+    add_pair_commands(commands)
     return parser
 
 

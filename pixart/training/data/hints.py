@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, DataError, UnsupportedError
+from .folder import inside
 from .item import PICTURES, File, Item
 from .marks import file_mark, mark_of
 
@@ -40,7 +41,7 @@ class Hints:
         """
         if self.kind in (HED, CANNY):
             return None
-        path = Path(self.kind, item.name.rsplit(", ", 1)[-1])
+        path = inside(Path(self.kind), item.inside or item.name, "its shard")
         found = next((file for suffix in PICTURES for file in (path.with_suffix(suffix),) if file.is_file()), None)
         if found is None:
             raise DataError(f"it has no hint in {self.kind}; expected {path.with_suffix('.png').relative_to(self.kind)} or another format")

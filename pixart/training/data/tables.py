@@ -124,7 +124,7 @@ def read_tars(files: list[Path], fields: Mapping[str, float] | None = None) -> L
             except (DataError, ValueError, RecursionError) as error:
                 listing.broken[f"{names_of[path]}, {name}"] = str(error)
                 continue
-            listing.items.append(Item(f"{names_of[path]}, {name}{picture}", parts[picture], captions))
+            listing.items.append(Item(f"{names_of[path]}, {name}{picture}", parts[picture], captions, inside=f"{name}{picture}"))
     check_fields(fields, known, files[0].parent)
     return listing
 

@@ -45,6 +45,7 @@ class Part:
         self.album = Album(self.listing(), settings, self.variant, cache_of(settings, recipe), shapes)
         self.held_out = self._choose_held_out()
         self._plans: dict[tuple[Shape, int], tuple[Plan, list[int]]] = {}
+        self._held: list[int] | None = None  # numbers of the entries that are held out
 
     def listing(self) -> Listing:
         """What the data set's files tell."""
@@ -69,11 +70,16 @@ class Part:
 
     def prepare(self, prompts: Sequence[str], accelerator: Accelerator, over: Callable[..., list[Any]] = spread) -> None:
         """Fills the cache; raises DataError for too many broken pictures. over: of `Album.compute`."""
+        lacking = [name for name in ("text_encoder", "vae") if not getattr(self.settings, name)]
+        if prompts and lacking:  # now, and not at the first sample
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in lacking)
+            raise ConfigError(f"Pictures of the prompt {prompts[0]!r:.80} can't be drawn without {flags}; give it, or no samples.")
         self.album.compute([*prompts, ""], accelerator.device, over)
         if is_first():
             self.album.memory.save()
         accelerator.wait_for_everyone()
         self._plans.clear()
+        self._held = None
         if self.settings.text_encoder:
             self.null_context = self.album.states(Caption(""))
 
@@ -101,10 +107,11 @@ class Part:
     def validation(self, settings: Settings, stage: Stage, rows: range) -> list[Batch]:
         """Held-out pictures in the order of names, those of one bin together; each with its first caption and the latent's mean."""
         shape = _shape(stage, settings)
-        held = [pair for pair in zip(self.album.entries, self.album.bins[shape]) if pair[0].mark in self.held_out]
+        if self._held is None:
+            self._held = [number for number, entry in enumerate(self.album.entries) if entry.mark in self.held_out]
         bins: dict[tuple[int, int], list[Entry]] = {}
-        for entry, size in (held[row] for row in rows if row < len(held)):
-            bins.setdefault(size, []).append(entry)
+        for number in (self._held[row] for row in rows if row < len(self._held)):
+            bins.setdefault(self.album.bins[shape][number], []).append(self.album.entries[number])
         batches = []
         for size, entries in bins.items():
             for start in range(0, len(entries), stage.batch_size):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pixart.errors import ConfigError
 from pixart.training.data.captions import captions_of_row
 from pixart.training.data.item import Caption, Listing
 from pixart.training.data.look import Memory
@@ -151,6 +152,8 @@ def test_stored_features_are_read_as_they_are(tmp_path, recipe_of, monkeypatch, 
     recipe = recipe_of(data=str(data), text_encoder=None, vae=None, buckets=not squares, sample_latents=False)
     source = prepared(recipe.source.make(recipe))
     assert "0 captions by T5, 0 pictures by the VAE" in source.report()[-1] and source.null_context is None
+    with pytest.raises(ConfigError, match="'a circle' can't be drawn without --text-encoder and --vae"):
+        prepared(source, "a circle")
     batch = batches(source, recipe, 1)[0]
     expected = torch.from_numpy((latent[:4] - 0.5) * 0.13025)
     torch.testing.assert_close(batch.latent, expected.expand(4, -1, -1, -1))
