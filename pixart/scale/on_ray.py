@@ -6,6 +6,7 @@ import os
 import socket
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError, PixArtError, UnsupportedError
@@ -32,6 +33,8 @@ def run_on_ray(stages: Sequence[Stage], chosen: Where) -> None:
     if started:
         connect(ray, chosen)
     _quieten(ray)
+    if chosen.device == "auto":
+        chosen = replace(chosen, device="cuda" if ray.cluster_resources().get("GPU") else "cpu")
     try:
         for stage in stages:
             _run(ray, stage, chosen)
@@ -48,7 +51,8 @@ class RayWorker:
     def __init__(self, stage: Stage, chosen: Where, token: str) -> None:
         self.stage, self.chosen = stage, chosen
         self.problem = _problem_of_place(stage, token)
-        self.opened = Opened(stage, chosen.device)
+        # Ray shows each worker the one card that it may use
+        self.opened = Opened(stage, "cuda" if chosen.device.startswith("cuda") else chosen.device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Numbers of chunks -> the same, and for each what ended the run, or ""."""
