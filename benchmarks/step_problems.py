@@ -18,7 +18,7 @@ from demo import WEIGHTS
 from demo.evaluate import KINDS, Question, Run, make_questions
 from demo.reader import check
 from pixart import Pipeline
-from pixart.sampling import initial_noise
+from pixart.sampling import initial_noise, sources_of
 from tests.support import host
 
 CFG = 4.5
@@ -94,7 +94,7 @@ class DemoPictures:
             encoded = self.pipe.encode([row.caption.text for row in rows])
             empty = self.pipe.encode([""])
             positive = [[encoded.states, {"attention_mask": encoded.mask}]]
-            noise = initial_noise((len(rows), 4, 32, 32), self.seeds[start : start + len(rows)])
+            noise = initial_noise((len(rows), 4, 32, 32), sources_of(self.seeds[start : start + len(rows)], len(rows)))
             with Counter(self.model) as counter:
                 latents.append(run_host(self.model, way, noise, positive, [[empty.states, {}]]))
             passes += counter.rows / 2

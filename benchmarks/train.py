@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     chosen = parse(arguments)
     report: dict[str, Any] = {
-        "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "rounds": chosen.rounds, "tokens": TOKENS[0],
+        "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "card": chosen.device == "cuda", "rounds": chosen.rounds, "tokens": TOKENS[0],
         "rank": RANK, "cases": [],
     }  # fmt: skip
     for case in cases_of(chosen):
-        report["cases"].append({**case.to_dict(), **measure(case, chosen.rounds, chosen.only)})
+        report["cases"].append({**case.to_dict(), **measure(case, chosen)})
         write(report, chosen.out, f"train-{chosen.device}{chosen.suffix}")
         print(markdown(report), flush=True)
 
@@ -58,6 +59,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=at_least(1), default=1)
     parser.add_argument("--blocks", type=at_least(1), default=XL_BLOCKS, help="of the 28")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="steps of each that count, after one of warm-up")
+    parser.add_argument("--apart", action="store_true", help="one contender after the other, where both together don't fit into memory")
     parser.add_argument("--only", choices=("rate", "memory"), help="measure but one of them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--suffix", default="", help="of the report's name, e.g. -optimizers")
@@ -87,28 +89,28 @@ def cases_of(chosen: argparse.Namespace) -> list[Case]:
     ]  # fmt: skip
 
 
-def measure(case: Case, rounds: int, only: str | None) -> dict[str, Any]:
+def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each contender's steps, and the peak of its memory in GiB."""
     found: dict[str, Any] = {}
-    if only != "memory":
-        children = {name: Child(name, case, "rate") for name in (OURS, PLAIN)}
-        try:
-            seconds = take_turns({name: child.step for name, child in children.items()}, rounds + 1)
-        finally:
-            for child in children.values():
-                child.close()
-        found["seconds"] = {name: each[1:] for name, each in seconds.items()}  # the first turn is the warm-up
-    if only != "rate":
+    if chosen.only != "memory":
+        groups = [(OURS,), (PLAIN,)] if chosen.apart else [(OURS, PLAIN)]
+        found["seconds"] = {name: each for group in groups for name, each in rates(case, group, chosen.rounds).items()}
+    if chosen.only != "rate":
         found["gib"], found["gib_to_load"] = {}, {}
         for name in (OURS, PLAIN):
-            child = Child(name, case, "memory")
-            try:
+            with closing(Child(name, case, "memory")) as child:
                 child.step()
                 child.step()
                 found["gib"][name], found["gib_to_load"][name] = child.peaks()
-            finally:
-                child.close()
     return found
+
+
+def rates(case: Case, names: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of contenders that take turns; the first turn is the warm-up."""
+    with ExitStack() as stack:
+        children = {name: stack.enter_context(closing(Child(name, case, "rate"))) for name in names}
+        seconds = take_turns({name: child.step for name, child in children.items()}, rounds + 1)
+    return {name: each[1:] for name, each in seconds.items()}
 
 
 class Child:
@@ -194,7 +196,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"Training steps on random weights of XL/2 beside a plain loop of diffusers' transformer, peft and torch's optimizer with the same "
         f"settings: LoRA of rank {report['rank']} on all attention layers, gradient clipping, no average; captions of {report['tokens']} "
         f"tokens, which the plain loop pads to 300 as diffusers' scripts do. Rate: medians of {report['rounds']} steps, the contenders in "
-        f"turn. Peak: {'memory of the card that torch held' if 'cuda' in report['device'].lower() or 'NVIDIA' in report['device'] else 'resident memory of the whole process'} "
+        f"turn. Peak: {'memory of the card that torch held' if report['card'] else 'resident memory of the whole process'} "
         f"during two steps. Goals: {RATE_GOAL} times the rate, {MEMORY_GOAL} of the peak. {report['device']}, {report['machine']['cpu']}, "
         f"{report['machine']['threads']} threads, torch {report['machine']['torch']}, diffusers {report['machine']['diffusers']}. "
         f"{report['note']}".rstrip(),

@@ -103,6 +103,7 @@ def denoise(
     perturbed: PerturbedGuidance | None = None,
     source: Source = None,
     preview: Preview | None = None,
+    timesteps: Sequence[int] | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w), fp32, from unit noise of that shape.
 
@@ -110,6 +111,7 @@ def denoise(
     pixels, for micro-conditioned models. callback(step, timestep, latents): False ends sampling.
     kv_compression: approximations, each in its part of sampling. perturbed: one more forward a step, of the prompts.
     source: of the noise that some schedulers add in every step. preview(step, latents): what the picture would be by now.
+    timesteps: falling, `steps` of them, instead of the scheduler's own.
     Raises UnsupportedError if the numbers overflow.
     """
     from tqdm.auto import tqdm
@@ -117,9 +119,9 @@ def denoise(
     kv_compression = listed(kv_compression)
     check_together(kv_compression, transformer.config)
     weakening = {} if perturbed is None else perturbed.wrappers(transformer.config.depth)
-    scheduler.set_timesteps(steps, device=noise.device)
+    _set_timesteps(scheduler, steps, timesteps, noise.device)
     moments = scheduler.timesteps.tolist()
-    stochastic = {"generator": source} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    own_noise = noise_of_steps(scheduler, source)
     latents = noise * scheduler.init_noise_sigma
     rows = context.states.shape[0]
     dtype = context.states.dtype
@@ -145,12 +147,27 @@ def denoise(
             predicted = predicted + perturbed.scale * (positive - _noise_of(weakened, latents))
         if preview is not None:
             preview(index, clean_estimate(noised, predicted, int(moments[index])))
-        latents = scheduler.step(predicted, timestep, latents, **stochastic, return_dict=False)[0]
+        latents = scheduler.step(predicted, timestep, latents, **own_noise, return_dict=False)[0]
         if callback is not None and callback(index, int(timestep), latents) is False:
             break
     if not torch.isfinite(latents).all():
         raise UnsupportedError(f"Sampling in {dtype} gave NaN or infinite values; use bfloat16 or float32.")
     return latents
+
+
+def noise_of_steps(scheduler: Any, source: Source) -> dict[str, Source]:
+    """What a scheduler's step takes beside the latents: where the noise comes from, if it adds any."""
+    return {"generator": source} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+
+def _set_timesteps(scheduler: Any, steps: int, timesteps: Sequence[int] | None, device: torch.device) -> None:
+    """Raises InputError for chosen timesteps that the scheduler can't take."""
+    if timesteps is None:
+        scheduler.set_timesteps(steps, device=device)
+    elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+    else:
+        raise InputError(f"{type(scheduler).__name__} takes no timesteps of another schedule; use the usual one, or the sampler dpm++.")
 
 
 def _noise_of(output: Tensor, latents: Tensor) -> Tensor:

@@ -14,7 +14,17 @@ from .timesteps import LAST_TIMESTEP
 
 FEWEST, MOST = 4, 16  # steps that the search was made and checked for
 KNOTS = (0.125, 0.25, 0.5, 0.625, 0.75, 0.875)  # shares of the steps done
-CURVE = (874.1, 749.3, 499.5, 374.6, 249.8, 124.9)  # timesteps there; 999 before, 0 after
+CURVE = (865.0, 748.0, 530.0, 405.0, 208.0, 38.0)  # timesteps there; 999 before, 0 after
+
+
+USUAL, OPTIMIZED = SCHEDULES = ("usual", "optimized")
+
+
+def timesteps_of(schedule: str, steps: int) -> list[int] | None:
+    """Whole timesteps of a schedule by name; None for the usual one, which a scheduler knows itself. Raises InputError."""
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule is {schedule!r}; expected {' or '.join(SCHEDULES)}.")
+    return [round(each) for each in optimized_timesteps(steps)] if schedule == OPTIMIZED else None
 
 
 def optimized_timesteps(steps: int) -> list[float]:

@@ -30,7 +30,7 @@ def test_both_contenders_train_the_same_number_of_pictures(monkeypatch: pytest.M
     small = train_peers.get_variant("sigma-512")
     from dataclasses import replace
 
-    config = replace(small.transformer, hidden_size=144, num_heads=2, mlp_hidden=288, caption_channels=32, max_tokens=4)
+    config = replace(small.transformer, hidden_size=144, num_heads=2, mlp_hidden=576, caption_channels=32, max_tokens=4)
     variant = replace(small, transformer=config)
     for module in (train_peers, train_peers.full):
         monkeypatch.setattr(module, "get_variant", lambda name: variant)

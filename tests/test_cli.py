@@ -132,13 +132,13 @@ def test_train_calls_the_loop(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loop, "train", lambda *given, **options: calls.append((given, options)) or "model.safetensors")
     assert cli.main(["train", "recipe.json", "--set", "seed=1", "--output", "o.safetensors", "--overwrite", "--stop-after", "5"]) == 0
     assert calls == [
-        ((Path("recipe.json"), ["seed=1", "output=o.safetensors"]), {"overwrite": True, "accept_changes": False, "stop_after": 5.0})
+        ((Path("recipe.json"), ["seed=1", 'output="o.safetensors"']), {"overwrite": True, "accept_changes": False, "stop_after": 5.0})
     ]
 
 
 def test_train_without_accelerate_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    for name in [name for name in sys.modules if name.startswith("pixart.training.loop")]:
+    for name in [name for name in sys.modules if name.startswith("pixart.training")]:
         monkeypatch.delitem(sys.modules, name)
     assert cli.main(["train", "recipe.json"]) == 2
     said = capsys.readouterr().err

@@ -12,6 +12,7 @@ from pixart import Pipeline
 from pixart.cli import SAMPLER_NAMES
 from pixart.errors import InputError
 from pixart.samplers import LCM, SAMPLERS, DPMSolver, OneStep, SASolver, find_sampler
+from pixart.schedules import optimized_timesteps
 from tests.support.tiny_pipeline import make_parts, padded_embeddings
 
 BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -107,6 +108,51 @@ def test_settings_out_of_range_are_named(settings):
 def test_guidance_where_none_was_trained_is_said(pipe, caplog):
     pipe("star", steps=1, sampler="lcm", output="latent", progress=False)
     assert "without guidance; give guidance=1 (it is 4.5)" in caplog.text
+
+
+def test_the_optimized_schedule_is_diffusers_solver_at_its_timesteps(parts, pipe):
+    """And the default sampler takes it as the named one does."""
+    theirs = diffusers.DPMSolverMultistepScheduler(**BETAS)
+    timesteps = [round(each) for each in optimized_timesteps(6)]
+    seen = []
+    settings = {"steps": 6, "width": 256, "height": 256, "use_bins": False, "output": "latent", "progress": False, "seed": 3}
+    found = pipe(PROMPT, schedule="optimized", callback=lambda step, timestep, latents: seen.append(timestep), **settings)
+    assert seen == timesteps
+    torch.testing.assert_close(pipe(PROMPT, schedule="optimized", sampler="dpm++", **settings), found)
+    theirs.set_timesteps(timesteps=timesteps)
+    usual = pipe(PROMPT, **settings)
+    assert not torch.allclose(usual, found)
+    chosen = Pipeline(pipe.transformer, pipe.text_encoder, pipe.vae, base_size=pipe.base_size, scheduler=Fixed(theirs, timesteps))
+    torch.testing.assert_close(chosen(PROMPT, **settings), found)
+
+
+class Fixed:
+    """diffusers' scheduler, which is told its timesteps by whoever made it."""
+
+    def __init__(self, scheduler, timesteps):
+        self.scheduler, self.chosen = scheduler, timesteps
+
+    def __getattr__(self, name):
+        return getattr(self.scheduler, name)
+
+    def set_timesteps(self, steps, device=None):
+        self.scheduler.set_timesteps(timesteps=self.chosen, device=device)
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"schedule": "optimized", "steps": 20}, "4 to 16"),
+    ({"schedule": "optimized", "sampler": "lcm", "steps": 4, "guidance": 1}, "not lcm"),
+    ({"schedule": "karras"}, "usual or optimized"),
+])
+def test_schedules_that_do_not_fit_are_refused(pipe, given, message):
+    with pytest.raises(InputError, match=message):
+        pipe(PROMPT, width=256, height=256, use_bins=False, **given)
+
+
+def test_a_scheduler_that_takes_no_timesteps_is_named(pipe):
+    chosen = Pipeline(pipe.transformer, pipe.text_encoder, pipe.vae, scheduler=diffusers.PNDMScheduler(**BETAS))
+    with pytest.raises(InputError, match="PNDMScheduler takes no timesteps"):
+        chosen(PROMPT, schedule="optimized", steps=8, width=256, height=256, use_bins=False)
 
 
 def test_names_find_samplers():

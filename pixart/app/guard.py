@@ -15,11 +15,12 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 API = "/gradio_api"
 FILE = f"{API}/file="
+SERVED = ".png"
 HEALTH = "/health"
 # Gradio has more: a proxy, fetching of any address, routes for editing code, an API for programs. The page needs none of them.
 READ = re.compile(
     rf"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/(assets|static|svelte)/.+"
-    rf"|{API}/(info/?|startup-events|queue/data|upload_progress|heartbeat/\w+)|{re.escape(FILE)}.+"
+    rf"|{API}/(info/?|app_id/?|startup-events|queue/data|upload_progress|heartbeat/\w+)|{re.escape(FILE)}.+"
 )
 WRITE = re.compile(rf"{API}/(queue/join|upload|cancel|reset/?)")
 UPLOAD = f"{API}/upload"
@@ -64,7 +65,8 @@ class Guard:
         reads = method in ("GET", "HEAD")
         if not (reads and READ.fullmatch(path)) and not (method == "POST" and WRITE.fullmatch(path)):
             return 404, '{"error": "not found"}'
-        if path.startswith(FILE) and not self.holds(path.removeprefix(FILE)):
+        # Pictures alone: a dropped file that is a page of its own would run its scripts here.
+        if path.startswith(FILE) and not (path.lower().endswith(SERVED) and self.holds(path.removeprefix(FILE))):
             return 403, '{"error": "not allowed"}'
         return None
 

@@ -36,7 +36,7 @@ class Trackers:
         """The contact sheet."""
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images") and tracker.name == "tensorboard":
-                tracker.log_images({"samples": np.asarray(picture)[None]}, step=step)
+                tracker.log_images({"samples": np.asarray(picture).transpose(2, 0, 1)[None]}, step=step)
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({"samples": [picture]}, step=step)
 

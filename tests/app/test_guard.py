@@ -59,7 +59,7 @@ def test_pictures_are_served_and_what_lies_elsewhere_is_not(server: Server, tmp_
     [
         "/gradio_api/proxy=http://127.0.0.1:1/", "/gradio_api/run/predict", "/gradio_api/call/draw", "/gradio_api/component_server",
         "/gradio_api/process_recording", "/monitoring", "/gradio_api/vibe-code/", "/gradio_api/vibe-edit", "/gradio_api/openapi.json",
-        "/docs", "/gradio_api/stream/x/1/2/playlist.m3u8", "/gradio_api/file/etc/passwd", "/gradio_api/app_id", "/login", "/gradio_api/deep_link",
+        "/docs", "/gradio_api/stream/x/1/2/playlist.m3u8", "/gradio_api/file/etc/passwd", "/login", "/gradio_api/deep_link",
         "/gradio_api/dev/reload", "/custom_component/x/client/component/index.js",
     ],
 )  # fmt: skip
@@ -111,8 +111,10 @@ def test_uploads_stay_in_the_output_folder(server: Server) -> None:
     assert status == 200
     written = Path(json.loads(content)[0])
     assert written.resolve().is_relative_to(server.output) and not (server.output.parent / "up.html").exists()
-    _, _, headers = ask(server, f"{FILE}{written}")
-    assert headers["content-disposition"].startswith("attachment") and "html" not in headers["content-type"]
+    assert ask(server, f"{FILE}{written}")[0] == 403  # it would run its script as if it were ours
+    written.rename(written.with_suffix(".PNG"))
+    _, _, headers = ask(server, f"{FILE}{written.with_suffix('.PNG')}")
+    assert headers["content-type"] == "image/png" and headers["x-content-type-options"] == "nosniff"
 
 
 def test_the_folder_itself_may_be_reached_through_a_link(tmp_path: Path) -> None:

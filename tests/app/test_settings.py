@@ -26,7 +26,9 @@ def test_settings_inside_a_picture_come_back_as_they_were(tmp_path):
     )
     path = save_picture(tmp_path, Image.new("RGB", (16, 8), "red"), written, OFFER.title)
     assert read_settings(path) == (written, OFFER.title)
-    assert Image.open(path).size == (16, 8) and [each.name for each in tmp_path.iterdir()] == [path.name]
+    with Image.open(path) as picture:
+        assert picture.size == (16, 8)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
     assert save_picture(tmp_path, Image.new("RGB", (16, 8)), written, OFFER.title) != path
 
 
@@ -53,7 +55,7 @@ def png(path, text):
         ("{}", "the prompt is missing"),
         ('{"prompt": "x", "__class__": 1}', "'__class__' is none of prompt"),
         ('{"prompt": ["x"]}', "prompt is list; expected text"),
-        ('{"prompt": "x", "steps": "20"}', "steps is '20'; expected a whole number from 1 to 200"),
+        ('{"prompt": "x", "steps": "20"}', "steps is '20'; expected a whole number from 1 to 100"),
         ('{"prompt": "x", "steps": 1e99}', "steps is 1e\\+99"),
         ('{"prompt": "x", "guidance": NaN}', "guidance is nan"),
         ('{"prompt": "x", "seed": true}', "seed is True"),
@@ -76,9 +78,9 @@ def test_files_without_settings_are_refused(tmp_path):
             read_settings(tmp_path / f"{name}.png")
 
 
-def test_a_text_that_unpacks_to_gigabytes_is_refused(tmp_path):
+def test_a_text_that_unpacks_to_much_more_is_refused(tmp_path):
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(KEY, "x" * 200_000_000, zip=True)
+    info.add_itxt(KEY, "x" * 30_000_000, zip=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "bomb.png", pnginfo=info)
     assert (tmp_path / "bomb.png").stat().st_size < 1_000_000
     with pytest.raises(InputError):

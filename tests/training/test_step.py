@@ -1,6 +1,7 @@
 """What an update computes: accumulation, checkpointing, compiling and precision change rounding alone; optimizers are their libraries'."""
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from pixart.errors import ConfigError, UnsupportedError
+from pixart.training.linear import cast_weights_anew
 from pixart.training.loop import MAX_SKIPPED, Loop, train
 from pixart.training.optimizers import make_optimizers
 from pixart.training.recipe import load_recipe
@@ -48,6 +50,29 @@ def test_checkpointed_blocks_keep_their_inputs_alone(recipe_path: Callable[..., 
         return sum(sizes)
 
     assert kept("checkpoint_blocks=true") < 0.3 * kept()
+
+
+def test_weights_cast_anew_give_autocasts_gradients_and_keep_no_copy() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256, bias=False))
+    ours = copy.deepcopy(plain)
+    cast_weights_anew(ours)
+    x, gradients, kept = torch.randn(3, 40, 256), [], []
+    for model in (plain, ours):
+        inside, sizes = x.clone().requires_grad_(), {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda value, sizes=sizes: sizes.update({value.data_ptr(): value.nbytes}) or value, lambda value: value)
+        with hooks, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            out = model(inside)
+        assert out.dtype == torch.bfloat16
+        out.float().square().sum().backward()
+        own = {value.data_ptr() for value in model.parameters()}
+        kept.append(sum(size for place, size in sizes.items() if place not in own))
+        gradients.append([inside.grad, *(value.grad for value in model.parameters())])
+    for expected, found in zip(*gradients):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, atol=1e-2 * float(expected.abs().max()), rtol=1e-2)
+    assert kept[1] <= kept[0] - 2 * 2 * 256 * 512
+    torch.testing.assert_close(ours(x), plain(x))  # without autocast
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pixart.cli import main
-from pixart.errors import ConfigError
+from pixart.errors import ConfigError, PixArtError
 from pixart.training import dry_run as planning
 from pixart.training.dry_run import activation_bytes
 from pixart.training.loop import Loop, dry_run, train
@@ -96,8 +96,9 @@ def test_validation_is_the_loss_at_the_same_noise_each_time(recipe_path: Callabl
     loop = Loop(load_recipe(recipe_path(steps=2)))
     with torch.no_grad():
         first, again = validation_losses(loop, 0), validation_losses(loop, 0)
-        assert first == again and first.keys() == {"noise_loss", "variance_loss"}
-        loop._train_step()
+    assert first == again and first.keys() == {"noise_loss", "variance_loss"}
+    loop._train_step()
+    with torch.no_grad():
         assert validation_losses(loop, 0) != first
 
 
@@ -151,7 +152,7 @@ def test_a_dry_run_foresees_what_activations_keep(recipe_path: Callable[..., Pat
         network = recipe.method.make(recipe).build(None, torch.device("meta"))
     foreseen = activation_bytes(recipe, recipe.stages[0], recipe.method.make(recipe), network, 8, torch.device("cpu"))
 
-    loop, alive, weights = Loop(recipe), {}, set()
+    loop, alive = Loop(recipe), {}
     weights = {value.untyped_storage()._cdata for value in (*loop.network.parameters(), *loop.network.buffers())}
 
     def keep(value: torch.Tensor) -> torch.Tensor:
@@ -165,7 +166,7 @@ def test_a_dry_run_foresees_what_activations_keep(recipe_path: Callable[..., Pat
     if checkpointed:  # hooks see what lies outside of blocks; each of the two blocks has its input, and one is computed at a time
         assert kept < foreseen < 0.75 * activation_bytes(replace(recipe, checkpoint_blocks=False), recipe.stages[0], recipe.method.make(recipe), meta_network(recipe), 8, torch.device("cpu"))
     else:
-        assert foreseen == pytest.approx(kept, rel=0.02)
+        assert foreseen == pytest.approx(kept, rel=0.05)
 
 
 def planning_draws() -> object:
@@ -187,11 +188,14 @@ def test_a_dry_run_loads_and_writes_nothing(recipe_path: Callable[..., Path], tm
     trained = sum(value.numel() for value in Loop(load_recipe(recipe_path())).network.parameters() if value.requires_grad)
     assert f"trains {trained:,} of" in text and "by came, precision fp32" in text
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.json"]
-    with pytest.raises(ConfigError, match="not here.safetensors|missing"):
+    with pytest.raises(PixArtError, match="not here.safetensors"):
         train(recipe_path(initialize=str(tmp_path / "not here.safetensors")))
 
 
-def test_the_command_line_gives_the_places(recipe_path: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_line_gives_the_places(
+    recipe_path: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "get_variant", lambda name: VARIANT)
     values = json.loads(recipe_path(steps=2).read_text())
     del values["output"], values["run_dir"]
     path = tmp_path / "bare.json"

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from ..buckets import bins_at, nearest_bins
 from .cache import MEAN, STATES, STD, Cache
 from .features import HINT, LATENT, TEXT, Latents, Picture, Text, TextStates
 from .hints import Hints
-from .item import Caption, Item, Listing, StoredLatent
+from .item import Caption, File, Item, Listing, StoredLatent
 from .look import Memory, Seen
 from .marks import mark_of, model_mark
 from .picture import LANCZOS_FROM
@@ -71,6 +72,7 @@ class Entry:
     captions: tuple[Caption, ...]  # as T5 is given them
     mark: str  # of its bytes
     size: tuple[int, int]  # height and width
+    hint: str = ""  # a mark of the user's own hint's bytes
 
 
 class Album:
@@ -101,36 +103,46 @@ class Album:
         """Every picture that can be used; what is wrong with the others goes into `broken`."""
         items = self.listing.items
         opened = [item for item in items if self.hints or item.size is None or not self._all_stored(item)]
-        seen = dict(zip(map(id, opened), self.memory.look([item.content for item in opened])))
+        hints = self._own_hints(items)
+        contents = [item.content for item in opened]
+        seen = dict(zip([*contents, *hints.values()], self.memory.look([*contents, *hints.values()])))
         entries = []
         for item in items:
             try:
-                entry = self._entry(item, seen.get(id(item)))
+                entry = self._entry(item, seen.get(item.content), seen.get(hints.get(item.name)))
             except DataError as error:
                 self.broken[item.name] = str(error)
                 continue
-            if self.settings.skip_small and any(is_small(entry.size, size) for size in self._bin_of(entry.size)):
+            if self.settings.skip_small and any(is_small(entry.size, self._nearest(shape, [entry.size])[0]) for shape in self.shapes):
                 self.left_out["smaller than their bin"] = self.left_out.get("smaller than their bin", 0) + 1
             else:
                 entries.append(entry)
         return entries
 
+    def _own_hints(self, items: Sequence[Item]) -> dict[str, File]:
+        """The user's hints, by the name of their picture; a picture without one is told later, by name."""
+        found = {}
+        for item in items if self.hints else ():
+            with suppress(DataError):
+                found[item.name] = self.hints.own(item)
+        return {name: file for name, file in found.items() if file is not None}
+
     def _all_stored(self, item: Item) -> bool:
         return all((path := self.stored(item, shape)) is not None and path.is_file() for shape in self.shapes)
 
-    def _entry(self, item: Item, seen: Seen | None) -> Entry:
+    def _entry(self, item: Item, seen: Seen | None, hint: Seen | None) -> Entry:
         if seen is not None and seen.problem:
             raise DataError(seen.problem)
+        if self.hints and self.hints.own(item) and hint is not None and hint.problem:
+            raise DataError(f"its hint can't be used: {hint.problem}")
         if seen is None:  # its latents are all there, and so is what the data set says of it
             size, mark = item.size, mark_of(item.name, [self.stored(item, shape).stat().st_size for shape in self.shapes])
         else:
             size, mark = (seen.height, seen.width), seen.content
-        for shape, wanted in zip(self.shapes, self._bin_of(size)):
+        for shape in self.shapes:
             if (path := self.stored(item, shape)) is not None and path.is_file():
-                check_latent(path, self.variant, wanted)
-        if self.hints:
-            self.hints.own(item)
-        return Entry(item, self._captions(item), mark, size)
+                check_latent(path, self.variant, self._nearest(shape, [size])[0])
+        return Entry(item, self._captions(item), mark, size, hint.content if hint else "")
 
     def stored(self, item: Item, shape: Shape) -> Path | None:
         """Where the reference's tools would have written the latent, if the layout is theirs."""
@@ -144,10 +156,6 @@ class Album:
     def prepared(self, text: str) -> str:
         """A caption or prompt as T5 is given it."""
         return prepare(text, self.settings.clean_captions, self.settings.lower_case)
-
-    def _bin_of(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """The bin of one picture in each of the shapes."""
-        return [self._nearest(shape, [size])[0] for shape in self.shapes]
 
     def _bins(self, shape: Shape) -> list[tuple[int, int]]:
         """(height, width) of each entry's bin."""
@@ -184,8 +192,7 @@ class Album:
 
     def hint_key(self, entry: Entry, shape: Shape, size: tuple[int, int]) -> str:
         """Names the latent of a hint."""
-        own = self.hints.own(entry.item)
-        return self.picture_key(HINT, mark_of(entry.mark, self.hints.mark(), own and own.stamp()), shape, size)
+        return self.picture_key(HINT, mark_of(entry.mark, self.hints.mark, entry.hint), shape, size)
 
     def missing_texts(self, prompts: Iterable[str] = ()) -> list[Text]:
         """Those that are not in the cache: of captions, and of prompts."""
@@ -198,11 +205,12 @@ class Album:
         found: dict[tuple[str, str], Picture] = {}
         for shape in self.shapes:
             for number, (entry, size) in enumerate(zip(self.entries, self.bins[shape])):
-                path, own = self.stored(entry.item, shape), self.hints.own(entry.item) if self.hints else None
+                path = self.stored(entry.item, shape)
                 latent = "" if path is not None and path.is_file() else self.picture_key(LATENT, entry.mark, shape, size)
                 hint = self.hint_key(entry, shape, size) if self.hints else ""
                 keys = (self._unless_there(LATENT, latent), self._unless_there(HINT, hint))
                 if any(keys):
+                    own = self.hints.own(entry.item) if self.hints else None
                     found.setdefault(keys, Picture(number, entry.item.content, size, shape.base_size, *keys, own))
         return list(found.values())
 

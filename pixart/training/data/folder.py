@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,12 +20,17 @@ from .item import PICTURES, Caption, File, Item, Listing
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_FIELDS = ("file_name", "image_file_name", "image")
+HIDDEN = (".", "__MACOSX")
+TRAIN, OTHERS = "train", ("test", "validation", "valid", "val", "dev", "eval")  # names of splits
 REPEATS = re.compile(r"(\d+)_(.*)")
 
 
 def read_folder(root: Path, fields: Mapping[str, float] | None = None) -> Listing:
     """Every picture below `root`, in the order of names; raises DataError for metadata that can't be right."""
     listing, files = Listing("folder of pictures"), visible_files(root)
+    if (root / TRAIN).is_dir() and any((root / name).is_dir() for name in OTHERS):  # Hugging Face's splits
+        listing.layout += f", of its splits {TRAIN}"
+        files = [path for path in files if path.relative_to(root).parts[0] not in OTHERS]
     told: dict[Path, tuple[Caption, ...]] = {}
     for folder in sorted({path.parent for path in files if path.name in METADATA}):
         told.update(_metadata(folder, root, fields, listing))
@@ -44,10 +50,14 @@ def read_folder(root: Path, fields: Mapping[str, float] | None = None) -> Listin
 
 
 def visible_files(root: Path) -> list[Path]:
-    """Files below a folder, without hidden ones and what macOS leaves in archives."""
-    found = (path for path in root.rglob("*") if path.is_file())
-    hidden = (".", "__MACOSX")
-    return sorted(path for path in found if not any(part.startswith(hidden) for part in path.relative_to(root).parts))
+    """Files below a folder and below the folders that it links to, without hidden ones and what macOS leaves in archives."""
+    found, been = [], set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in been else [name for name in folders if not name.startswith(HIDDEN)]
+        found += [] if real in been else [Path(place, name) for name in names if not name.startswith(HIDDEN)]
+        been.add(real)  # links can run in a circle
+    return sorted(path for path in found if path.is_file())
 
 
 def inside(root: Path, name: Any, source: str) -> Path:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, DataError, UnsupportedError
+from .folder import inside
 from .item import PICTURES, File, Item
 from .marks import file_mark, mark_of
 
@@ -39,12 +41,13 @@ class Hints:
         """
         if self.kind in (HED, CANNY):
             return None
-        path = Path(self.kind, item.name.rsplit(", ", 1)[-1])
+        path = inside(Path(self.kind), item.inside or item.name, "its shard")
         found = next((file for suffix in PICTURES for file in (path.with_suffix(suffix),) if file.is_file()), None)
         if found is None:
             raise DataError(f"it has no hint in {self.kind}; expected {path.with_suffix('.png').relative_to(self.kind)} or another format")
         return File(found)
 
+    @cached_property
     def mark(self) -> str:
         """Names how hints are made."""
         if self.kind == HED:

@@ -63,6 +63,7 @@ class Item:
     size: tuple[int, int] | None = None  # height and width, where the data set says
     square: StoredLatent | None = None  # latents of its middle square
     binned: StoredLatent | None = None  # latents in its bin
+    inside: str = ""  # its path within a shard
 
 
 @dataclass

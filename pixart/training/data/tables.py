@@ -5,6 +5,7 @@ Nothing of them is copied, and no more than one picture, or one group of rows, i
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from typing import Any
 
 from ...errors import DataError, UnsupportedError
 from .captions import captions_of_row, captions_of_text, check_fields
+from .folder import TRAIN
 from .item import PICTURES, Item, Listing, file_stamp
 
 USUAL_COLUMNS = ("image", "jpg", "png", "webp", "picture", "img")
 ADVICE = '`pip install ".[training]"` in the repository, or `pip install datasets`'
 _one_reader = Lock()
-TRAIN = "train"  # the split that is taken where there are several
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class ArrowRow:
 def read_parquet(files: list[Path], fields: Mapping[str, float] | None = None) -> Listing:
     """Every row of parquet files; raises DataError for what can't be right."""
     parquet = _library("pyarrow.parquet")
-    listing = Listing(f"parquet, {len(files)} files")
+    files = of_train(files)
+    listing, names_of = Listing(f"parquet, {len(files)} files"), _names(files)
     for path in files:
         try:
             opened = parquet.ParquetFile(path)
@@ -86,7 +88,7 @@ def read_parquet(files: list[Path], fields: Mapping[str, float] | None = None) -
         texts = [name for name in names if name != column]
         for group in range(opened.num_row_groups):
             for row, values in enumerate(opened.read_row_group(group, columns=texts).to_pylist()):
-                _add(listing, f"{path.name}, group {group}, row {row}", ParquetRow(path, group, row, column), values, fields)
+                _add(listing, f"{names_of[path]}, group {group}, row {row}", ParquetRow(path, group, row, column), values, fields)
     return listing
 
 
@@ -105,7 +107,8 @@ def read_saved(root: Path, fields: Mapping[str, float] | None = None) -> Listing
 
 def read_tars(files: list[Path], fields: Mapping[str, float] | None = None) -> Listing:
     """Tar shards: members of one name up to the first dot belong together, a picture with its .txt or .json."""
-    listing = Listing(f"tar, {len(files)} shards")
+    files = of_train(files)
+    listing, names_of = Listing(f"tar, {len(files)} shards"), _names(files)
     known: set[str] = set()
     for path in files:
         for name, parts in _members(path).items():
@@ -119,11 +122,22 @@ def read_tars(files: list[Path], fields: Mapping[str, float] | None = None) -> L
                 captions = captions_of_text(parts[".txt"].read().decode("utf-8-sig")) if ".txt" in parts and not fields else ()
                 captions = captions or captions_of_row(row, fields)
             except (DataError, ValueError, RecursionError) as error:
-                listing.broken[f"{path.name}, {name}"] = str(error)
+                listing.broken[f"{names_of[path]}, {name}"] = str(error)
                 continue
-            listing.items.append(Item(f"{path.name}, {name}{picture}", parts[picture], captions))
+            listing.items.append(Item(f"{names_of[path]}, {name}{picture}", parts[picture], captions, inside=f"{name}{picture}"))
     check_fields(fields, known, files[0].parent)
     return listing
+
+
+def of_train(files: list[Path]) -> list[Path]:
+    """Those of the split called train, by the name of file or folder, if some are; else all."""
+    return [path for path in files if any(part.startswith(TRAIN) for part in (path.name, path.parent.name))] or files
+
+
+def _names(files: list[Path]) -> dict[Path, str]:
+    """Paths as far as they differ."""
+    root = Path(os.path.commonpath([path.parent for path in files]))
+    return {path: path.relative_to(root).as_posix() for path in files}
 
 
 def _members(path: Path) -> dict[str, dict[str, Slice]]:

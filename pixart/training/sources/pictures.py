@@ -40,12 +40,12 @@ class Part:
         self.settings, self.variant = settings, get_variant(recipe.variant)
         self.null_context: Tensor | None = None
         check(settings)
-        cache = Path(settings.cache) if settings.cache else Path(recipe.run_dir or "run").parent / "cache"
         stages = [(stage, recipe.part_at("source", number).settings) for number, stage in enumerate(recipe.stages)]
         shapes = [_shape(stage, own) for stage, own in stages]
-        self.album = Album(self.listing(), settings, self.variant, cache, shapes)
+        self.album = Album(self.listing(), settings, self.variant, cache_of(settings, recipe), shapes)
         self.held_out = self._choose_held_out()
         self._plans: dict[tuple[Shape, int], tuple[Plan, list[int]]] = {}
+        self._held: list[int] | None = None  # numbers of the entries that are held out
 
     def listing(self) -> Listing:
         """What the data set's files tell."""
@@ -65,22 +65,29 @@ class Part:
 
     def report(self) -> list[str]:
         """Pictures by bin, what is wrong with which, and what there is to compute."""
-        return list(describe(self.album, [entry for entry in self.album.entries if entry.mark in self.held_out]))
+        lines = describe(self.album, [entry for entry in self.album.entries if entry.mark in self.held_out])
+        return [line.encode("utf-8", "backslashreplace").decode() for line in lines]  # names of files may be no text
 
     def prepare(self, prompts: Sequence[str], accelerator: Accelerator, over: Callable[..., list[Any]] = spread) -> None:
         """Fills the cache; raises DataError for too many broken pictures. over: of `Album.compute`."""
+        lacking = [name for name in ("text_encoder", "vae") if not getattr(self.settings, name)]
+        if prompts and lacking:  # now, and not at the first sample
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in lacking)
+            raise ConfigError(f"Pictures of the prompt {prompts[0]!r:.80} can't be drawn without {flags}; give it, or no samples.")
         self.album.compute([*prompts, ""], accelerator.device, over)
         if is_first():
             self.album.memory.save()
         accelerator.wait_for_everyone()
         self._plans.clear()
+        self._held = None
         if self.settings.text_encoder:
             self.null_context = self.album.states(Caption(""))
 
     def contents(self) -> list[str]:
-        """Name, bytes and captions of each picture."""
-        entries = self.album.entries
-        return [f"{each.item.name} {each.mark} {mark_of(each.item.repeats, *map(tuple, each.captions))}" for each in entries]
+        """Name, bytes and captions of each picture; and first the encoders' files, on which all features depend."""
+        encoders = [f"source.text_encoder {self.album.text_mark} -", f"source.vae {self.album.vae_mark} -"]
+        lines = [f"{each.item.name} {each.mark}{each.hint} {_captions_mark(each)}" for each in self.album.entries]
+        return [line.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n") for line in (*encoders, *lines)]
 
     # -- batches ---------------------------------------------------------------------------------
 
@@ -100,10 +107,11 @@ class Part:
     def validation(self, settings: Settings, stage: Stage, rows: range) -> list[Batch]:
         """Held-out pictures in the order of names, those of one bin together; each with its first caption and the latent's mean."""
         shape = _shape(stage, settings)
-        held = [pair for pair in zip(self.album.entries, self.album.bins[shape]) if pair[0].mark in self.held_out]
+        if self._held is None:
+            self._held = [number for number, entry in enumerate(self.album.entries) if entry.mark in self.held_out]
         bins: dict[tuple[int, int], list[Entry]] = {}
-        for entry, size in (held[row] for row in rows if row < len(held)):
-            bins.setdefault(size, []).append(entry)
+        for number in (self._held[row] for row in rows if row < len(self._held)):
+            bins.setdefault(self.album.bins[shape][number], []).append(self.album.entries[number])
         batches = []
         for size, entries in bins.items():
             for start in range(0, len(entries), stage.batch_size):
@@ -162,6 +170,19 @@ class Part:
         if not self.settings.vae:
             raise ConfigError("source.vae is not set, so latents can't be shown: give --vae.")
         return decode_pictures(self.settings.vae, self.variant, latents)
+
+
+def cache_of(settings: Settings, recipe: Recipe) -> Path:
+    """The folder of features: what was asked for, or one beside the run's folder, which its neighbours use too."""
+    if not settings.cache and not recipe.run_dir:
+        raise ConfigError("Nothing says where features are kept: give --cache, or --output, beside which they lie.")
+    return Path(settings.cache) if settings.cache else Path(recipe.run_dir).parent / "cache"
+
+
+def _captions_mark(entry: Entry) -> str:
+    """Of texts and weights, wherever their states lie."""
+    captions = [(each.text, each.weight, each.states and each.states.name) for each in entry.captions]
+    return mark_of(entry.item.repeats, captions)
 
 
 def check(settings: Settings) -> None:

@@ -159,7 +159,7 @@ def test_a_picture_that_can_not_be_used(tmp_path, recipe_of, caplog, case):
     allowed = recipe_of(allow_broken=True)
     source = prepared(allowed.source.make(allowed))
     assert "1 of 5 pictures are broken" in caplog.text
-    assert len(source.contents()) == 4 and batches(source, allowed, 1)[0].total == 4
+    assert len(source.album.entries) == 4 and batches(source, allowed, 1)[0].total == 4
 
 
 def test_one_in_a_hundred_is_skipped_without_asking(tmp_path, source_of):

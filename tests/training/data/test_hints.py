@@ -9,7 +9,7 @@ from pixart.errors import DataError
 from pixart.hed import load_hed
 from pixart.training.data.picture import fitted, to_tensor
 from pixart.vae import load_vae
-from tests.support.data_sets import batches, folder, picture, prepared
+from tests.support.data_sets import batches, encoded, folder, picture, prepared, tar
 from tests.test_hed import random_weights
 
 
@@ -41,16 +41,28 @@ def test_canny(tmp_path, recipe_of):
 
 def test_a_folder_of_hints(tmp_path, recipe_of):
     """In any format, below the same folders; each is resized and cropped as its picture is."""
-    folder(tmp_path / "data/sub", [(96, 64)])
-    (tmp_path / "hints/sub").mkdir(parents=True)
+    folder(tmp_path / "data/red, blue", [(96, 64)])
+    (tmp_path / "hints/red, blue").mkdir(parents=True)
     own = picture(192, 128, 5)
-    own.save(tmp_path / "hints/sub/p0.webp", lossless=True)
+    own.save(tmp_path / "hints/red, blue/p0.webp", lossless=True)
     recipe = recipe_of(hints=str(tmp_path / "hints"))
     found, vae = hint_of(recipe)
     shown = to_tensor(fitted(own, found.shape[1] * 8, found.shape[2] * 8, 64))[None]
     torch.testing.assert_close(found[None], vae.encode(shown), atol=3e-3, rtol=3e-3)
-    picture(192, 128, 6).save(tmp_path / "hints/sub/p0.webp", lossless=True)
+    picture(192, 128, 6).save(tmp_path / "hints/red, blue/p0.webp", lossless=True)
     assert len(recipe.source.make(recipe).album.missing_pictures()) == 1
+
+
+def test_hints_of_pictures_in_shards(tmp_path, source_of):
+    """By the path within the shard, which must not lead out of the folder of hints."""
+    members = {name: encoded(picture(64, 64, number)) for number, name in enumerate(("x/a.png", "../b.png"))}
+    tar(tmp_path / "0.tar", {**members, "x/a.txt": b"a circle", "../b.txt": b"a circle"})
+    folder(tmp_path / "hints/x", [(64, 64)], caption=None)
+    (tmp_path / "hints/x/p0.png").rename(tmp_path / "hints/x/a.png")
+    picture().save(tmp_path / "b.png")
+    source = source_of(data=str(tmp_path / "0.tar"), hints=str(tmp_path / "hints"))
+    assert [entry.item.inside for entry in source.album.entries] == ["x/a.png"]
+    assert "names the file '../b.png'; expected a path inside" in source.album.broken["0.tar, ../b.png"]
 
 
 def test_a_picture_without_its_hint_is_named(tmp_path, source_of):
@@ -60,6 +72,14 @@ def test_a_picture_without_its_hint_is_named(tmp_path, source_of):
     assert source.album.broken == {"p2.png": f"it has no hint in {tmp_path / 'hints'}; expected p2.png or another format"}
     with pytest.raises(DataError, match="p2.png: it has no hint"):
         prepared(source)
+
+
+def test_a_hint_that_is_no_picture_is_named(tmp_path, source_of):
+    folder(tmp_path / "data", [(64, 64)] * 2)
+    folder(tmp_path / "hints", [(64, 64)] * 2, caption=None)
+    (tmp_path / "hints/p1.png").write_bytes(b"no")
+    assert list(source_of(hints=str(tmp_path / "hints")).album.broken) == ["p1.png"]
+    assert "its hint can't be used: it is no JPEG" in source_of(hints=str(tmp_path / "hints")).album.broken["p1.png"]
 
 
 def test_hints_are_computed_beside_latents_that_are_there(tmp_path, source_of):

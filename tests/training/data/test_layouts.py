@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pixart.errors import ConfigError
 from pixart.training.data.captions import captions_of_row
 from pixart.training.data.item import Caption, Listing
 from pixart.training.data.look import Memory
@@ -39,6 +40,25 @@ def test_a_folder_with_texts(tmp_path):
     listing = read_place(tmp_path, "sigma")
     assert captions_of(listing) == {"p0.png": ["a red circle 0"], "p1.png": ["one", "two"], "sub/deep/ünïcode.JPG": []}
     assert sizes_of(listing, tmp_path) == [(32, 16), (16, 32), (64, 64)] and not listing.broken
+
+
+def test_linked_folders_are_read_and_circles_are_not(tmp_path):
+    folder(tmp_path / "elsewhere", [(16, 16)])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "data")
+    assert captions_of(read_place(tmp_path / "data", "sigma")) == {"linked/p0.png": ["a red circle 0"]}
+
+
+def test_of_splits_train_is_read(tmp_path):
+    for name in ("train", "test"):
+        folder(tmp_path / "folders" / name, [(16, 16)])
+        tar(tmp_path / f"tars/{name}-0000.tar", {"a.png": encoded(picture())})
+    listing = read_place(tmp_path / "folders", "sigma")
+    assert list(captions_of(listing)) == ["train/p0.png"] and listing.layout == "folder of pictures, of its splits train"
+    assert list(captions_of(read_place(tmp_path / "tars", "sigma"))) == ["train-0000.tar, a.png"]
+    folder(tmp_path / "alone/test", [(16, 16)])
+    assert list(captions_of(read_place(tmp_path / "alone", "sigma"))) == ["test/p0.png"]
 
 
 def test_folders_named_n_repeat_and_lend_their_name(tmp_path):
@@ -132,6 +152,8 @@ def test_stored_features_are_read_as_they_are(tmp_path, recipe_of, monkeypatch, 
     recipe = recipe_of(data=str(data), text_encoder=None, vae=None, buckets=not squares, sample_latents=False)
     source = prepared(recipe.source.make(recipe))
     assert "0 captions by T5, 0 pictures by the VAE" in source.report()[-1] and source.null_context is None
+    with pytest.raises(ConfigError, match="'a circle' can't be drawn without --text-encoder and --vae"):
+        prepared(source, "a circle")
     batch = batches(source, recipe, 1)[0]
     expected = torch.from_numpy((latent[:4] - 0.5) * 0.13025)
     torch.testing.assert_close(batch.latent, expected.expand(4, -1, -1, -1))

@@ -12,6 +12,7 @@ from pixart.text.encoder import load_text_encoder
 from pixart.training.draws import Draws
 from pixart.vae import load_vae
 from tests.support.data_sets import batches, folder, picture, prepared
+from tests.support.tiny_vae import tiny_kl
 
 SIZES = [(64, 64), (128, 64), (64, 128), (96, 64), (64, 96)]  # five bins
 
@@ -128,12 +129,14 @@ def test_held_out_pictures_are_never_trained_on(tmp_path, recipe_of):
 def test_contents_name_what_a_run_is_of(tmp_path, source_of):
     folder(tmp_path / "data", SIZES)
     before = source_of().contents()
-    assert source_of().contents() == before and len(before) == 5
+    assert source_of().contents() == before and len(before) == 7 and all(len(line.split(" ")) == 3 for line in before)
     (tmp_path / "data/p1.txt").write_text("another text")
     picture(64, 64, 77).save(tmp_path / "data/p2.png")
     (tmp_path / "data/p3.png").unlink()
     after = source_of().contents()
     assert [line.split(" ")[0] for line in before if line not in after] == ["p1.png", "p2.png", "p3.png"]
+    tiny_kl().save_pretrained(tmp_path / "vae")
+    assert source_of(vae=str(tmp_path / "vae")).contents()[:1] == before[:1] and source_of(vae=str(tmp_path / "vae")).contents()[1] != before[1]
 
 
 def test_a_report_tells_tokens_and_disk_and_writes_nothing(tmp_path, source_of):

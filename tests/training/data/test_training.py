@@ -1,0 +1,62 @@
+"""A run on pictures: stopped, it goes on to the bit; a picture that has gone since is named."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from demo import WEIGHTS
+from pixart.cli import main
+from pixart.errors import ConfigError
+from pixart.training.loop import train
+from tests.support.data_sets import folder
+
+SIZES = [(64, 64), (96, 64), (64, 96), (64, 64)]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    folder(tmp_path / "data", SIZES)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({
+        "variant": "demo", "method": "full", "objective": "denoise", "source": {"name": "pictures", "validation": 0.25},
+        "precision": "fp32", "warmup_steps": 0, "caption_dropout": 0.3, "validation_every": 3, "save_every": 100, "log_every": 1,
+        "stages": [{"base_size": 64, "steps": 3, "batch_size": 2, "learning_rate": 1e-3}],
+    }))  # fmt: skip
+    return path
+
+
+def given(tmp_path: Path, name: str) -> list[str]:
+    places = {
+        "data": tmp_path / "data", "text-encoder": WEIGHTS["text_encoders"], "vae": WEIGHTS["vae"], "transformer": WEIGHTS["diffusion_models"],
+        "cache": tmp_path / "cache", "output": tmp_path / f"{name}.safetensors",
+    }  # fmt: skip
+    return [part for flag, place in places.items() for part in (f"--{flag}", str(place))]
+
+
+def test_a_run_on_pictures_goes_on_to_the_bit(tmp_path, recipe, capsys):
+    assert main(["train", str(recipe), *given(tmp_path, "whole")]) == 0
+    losses = [json.loads(line) for line in (tmp_path / "whole-run/log.jsonl").read_text().splitlines()]
+    assert any("validation" in key for row in losses for key in row)
+    for _ in range(3):
+        assert main(["train", str(recipe), *given(tmp_path, "parts"), "--stop-after", "0"]) == 0
+    whole, parts = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    assert main(["train", str(recipe), *given(tmp_path, "new"), "--dry-run"]) == 0
+    assert "0 captions by T5, 0 pictures by the VAE" in capsys.readouterr().out
+
+
+def test_a_picture_that_has_gone_since_is_named(tmp_path, recipe):
+    changes = [f"source.{name}={json.dumps(str(place))}" for name, place in (
+        ("data", tmp_path / "data"), ("text_encoder", WEIGHTS["text_encoders"]), ("vae", WEIGHTS["vae"]), ("cache", tmp_path / "cache"),
+    )]  # fmt: skip
+    changes += [f"initialize={WEIGHTS['diffusion_models']}", f"output={tmp_path / 'out.safetensors'}"]
+    train(recipe, changes, stop_after=0)
+    (tmp_path / "data/p1.png").unlink()
+    (tmp_path / "data/p2.txt").write_text("another text")
+    with pytest.raises(ConfigError, match="gone p1.png; changed p2.png.*--accept-changes"):
+        train(recipe, changes, stop_after=0)
+    train(recipe, changes, accept_changes=True, stop_after=0)
