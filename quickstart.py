@@ -21,7 +21,7 @@ from pathlib import Path
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("quickstart.py needs Python 3.10 or later; this is Python " + sys.version.split()[0] + ".")
 
-from demo import WEIGHTS
+from demo import DISTILLED, WEIGHTS
 from demo.launch import checkout, environment, graph, host
 from demo.launch.errors import LaunchError
 
@@ -30,6 +30,7 @@ WORK = ROOT / ".quickstart"
 LAST_PORT = 65535
 MOST_WORKERS = 4  # processes of the test suite, 2 to 3 GB each
 A_DAY = 86400.0  # a slow machine is no error; progress is shown, and Ctrl-C stops
+STEPS, CFG = {False: 20, True: 4}, {False: 4.5, True: 1.0}  # by --fast
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,8 +39,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="?", default="a red circle above a blue square", help="what to draw")
     parser.add_argument("--negative", default="", help="what not to draw")
     parser.add_argument("--seed", type=int, default=0, help="number that decides the noise")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--cfg", type=float, default=4.5, help="how strictly the prompt is followed")
+    parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="sampling steps (default: 20; with --fast 4)")
+    cfg = "how strictly the prompt is followed (default: 4.5; with --fast 1)"
+    parser.add_argument("--cfg", type=float, default=argparse.SUPPRESS, help=cfg)
+    parser.add_argument("--fast", action="store_true", help="draw in four steps, with the LoRA that distils the demo")
     parser.add_argument("--width", type=int, default=256, help="wanted width; the nearest trained size is used")
     parser.add_argument("--height", type=int, default=256, help="wanted height")
     parser.add_argument("--output", type=png_file, help="PNG file to write (default: a new one in output/)")
@@ -48,7 +51,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--serve", action="store_true", help="keep ComfyUI running, to open the graph in the browser")
     parser.add_argument("--standalone", action="store_true", help="draw with pixart.Pipeline, without ComfyUI")
     parser.add_argument("--test", nargs=argparse.REMAINDER, help="run the test suite; what follows goes to pytest")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    given.steps, given.cfg = getattr(given, "steps", STEPS[given.fast]), getattr(given, "cfg", CFG[given.fast])
+    return given
 
 
 def png_file(text: str) -> Path:
@@ -73,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         with host.signals_raise():
             if given.test is not None:
                 return run_tests(given.test)
-            check_weights()
+            check_weights(given.fast)
             picture = draw_standalone(given) if given.standalone else draw_in_comfyui(given)
             say(str(picture))
             return 0
@@ -90,21 +95,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw_in_comfyui(given: argparse.Namespace) -> Path:
     """Start a ComfyUI, queue the demo workflow and save its picture."""
-    path = output_path(given)
+    path, stem = output_path(given), "lcm-demo" if given.fast else "demo"
     comfyui = checkout.find_comfyui(ROOT)
     python = install(environment.host_profile(comfyui))
     if comfyui is None:
         comfyui = checkout.pypi_comfyui(python, WORK)
     base = checkout.BaseDirectory(WORK / "base")
     base.prepare(ROOT, {}, (ROOT / "demo/inputs").glob("*.png"))
-    prompt = graph.load(ROOT / "workflows/api/demo.json")
+    prompt = graph.load(ROOT / f"workflows/api/{stem}.json")
     settings = {
         "prompt": given.prompt, "negative": given.negative, "seed": given.seed, "steps": given.steps,
         "cfg": given.cfg, "width": given.width, "height": given.height,
     }  # fmt: skip
     graph.configure(prompt, settings)
-    workflow = graph.configured_workflow(graph.load(ROOT / "workflows/demo.json"), prompt)
-    (base.folder / "user/default/workflows/demo.json").write_text(json.dumps(workflow), encoding="utf-8")
+    workflow = graph.configured_workflow(graph.load(ROOT / f"workflows/{stem}.json"), prompt)
+    (base.folder / f"user/default/workflows/{stem}.json").write_text(json.dumps(workflow), encoding="utf-8")
     say(f"Starting ComfyUI from {comfyui} (log: {WORK / 'host.log'})")
     cpu = given.cpu or host.accelerator(python) == "cpu"
     with host.Host(python, comfyui, base.folder, cpu=cpu, port=given.port, log=WORK / "host.log") as server:
@@ -119,15 +124,15 @@ def draw_in_comfyui(given: argparse.Namespace) -> Path:
         path.write_bytes(content)
         say(f"Drawn in {time.monotonic() - started:.1f} s, seed {given.seed}.")
         if given.serve:
-            serve(server, path)
+            serve(server, path, stem)
         else:
             say("To open the graph in the browser: python3 quickstart.py --serve, or drop the PNG on any ComfyUI with this pack.")
     return path
 
 
-def serve(server: host.Host, picture: Path) -> None:
+def serve(server: host.Host, picture: Path, stem: str) -> None:
     """Keep the host running until Ctrl-C."""
-    say(f"Open {server.url} in the browser; the graph is in the Workflows panel (w) as demo. Ctrl-C ends ComfyUI.")
+    say(f"Open {server.url} in the browser; the graph is in the Workflows panel (w) as {stem}. Ctrl-C ends ComfyUI.")
     say(str(picture))
     try:
         while server.process is not None and server.process.poll() is None:
@@ -145,6 +150,7 @@ def draw_standalone(given: argparse.Namespace) -> Path:
     command = [str(python), "-m", "demo.launch.standalone", "--output", str(path), "--device", device]
     for name in ("negative", "seed", "steps", "cfg", "width", "height"):
         command.append(f"--{name}={getattr(given, name)}")
+    command += [f"--lora={DISTILLED['lcm']}"] if given.fast else []
     command += ["--", given.prompt]  # which may begin with a dash
     if subprocess.call(command, cwd=ROOT, env=dict(os.environ, HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")) != 0:
         raise LaunchError("pixart.Pipeline failed; its message is above.")
@@ -186,9 +192,10 @@ def install(profile: environment.Profile) -> Path:
     return venv.python
 
 
-def check_weights() -> None:
+def check_weights(fast: bool = False) -> None:
     """Stop early when the clone lacks the demo models."""
-    missing = [str(file.relative_to(ROOT)) for file in WEIGHTS.values() if not file.is_file()]
+    needed = [*WEIGHTS.values(), *([DISTILLED["lcm"]] if fast else [])]
+    missing = [str(file.relative_to(ROOT)) for file in needed if not file.is_file()]
     if missing:
         raise LaunchError(
             f"the demo models are missing: {', '.join(missing)}. They are part of the repository: "

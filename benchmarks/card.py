@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.card_report import markdown
+from benchmarks.card_report import SMALL, markdown
 from pixart.training.write import replace_file
 from tests.support.card import PRETEND
 
@@ -50,7 +50,7 @@ class Stage:
         return [option.replace("WORK", str(work)) for option in options]
 
 
-TINY = "--px 64 --blocks 1 --rounds 1"
+TINY = f"--px {SMALL} --blocks 1 --rounds 1"
 STAGES = (  # the most wanted first: what is late may find no time left
     Stage(
         "step", "a step at 512 and 1024 px beside the peers, the share of the card's rate, memory", 110,
@@ -75,15 +75,15 @@ STAGES = (  # the most wanted first: what is late may find no time left
     ),
     Stage(
         "compiled", "TorchCompileModel over sizes, prompts and PAG: graphs, seconds", 150,
-        "compiled --device cuda --px 1024 --pag", "--device cpu --backend eager --px 64 --blocks 1",
+        "compiled --device cuda --px 1024 --pag", f"--device cpu --backend eager --px {SMALL} --blocks 1",
     ),
     Stage(
         "lcm-compiled", "four steps to the picture, the transformer under torch.compile", 100,
-        "pipeline --device cuda --px 1024 --guidance 1 --decode --compile --peers=", "--device cpu --px 64 --blocks 1 --rounds 1 --steps 1",
+        "pipeline --device cuda --px 1024 --guidance 1 --decode --compile --peers=", f"{TINY} --device cpu --steps 1",
     ),
     Stage(
         "graph", f"peak memory of each stage of the graph at 1024 px in ComfyUI, T5 of {LAYERS} layers", 100,
-        f"graph_memory --device cuda --layers {LAYERS} --precision bf16 nf4 --work WORK", "--layers 1 --px 64 --precision bf16",
+        f"graph_memory --device cuda --layers {LAYERS} --precision bf16 nf4 --work WORK", f"--layers 1 --px {SMALL} --precision bf16",
     ),
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SHARE, FASTER, PICTURE, LARGEST, ROOM = 0.6, 1.5, 0.12, 20.0, 8.0  # the goals of README.md
+SMALL = 64  # pixels of a dry run, which no other run has
 Figures = dict[str, Any]
 
 
@@ -22,7 +23,7 @@ class Goal:
 
 
 def _size(found: Figures, pixels: int) -> Figures:
-    return next(size for size in found["sizes"] if size["pixels"] == pixels)
+    return next(size for size in found["sizes"] if size["pixels"] in (pixels, SMALL))
 
 
 def _share(found: Figures) -> float:
@@ -79,7 +80,7 @@ GOALS = (
 
 
 def reached(goal: Goal, report: Figures) -> tuple[str, str]:
-    """The figure, or why there is none; and whether the goal is reached: "yes", "no", or "" where there is no goal or no figure."""
+    """The figure, or why there is none; and whether the goal is reached: "yes", "no", or "" where there is no goal, no figure or no card."""
     stage = next((each for each in report["stages"] if each["name"] == goal.stage), None)
     if stage is None:
         return "not asked for", ""
@@ -88,7 +89,7 @@ def reached(goal: Goal, report: Figures) -> tuple[str, str]:
             value = goal.figure(found)
         except (LookupError, StopIteration, TypeError, ZeroDivisionError):
             continue
-        holds = "" if goal.holds is None else "yes" if goal.holds(value) else "no"
+        holds = "" if goal.holds is None or report["dry_run"] else "yes" if goal.holds(value) else "no"
         return goal.shown.format(value), holds
     return f"not measured: {stage['state']}", ""
 

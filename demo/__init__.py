@@ -9,3 +9,5 @@ WEIGHTS = {
     "text_encoders": _FOLDER / "text_encoders/pixart-demo-t5.safetensors",
     "vae": _FOLDER / "vae/pixart-demo-vae.safetensors",
 }
+# LoRAs that distil the transformer to few steps, by how they are sampled.
+DISTILLED = {kind: _FOLDER / f"loras/pixart-demo-{kind}.safetensors" for kind in ("lcm", "dmd")}

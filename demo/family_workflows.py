@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from . import DISTILLED
 from .launch.workflow_ui import Placement
 from .workflow_builder import DEMO, DEMO_NOTE, HUGGING_FACE, PROMPT, Weights, Workflow, alpha, sigma
 
@@ -131,6 +132,43 @@ def one_step() -> Workflow:
     step = flow.add("PixArtOneStep", "One step", 1, 3, model=[model, 0], timestep=400)
     sampled = flow.sample_custom("Sampler", model, positive, negative, [size, 0], [step, 0], [step, 1], cfg=1.0)
     flow.decode(sampled, vae, "pixart-dmd")
+    return flow
+
+
+DISTILLED_NOTE = """
+{file} -> demo/weights/loras
+It is made by: python -m pixart train configs/train/{recipe}.json
+
+{advice} Bypass the LoRA to see what the model does so soon without it.
+"""
+
+
+def demo_distilled(kind: str, recipe: str, advice: str) -> tuple[FamilyWorkflow, str, tuple[str, str], str, list[Any]]:
+    """The demo with a LoRA that distils it: the flow, its model, prompts, VAE and empty latent."""
+    file = DISTILLED[kind].name
+    flow = FamilyWorkflow(DEMO, DEMO_NOTE + DISTILLED_NOTE.format(file=file, recipe=recipe, advice=advice))
+    model, t5, vae = flow.loaders("demo")
+    model = flow.add("PixArtLoraLoader", "Distilled LoRA", 1, 0, model=[model, 0], lora_name=file, strength=1.0)
+    texts = flow.text("Prompt", t5, "a red circle above a blue square", 300, 1), flow.text("Negative prompt", t5, "", 300, 2)
+    size = flow.add("PixArtResolution", "Size", 1, 3, base="256", width=256, height=256, batch_size=1)
+    return flow, model, texts, vae, [size, 0]
+
+
+def demo_few_steps() -> Workflow:
+    """The demo in four steps, by the LCM-LoRA that this project distilled."""
+    flow, model, texts, vae, latent = demo_distilled("lcm", "demo-lcm-lora", "Four steps without guidance (cfg 1).")
+    sampling = flow.add("ModelSamplingDiscrete", "LCM sampling", 1, 4, model=[model, 0], sampling="lcm", zsnr=False)
+    settings = {"steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple"}
+    flow.decode(flow.sample("Sampler", sampling, *texts, latent, **settings), vae, "pixart-lcm-demo")
+    return flow
+
+
+def demo_one_step() -> Workflow:
+    """The demo in one step, by distribution matching."""
+    flow, model, texts, vae, latent = demo_distilled("dmd", "demo-dmd", "One step from noise at timestep 400, without guidance (cfg 1).")
+    step = flow.add("PixArtOneStep", "One step", 1, 4, model=[model, 0], timestep=400)
+    sampled = flow.sample_custom("Sampler", model, *texts, latent, [step, 0], [step, 1], cfg=1.0)
+    flow.decode(sampled, vae, "pixart-dmd-demo")
     return flow
 
 
@@ -268,6 +306,8 @@ def inpaint_released() -> Workflow:
 FAMILY_WORKFLOWS: Mapping[str, Callable[[], Workflow]] = {
     "lcm": few_step_consistency,
     "dmd": one_step,
+    "lcm-demo": demo_few_steps,
+    "dmd-demo": demo_one_step,
     "sa-solver": sa_solver,
     "controlnet": controlnet,
     "controlnet-demo": demo_controlnet,

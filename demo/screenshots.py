@@ -45,7 +45,9 @@ CLOSE_MESSAGES = "() => document.querySelectorAll('.p-toast button').forEach(eac
 RUN_BUTTON = "[data-testid='queue-button'], .comfyui-queue-button button"
 PICTURE_WIDTH = 1600
 PATIENCE = 300_000  # milliseconds; the page loads hundreds of scripts from a host that may be busy
-WITH_WEIGHTS = ("demo", "img2img", "inpaint", "batch", "controlnet-demo", "lora-stack", "pag", "regional-prompts", "sa-solver")
+WITH_WEIGHTS = (
+    "demo", "img2img", "inpaint", "batch", "controlnet-demo", "lora-stack", "pag", "regional-prompts", "sa-solver", "lcm-demo", "dmd-demo",
+)  # fmt: skip
 
 
 def find_browser() -> str | None:

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..pixart.adapters.settings import CONFIG_NAME
 from ..pixart.logs import get_logger
+from ..pixart.sampling_note import read_note
 from .host.files import choices, fingerprint, name_problem, resolve
 from .host.lora import apply_lora
 from .host.menus import check_number
@@ -70,4 +71,8 @@ class PixArtLoraLoader(io.ComfyNode):
         path = resolve(FOLDER, COMPONENT, lora_name, CONFIG_NAME)
         model, clip, fit = apply_lora(model, clip, path, strength, strength_clip)
         log.log(logging.WARNING if fit.left else logging.INFO, "PixArt LoRA %s", fit.describe())
-        return io.NodeOutput(model, clip, ui=ui.PreviewText(fit.describe()))
+        note = read_note(path)
+        told = fit.describe() if note is None else f"{fit.describe()}\n{note.describe()}"
+        if note is not None:
+            log.info("PixArt LoRA %s: %s", path.name, note.describe())
+        return io.NodeOutput(model, clip, ui=ui.PreviewText(told))

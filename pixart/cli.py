@@ -1,4 +1,4 @@
-"""The command line: `python -m pixart generate | app | encode | quantize | inspect | convert | merge | extract | train | score`."""
+"""The command line: `python -m pixart COMMAND`; `-h` lists the commands."""
 from __future__ import annotations
 
 import argparse
@@ -15,11 +15,15 @@ from .config import variant_names
 from .device import check_device
 from .errors import InputError, PixArtError
 from .merge_command import add_merge_command
+from .scale.caption_commands import add_caption_command
+from .scale.commands import add_many_options, run_many
+from .scale.where import LOCAL
 from .schedules import SCHEDULES
 from .text.commands import add_text_commands
 from .text.names import PRECISIONS
 from .training.commands import add_training_commands
 from .training.data.commands import add_data_commands
+from .training.pair_commands import add_pair_commands
 
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 DEMO_FILES = {
@@ -80,8 +84,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_merge_command(commands)
     add_app_command(commands, _parts, demo_loras=DEMO_WEIGHTS / "loras", dtypes=DTYPES)
     add_text_commands(commands, default_encoder=DEMO_FILES["text_encoder"])
+    add_caption_command(commands)
     add_data_commands(commands)
     add_training_commands(commands)
+    add_pair_commands(commands)
     return parser
 
 
@@ -91,7 +97,7 @@ def _add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", nargs="+", required=True, help="one or more, each in quotes")
+    parser.add_argument("--prompt", nargs="+", help="one or more, each in quotes")
     parser.add_argument("--negative", default="", help="what the picture should not show")
     parser.add_argument("--transformer", type=Path, help="file or folder; a diffusers pipeline's folder suffices alone")
     parser.add_argument("--text-encoder", type=Path, help="T5: Hugging Face folder or .safetensors")
@@ -106,23 +112,35 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="pixels (default: the model's base size)")
     parser.add_argument("--no-bins", action="store_true", help="draw the very size asked for, not the nearest trained one")
     parser.add_argument("--images", type=int, default=1, help="pictures for each prompt")
-    parser.add_argument("--seed", type=int, help="default: a new one, which is printed")
-    parser.add_argument("--output", type=Path, default=Path("pixart.png"), help="several pictures get a number")
+    parser.add_argument("--seed", type=int, help="default: a new one, which is printed; of --prompts: 0, and the next for each picture")
+    parser.add_argument("--output", type=Path, help="picture (default: pixart.png); several get a number. Of --prompts: a folder")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as the weights are stored")
     parser.add_argument("--t5-precision", choices=PRECISIONS, help="of T5's linear layers; int8, nf4, fp4 need bitsandbytes")
     parser.add_argument("--clean-caption", action="store_true", help="clean prompts by the reference's rules")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add_many_options(parser)
     parser.set_defaults(run=_generate)
 
 
 def _generate(given: argparse.Namespace) -> None:
+    if (given.prompt is None) == (given.prompts is None):
+        raise InputError("Give --prompt with one or more texts, or --prompts with a file of them.")
+    if given.prompts is not None:
+        run_many(given, _parts(given), DTYPES.get(given.dtype))
+        return
+    if given.on != LOCAL:
+        raise InputError(f"--on {given.on} is for many prompts; give them as a file with --prompts.")
+    _generate_few(given, given.output or Path("pixart.png"))
+
+
+def _generate_few(given: argparse.Namespace, output: Path) -> None:
     import torch
 
     from .pipeline import Pipeline
     from .samplers import find_sampler
 
-    if given.output.suffix.lower() not in PICTURE_SUFFIXES:
-        raise InputError(f"--output is {given.output}; expected a name ending in {', '.join(PICTURE_SUFFIXES)}.")
+    if output.suffix.lower() not in PICTURE_SUFFIXES:
+        raise InputError(f"--output is {output}; expected a name ending in {', '.join(PICTURE_SUFFIXES)}.")
     pipe = Pipeline.from_files(
         **_parts(given),
         tokenizer=given.tokenizer,
@@ -148,10 +166,10 @@ def _generate(given: argparse.Namespace) -> None:
         images_per_prompt=given.images,
         clean_caption=given.clean_caption,
     )
-    given.output.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.write(f"seed {seed}\n")
     for number, picture in enumerate(pictures, start=1):
-        name = given.output if len(pictures) == 1 else given.output.with_stem(f"{given.output.stem}-{number}")
+        name = output if len(pictures) == 1 else output.with_stem(f"{output.stem}-{number}")
         picture.save(name)
         sys.stdout.write(f"{name}\n")
 

@@ -22,8 +22,9 @@ from .habits import plain_number, unknown_arguments
 from .kv_compress import KVCompression
 from .logs import get_logger
 from .model import PIXELS_PER_LATENT, PixArtTransformer
-from .samplers import DPMSolver, Sampler, find_sampler
+from .samplers import DPMSolver, Sampler, find_sampler, sampler_for
 from .sampling import Callback, Preview, Source, check_scheduler, denoise, initial_noise, make_scheduler, sources_of
+from .sampling_note import SamplingNote, read_note
 from .schedules import USUAL, timesteps_of
 from .text.captions import prepare
 from .text.encoder import TextEmbeddings, TextEncoder, concatenate, load_text_encoder
@@ -73,6 +74,7 @@ class Pipeline:
         self.base_size = base_size
         self.max_tokens = max_tokens
         self.scheduler = scheduler
+        self.note: SamplingNote | None = None  # how the loaded weights are to be sampled, where they were distilled
 
     @classmethod
     def from_files(
@@ -102,7 +104,9 @@ class Pipeline:
         vae_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         decoder = load_vae(vae, found.latent_scale, vae_dtype, device, found.latent_shift) if vae else None
         base = found.base_size or get_variant(found.variant).base_size
-        return cls(model, encoder, decoder, base_size=base, max_tokens=found.max_tokens)
+        made = cls(model, encoder, decoder, base_size=base, max_tokens=found.max_tokens)
+        made._heed(transformer)
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -216,7 +220,16 @@ class Pipeline:
                 raise InputError(f"{name} is {value!r}; expected a number from -{MAX_STRENGTH} to {MAX_STRENGTH}, usually 0 to 1.")
         fit = merge_file(path, strength, self.transformer, getattr(self.text_encoder, "model", None), text_strength)
         logger.log(logging.WARNING if fit.left else logging.INFO, "LoRA %s", fit.describe())
+        if strength > 0:
+            self._heed(path)
         return fit.describe()
+
+    def _heed(self, path: str | Path) -> None:
+        """Draws from now on as a distilled model's file says, unless a sampler or scheduler is given, and logs it."""
+        note = read_note(path)
+        if note is not None:
+            self.note = note
+            logger.info("%s: %s", Path(path).name, note.describe())
 
     def encode(
         self,
@@ -254,6 +267,8 @@ class Pipeline:
 
     def _scheduler(self, sampler: Sampler | str | None, steps: int, guidance: float, chosen: bool) -> Any:
         """chosen: its timesteps come from a schedule of `schedules`."""
+        if sampler is None and self.scheduler is None and self.note is not None:
+            sampler = sampler_for(self.note)
         if sampler is not None:
             found = find_sampler(sampler)
             found.check(steps, guidance)

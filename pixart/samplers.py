@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import InputError
 from .logs import get_logger
 from .sampling import BETAS, clean_estimate, from_diffusers
+from .sampling_note import DMD, SamplingNote
 from .timesteps import DMD_TIMESTEP, LAST_TIMESTEP
 
 logger = get_logger(__name__)
@@ -165,3 +166,10 @@ def find_sampler(given: Sampler | str) -> Sampler:
     if given in SAMPLERS:
         return SAMPLERS[given]()
     raise InputError(f"sampler is {given!r}; expected {', '.join(SAMPLERS)}, or one of pixart.samplers with settings of its own.")
+
+
+def sampler_for(note: SamplingNote | None) -> Sampler:
+    """The sampler of a model whose file says how it was distilled; DPM-Solver++ for others."""
+    if note is None:
+        return DPMSolver()
+    return OneStep(note.timestep) if note.method == DMD else LCM()

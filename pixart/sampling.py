@@ -121,7 +121,7 @@ def denoise(
     weakening = {} if perturbed is None else perturbed.wrappers(transformer.config.depth)
     _set_timesteps(scheduler, steps, timesteps, noise.device)
     moments = scheduler.timesteps.tolist()
-    stochastic = {"generator": source} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    own_noise = noise_of_steps(scheduler, source)
     latents = noise * scheduler.init_noise_sigma
     rows = context.states.shape[0]
     dtype = context.states.dtype
@@ -147,12 +147,17 @@ def denoise(
             predicted = predicted + perturbed.scale * (positive - _noise_of(weakened, latents))
         if preview is not None:
             preview(index, clean_estimate(noised, predicted, int(moments[index])))
-        latents = scheduler.step(predicted, timestep, latents, **stochastic, return_dict=False)[0]
+        latents = scheduler.step(predicted, timestep, latents, **own_noise, return_dict=False)[0]
         if callback is not None and callback(index, int(timestep), latents) is False:
             break
     if not torch.isfinite(latents).all():
         raise UnsupportedError(f"Sampling in {dtype} gave NaN or infinite values; use bfloat16 or float32.")
     return latents
+
+
+def noise_of_steps(scheduler: Any, source: Source) -> dict[str, Source]:
+    """What a scheduler's step takes beside the latents: where the noise comes from, if it adds any."""
+    return {"generator": source} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
 def _set_timesteps(scheduler: Any, steps: int, timesteps: Sequence[int] | None, device: torch.device) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = [ROOT / "quickstart.py", *sorted((ROOT / "demo/launch").glob("*.py"))]
 NEEDS_TORCH = {"standalone.py"}
 IMPORTED_AS = {"PIL": "pillow", "bs4": "beautifulsoup4", "skimage": "scikit-image", "sklearn": "scikit-learn"}
-BROUGHT_BY = {"numpy": "diffusers", "tokenizers": "transformers", "psutil": "accelerate", "starlette": "gradio"}  # packages that one of ours depends on
+BROUGHT_BY = {"numpy": "diffusers", "tokenizers": "transformers", "psutil": "accelerate", "starlette": "gradio", "filelock": "torch"}  # packages that one of ours depends on
 FORBIDDEN = {("pickle", "load"), ("pickle", "loads"), ("pickle", "Unpickler"), ("os", "system")}
 
 
@@ -67,7 +67,7 @@ def test_every_package_of_the_core_is_installed(project: dict) -> None:
 
 
 def test_extras_and_requirement_files_name_the_same_packages(project: dict) -> None:
-    extras = {name: {re.split(r"[<>=]", item)[0] for item in items} for name, items in project["project"]["optional-dependencies"].items()}
+    extras = {name: {re.split(r"[<>=\[]", item)[0] for item in items} for name, items in project["project"]["optional-dependencies"].items()}
     assert extras["pipeline"] == listed(ROOT / "demo/launch/requirements/pipeline.txt") - {"torchvision", "torchaudio"}
     assert extras["test"] == listed(ROOT / "tests/requirements.txt")
 
@@ -85,14 +85,14 @@ def imported(path: Path) -> set[str]:
 def test_the_core_imports_nothing_that_its_extras_leave_out(project: dict) -> None:
     """On a machine with the extras alone, without ComfyUI's packages."""
     extras = project["project"]["optional-dependencies"]
-    given = {re.split(r"[<>=]", item)[0] for name in ("pipeline", "quantize", "captions", "training", "app") for item in extras[name]}
+    given = {re.split(r"[<>=\[]", item)[0] for name in ("pipeline", "quantize", "captions", "training", "app", "scale", "score") for item in extras[name]}
     used = {name for path in (ROOT / "pixart").rglob("*.py") for name in imported(path)}
     assert {BROUGHT_BY.get(name, name) for name in used} <= given
 
 
 def test_the_demo_imports_nothing_that_the_test_environment_leaves_out(project: dict) -> None:
     extras = project["project"]["optional-dependencies"]
-    given = {re.split(r"[<>=]", item)[0] for name in ("pipeline", "test") for item in extras[name]}
+    given = {re.split(r"[<>=\[]", item)[0] for name in ("pipeline", "test") for item in extras[name]}
     used = {name for path in (ROOT / "demo").rglob("*.py") for name in imported(path)} - {"pixart"}
     assert {BROUGHT_BY.get(name, name) for name in used} <= given
 

@@ -20,7 +20,7 @@ def fake_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COMFYUI_PATH", str(make_comfyui(tmp_path / "ComfyUI")))
     monkeypatch.setattr(quickstart, "WORK", tmp_path / "work")
     monkeypatch.setattr(quickstart, "install", lambda profile: Path(sys.executable))
-    monkeypatch.setattr(quickstart, "check_weights", lambda: None)
+    monkeypatch.setattr(quickstart, "check_weights", lambda fast=False: None)
     monkeypatch.setattr(host, "accelerator", lambda python: "cpu")
     return tmp_path
 
@@ -41,6 +41,37 @@ def test_the_last_line_is_the_path_of_the_picture(fake_world: Path, capsys: pyte
     widgets = [node["widgets_values"] for node in shown["nodes"] if node["type"] in ("PixArtTextEncode", "PixArtResolution")]
     assert any("a blue cross" in values for values in widgets)
     assert any(300 in values for values in widgets)
+
+
+def test_fast_queues_the_distilled_demo_in_four_steps(fake_world: Path) -> None:
+    assert quickstart.main(["a blue cross", "--fast", "--output", str(fake_world / "x.png")]) == 0
+    body = json.loads((fake_world / "work/base/queued.json").read_text())
+    sampler = next(node["inputs"] for node in body["prompt"].values() if node["class_type"] == "KSampler")
+    assert (sampler["steps"], sampler["cfg"], sampler["sampler_name"]) == (4, 1.0, "lcm")
+    assert {node["class_type"] for node in body["prompt"].values()} >= {"PixArtLoraLoader", "ModelSamplingDiscrete"}
+    assert (fake_world / "work/base/user/default/workflows/lcm-demo.json").is_file()
+
+
+def test_steps_and_cfg_of_ones_own_stay_with_fast() -> None:
+    given = quickstart.parse(["x", "--fast", "--steps", "2"])
+    assert (given.steps, given.cfg) == (2, 1.0)
+    given = quickstart.parse(["x"])
+    assert (given.steps, given.cfg) == (20, 4.5)
+
+
+def test_fast_alone_gives_the_lora(fake_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command, **_: commands.append(command) or 0)
+    assert quickstart.main(["x", "--fast", "--standalone", "--output", str(fake_world / "x.png")]) == 0
+    assert {f"--lora={quickstart.DISTILLED['lcm']}", "--steps=4", "--cfg=1.0"} <= set(commands[0])
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_lora_is_needed_for_fast_alone(fast: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(quickstart, "DISTILLED", {"lcm": ROOT / "demo/weights/absent.safetensors"})
+    monkeypatch.setattr(quickstart, "draw_in_comfyui", lambda given: Path("drawn.png"))
+    assert quickstart.main(["x", *(["--fast"] if fast else [])]) == int(fast)
+    assert ("absent.safetensors" in capsys.readouterr().err) == fast
 
 
 @pytest.mark.parametrize(

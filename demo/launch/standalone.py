@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--height", type=int, default=256)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--lora", type=Path, help="an adapter for the demo, such as the one that distils it to few steps")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args(arguments)
     try:
@@ -39,6 +40,8 @@ def draw(given: argparse.Namespace) -> None:
         vae=WEIGHTS["vae"],
         device=given.device,
     )
+    if given.lora is not None:
+        pipe.load_lora(given.lora)
     images = pipe(
         given.prompt, negative_prompt=given.negative, steps=given.steps, guidance=given.cfg,
         width=given.width, height=given.height, seed=given.seed,

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES, Detection, prepare, read_checkpoint
 from ...pixart.checkpoints.shards import SAFE_SUFFIXES
 from ...pixart.logs import get_logger
+from ...pixart.sampling_note import note_of
 from . import quantized
 from .dtypes import DTYPES, on_cpu
 from .noise_levels import watch_noise_levels
@@ -35,6 +36,9 @@ def load_model(path: str, variant: str, weight_dtype: str, disable_dynamic: bool
     paged = pages_weights() and not disable_dynamic and not management.is_device_cpu(load_device)
     state_dict, detection, metadata = _read(Path(path), variant, SAMPLED if paged else None)
     log.info("PixArt model:\n%s", detection.describe())
+    note = note_of(metadata)
+    if note is not None:
+        log.info("PixArt model: %s", note.describe())
     config = model_config(detection)
     state_dict = quantized.configure(config, state_dict, metadata)
     _set_dtype(config, WEIGHT_DTYPES[weight_dtype], state_dict, load_device)

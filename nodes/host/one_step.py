@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...pixart.logs import get_logger
+from ...pixart.sampling_note import read_note
 from ...pixart.timesteps import seems_few_step, unit_variance_start
 
 log = get_logger(__name__)
@@ -49,7 +50,7 @@ def _sample(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = Non
 def many_step_warning(model: Any) -> str | None:
     """What to tell a user whose model doesn't look like a one-step one; LoRA may have made it one."""
     source = getattr(getattr(model.model, "detection", None), "source", None)
-    if source is None or model.patches or any(seems_few_step(part) for part in Path(source).parts[-3:]):
+    if source is None or model.patches or any(seems_few_step(part) for part in Path(source).parts[-3:]) or read_note(source):
         return None
     return (
         f"PixArt: {Path(source).name} looks like a model for many steps, from which one step makes a blurred picture. "

@@ -46,6 +46,7 @@ def _app(given: argparse.Namespace, parts: Mapping[str, Path], demo_loras: Path,
     from . import server
 
     address = server.Address(given.host, given.port, given.share == "yes")
+    server.check_free(address)  # before minutes of loading
     folder = server.prepare(given.output)
     from .line import Line
     from .model import Model, Places

@@ -20,7 +20,7 @@ HEALTH = "/health"
 # Gradio has more: a proxy, fetching of any address, routes for editing code, an API for programs. The page needs none of them.
 READ = re.compile(
     rf"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/(assets|static|svelte)/.+"
-    rf"|{API}/(info/?|startup-events|queue/data|upload_progress|heartbeat/\w+)|{re.escape(FILE)}.+"
+    rf"|{API}/(info/?|app_id/?|startup-events|queue/data|upload_progress|heartbeat/\w+)|{re.escape(FILE)}.+"
 )
 WRITE = re.compile(rf"{API}/(queue/join|upload|cancel|reset/?)")
 UPLOAD = f"{API}/upload"

@@ -107,10 +107,12 @@ class Line:
 
     def close(self, patience: float = 30) -> None:
         """Cancels all, and waits for the step at hand."""
+        for job in [*self._waiting]:
+            self.leave(job)
         with self._changed:
             self._open = False
-            for job in (*self._waiting, *([self._current] if self._current else [])):
-                job.cancel()
+            if self._current is not None:
+                self._current.cancel()
             self._changed.notify_all()
         self._thread.join(patience)
 

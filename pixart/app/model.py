@@ -32,7 +32,6 @@ from .styles import styled
 logger = get_logger(__name__)
 
 KEEP, RELEASE, AUTO = "keep", "release", "auto"  # T5, while the transformer draws
-FEW_STEP_CHOICES = (AUTO, LCM.name, OneStep.name, "no")
 ONE_STEP_NAMES = r"dmd|one[-_ ]?step|(?<!\d)1[-_ ]?step"
 LORA_SUFFIXES = (".safetensors", ".pt", ".bin")
 KEPT_PROMPTS = 64
@@ -261,8 +260,11 @@ def _loras_in(folder: Path | None) -> tuple[str, ...]:
 
 def explain(error: BaseException) -> str:
     """One sentence for the page; what nobody foresaw goes to the log with its traceback."""
-    if isinstance(error, (PixArtError, OSError, ImportError)):
+    if isinstance(error, (PixArtError, ImportError)):
         return str(error)
+    if isinstance(error, OSError):  # whose own text names folders of this machine
+        logger.error("%s", error)
+        return f"A file could not be read or written: {error.strerror or type(error).__name__}."
     if isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
         return "The memory of the device was not enough; draw a smaller picture, or start the page with --t5 release or --t5-precision nf4."
     logger.log(logging.ERROR, "Drawing failed", exc_info=error)

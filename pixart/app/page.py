@@ -19,6 +19,7 @@ from .settings import LARGEST_SEED, LIMITS, MOST_PICTURES, NO_LORA, Offer, Setti
 from .status import describe, message
 from .styles import NO_STYLE, STYLES
 
+MOST_SHOWN = 60
 PAUSE = 0.15  # seconds between two looks at a job
 HELLO = "Write what the picture should show, then press Enter."
 SA_FIELDS = ("predictor_order", "corrector_order", "eta")
@@ -93,21 +94,19 @@ class _Page:
                 _new_seed, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=160, elem_id="pixart-seed"
             )  # fmt: skip
             self.reseed = gr.Button("New seed", min_width=120, elem_id="pixart-reseed")
-            form["pictures"] = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Pictures", min_width=140)
+            form["pictures"] = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Pictures", min_width=200)
         with gr.Accordion("Sampling", open=False):
             titles = [(SAMPLERS[name].title, name) for name in offer.samplers]
             form["sampler"] = gr.Dropdown(titles, value=sampler.name, label="Sampler")
-            form["steps"] = gr.Slider(1, 100, value=sampler.steps, step=1, label="Steps")
-            form["guidance"] = gr.Slider(0, 15, value=sampler.guidance, step=0.1, label="Guidance", info="1 and less: none")
+            form["steps"] = gr.Slider(*LIMITS["steps"], value=sampler.steps, step=1, label="Steps")
+            form["guidance"] = gr.Slider(*LIMITS["guidance"], value=sampler.guidance, step=0.1, label="Guidance", info="1 and less: none")
             with gr.Group(visible=sampler is SASolver) as self.sa_group:
                 usual = SASolver()
                 for name, label in zip(SA_FIELDS, ("SA-Solver: predictor order", "SA-Solver: corrector order", "SA-Solver: noise")):
-                    least, most = LIMITS[name]
-                    form[name] = gr.Slider(least, most, value=getattr(usual, name), step=0.05 if name == "eta" else 1, label=label)
+                    form[name] = gr.Slider(*LIMITS[name], value=getattr(usual, name), step=0.05 if name == "eta" else 1, label=label)
         with gr.Accordion("LoRA", open=False, visible=bool(offer.loras)):
             form["lora"] = gr.Dropdown([NO_LORA, *offer.loras], value=NO_LORA, label="LoRA")
-            least, most = LIMITS["strength"]
-            form["strength"] = gr.Slider(least, most, value=1, step=0.05, label="Strength")
+            form["strength"] = gr.Slider(*LIMITS["strength"], value=1, step=0.05, label="Strength")
         with gr.Accordion("Settings from a picture", open=False):
             self.dropped = gr.File(label="Drop a picture that this page has drawn", file_types=[".png"], elem_id="pixart-dropped")
         return form
@@ -207,7 +206,8 @@ class _Page:
 
 
 def _shown(paths: list[str]) -> list[Any]:
-    """Of gallery, downloads and state."""
+    """Of gallery, downloads and state: the newest, without those that somebody has deleted since."""
+    paths = [path for path in paths[:MOST_SHOWN] if Path(path).is_file()]
     return [paths, gr.update(value=paths, visible=True), paths]
 
 

@@ -64,7 +64,7 @@ def serving(line: Any, folder: Path, address: Address) -> Iterator[str]:
 
     from .page import CSS, build_page, theme
 
-    _check_free(address)
+    check_free(address)
     middleware = [Middleware(Guard, folder=folder)]
     if address.is_loopback and ":" not in address.host and not address.share:
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, address.host], www_redirect=False))
@@ -111,8 +111,8 @@ def _until_interrupted() -> None:
     threading.Event().wait()
 
 
-def _check_free(address: Address) -> None:
-    """Gradio would say it in many lines."""
+def check_free(address: Address) -> None:
+    """Raises InputError where nothing can listen; Gradio would say it in many lines."""
     try:
         kind = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         with socket.socket(kind) as probe:

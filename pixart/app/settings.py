@@ -16,7 +16,7 @@ LARGEST_SEED = 2**32 - 1
 MOST_PICTURES = 8
 NO_LORA = "none"
 LIMITS = {  # name -> least, most
-    "width": (1, 16384), "height": (1, 16384), "steps": (1, 200), "guidance": (0, 30), "predictor_order": (1, 4),
+    "width": (1, 16384), "height": (1, 16384), "steps": (1, 100), "guidance": (0, 20), "predictor_order": (1, 4),
     "corrector_order": (0, 4), "eta": (0, 2), "seed": (0, LARGEST_SEED), "pictures": (1, MOST_PICTURES), "strength": (-4, 4),
 }  # fmt: skip
 

@@ -44,7 +44,7 @@ def encode_file(
         numbers = todo[start : start + batch_size]
         found = encoder.encode([prepare(lines[n], clean_caption, lower_case) for n in numbers], max_tokens)
         for row, number in enumerate(numbers):
-            save_prompts(paths[number], _row(found, row), (lines[number],), encoder.fingerprint, **settings)
+            save_prompts(paths[number], one_prompt(found, row), (lines[number],), encoder.fingerprint, **settings)
         done += len(numbers)
         if progress is not None:
             progress(done, len(lines))
@@ -74,7 +74,7 @@ def _is_done(path: Path, prompt: str, encoder: str, settings: dict) -> bool:
     return found.prompts == (prompt,) and found.encoder == encoder and found.settings == settings
 
 
-def _row(found: TextEmbeddings, row: int) -> TextEmbeddings:
+def one_prompt(found: TextEmbeddings, row: int) -> TextEmbeddings:
     """One prompt without the padding that its batch gave it."""
     length = int(found.mask[row].sum())
     return TextEmbeddings(

@@ -1,7 +1,9 @@
 """What a text encoder gives and a transformer takes."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -50,3 +52,8 @@ def concatenate(first: TextEmbeddings, second: TextEmbeddings) -> TextEmbeddings
         size=second.size or first.size,
         source=second.source or first.source,
     )
+
+
+def concatenate_all(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
+    """One batch of several, in their order."""
+    return reduce(concatenate, parts)

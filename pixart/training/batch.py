@@ -93,8 +93,8 @@ def drop_captions(batch: Batch, null: Tensor, share: float, keep_mask: bool, dra
         raise ConfigError(f"The null caption has {len(null)} rows, a caption {batch.mask.shape[1]} tokens; choose dropped_mask 'empty'.")
     null = null[: batch.mask.shape[1]] if keep_mask else null
     rows, length = dropped.to(batch.context.device), max(batch.mask.shape[1], len(null))
-    context, mask = _lengthened(batch.context, length), _lengthened(batch.mask, length)
-    covered = _lengthened(null[None].to(context), length)
+    context, mask = lengthened(batch.context, length), lengthened(batch.mask, length)
+    covered = lengthened(null[None].to(context), length)
     empty = torch.arange(length, device=mask.device) < len(null)
     context = torch.where(rows[:, None, None], covered, context)
     captions = batch.captions and tuple("" if gone else text for text, gone in zip(batch.captions, dropped.tolist(), strict=True))
@@ -102,7 +102,7 @@ def drop_captions(batch: Batch, null: Tensor, share: float, keep_mask: bool, dra
     return replace(batch, context=context, mask=mask, captions=captions)
 
 
-def _lengthened(tensor: Tensor, length: int) -> Tensor:
+def lengthened(tensor: Tensor, length: int) -> Tensor:
     """Zeros (False) at the end of dimension 1."""
     missing = length - tensor.shape[1]
     return tensor if missing <= 0 else torch.cat([tensor, tensor.new_zeros(len(tensor), missing, *tensor.shape[2:])], dim=1)

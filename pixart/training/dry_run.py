@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..config import get_variant
 from ..text.names import NF4
 from .batch import Batch, Source
-from .linear import cast_weights_anew
+from .blocks import wrap_blocks
 from .methods import Method
 from .optimizers import block_matrices, state_bytes
 from .precision import autocast
@@ -31,6 +31,7 @@ def describe_run(recipe: Recipe, accelerator: Accelerator) -> list[str]:
         *source.report(),
         *(_stage_line(number, stage, recipe) for number, stage in enumerate(recipe.stages)),
         *_memory_lines(recipe, method, network, processes),
+        *_companion_lines(recipe, method, network, source, processes),
         *(_activation_line(recipe, number, method, network, source, accelerator) for number in range(len(recipe.stages))),
         f"result: {recipe.output}; states, log and pictures: {recipe.run_dir}",
     ]
@@ -61,6 +62,21 @@ def _memory_lines(recipe: Recipe, method: Method, network: nn.Module, processes:
     ]
 
 
+def _companion_lines(recipe: Recipe, method: Method, network: nn.Module, source: Source, processes: int) -> list[str]:
+    """Of networks that the objective has beside the one in training; frozen weights that they share are counted once."""
+    objective, shares = recipe.objective.make(), processes if recipe.shard else 1
+    with torch.device("meta"):
+        objective.wrap(network, source)
+    shared, lines = {id(value) for module in _modules(network) for value in _own_tensors(module)}, []
+    for name, beside in objective.companions().items():
+        own = _bytes(value for module in beside.modules() for value in _own_tensors(module) if id(value) not in shared) / shares
+        trained = [parameter for parameter in beside.parameters() if parameter.requires_grad]
+        states = state_bytes(recipe.optimizer, trained, block_matrices(method.blocks(beside))) / shares if trained else 0
+        more = f", gradients {_gib(_bytes(trained) / shares)}, optimizer {_gib(states)}" if trained else ""
+        lines.append(f"objective {recipe.objective.name} has beside it: {name}, weights of its own {_gib(own)}{more}")
+    return lines
+
+
 def _activation_line(recipe: Recipe, number: int, method: Method, network: nn.Module, source: Source, accelerator: Accelerator) -> str:
     stage = recipe.stages[number]
     rows = max(1, stage.batch_size // (accelerator.num_processes * stage.accumulation))
@@ -80,8 +96,7 @@ def activation_bytes(
     with FakeTensorMode() as fake:
         for module in _modules(network):
             _give_content(module, device)
-        if not (recipe.compile_blocks or recipe.checkpoint_blocks or recipe.shard):
-            cast_weights_anew(network)
+        wrap_blocks(method.blocks(network), compiled=False, checkpointed=False)
         counter = _Counter(method.blocks(network), known=[value for module in _modules(network) for value in _own_tensors(module)])
         batch, timestep = _batch(recipe, stage, rows, device), torch.zeros(rows, device=device)
         with counter, autocast(recipe.precision, device), fake:

@@ -4,14 +4,15 @@ It knows neither what is trained (methods), nor what a step computes (objectives
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
+from ..sampling_note import note_of
 from .average import Average
 from .base import file_mark
 from .batch import Batch, drop_captions
@@ -19,15 +20,13 @@ from .blocks import wrap_blocks
 from .contents import check_contents, contents_mark, keep_contents
 from .draws import Draws, share
 from .dry_run import describe_run
-from .linear import cast_weights_anew
-from .optimizer_state import optimizer_tensors, optimizer_values, prepare_optimizers
-from .optimizers import make_optimizers
 from .precision import autocast, make_scaler
 from .processes import agreed, check_batches, make_accelerator, stopped_by_signals
-from .recipe import Recipe, Stage, check_given, load_recipe
+from .recipe import Recipe, check_given, load_recipe
 from .samples import Sampler
-from .shard import gathered, shard_model, whole_tensor, whole_tensors
+from .shard import gathered, shard_model, whole_tensors
 from .state import check_same, clear_run, newest_state, read_info, read_tensors, stored_tensors, write_state
+from .trained import Trained
 from .validation import validation_losses
 from .watch import Watch
 
@@ -98,26 +97,31 @@ class Loop:
         self.source.prepare(prompts, self.accelerator)  # before the network is in memory: the text encoder and the VAE are large
         self.contents = self.source.contents()
         self.network = self.method.build(self.source, self.device)
-        self._build()
         self.scaler = make_scaler(recipe.precision, self.device)
+        self._build()
         self.step = 0
         self._skipped = 0
         self._stop_asked = False
 
     def _build(self) -> None:
-        """The network as it is trained: compiled, checkpointed, shared among the processes, with optimizers and average."""
-        recipe, blocks = self.recipe, list(self.method.blocks(self.network))
-        wrap_blocks(blocks, compiled=recipe.compile_blocks, checkpointed=recipe.checkpoint_blocks)
+        """The networks as they are trained: compiled, checkpointed, shared among the processes, with optimizers and average.
+
+        The objective comes first: what it copies are plain networks.
+        """
+        recipe = self.recipe
         model = self.objective.wrap(self.network, self.source).to(self.device)
-        if recipe.precision != "fp32" and not (recipe.compile_blocks or recipe.checkpoint_blocks or recipe.shard):
-            cast_weights_anew(model)  # with the others no copy outlives its block
-        if recipe.shard:
-            shard_model(model, blocks, self.device)
-        self.model = model if recipe.shard else self.accelerator.prepare(model)
-        self.optimizers = make_optimizers(model, blocks, recipe)
+        beside = self.objective.companions()
+        for network in (self.network, *beside.values()):
+            wrap_blocks(self.method.blocks(network), compiled=recipe.compile_blocks, checkpointed=recipe.checkpoint_blocks)
+        self.trained = Trained(model, self.method.blocks(self.network), recipe, self.accelerator, self.scaler)
+        self.companions: dict[str, Trained] = {}
+        for name, network in beside.items():
+            if any(parameter.requires_grad for parameter in network.parameters()):
+                self.companions[name] = Trained(network, self.method.blocks(network), recipe, self.accelerator, self.scaler, beside=True)
+            elif recipe.shard:
+                shard_model(network, list(self.method.blocks(network)), self.device, always=True)
         self.average = Average(self.network, recipe.ema_decay)
-        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.bare_model = model
+        self.bare_model, self.optimizers = self.trained.bare, self.trained.optimizers
 
     def ask_to_stop(self, *_: object) -> None:
         """The run ends after the step it is in; several processes agree on which."""
@@ -129,7 +133,7 @@ class Loop:
         """Steps until the recipe ends, or until it is asked to stop; then saves."""
         recipe = self.recipe
         watch = Watch(recipe, self.step, self.accelerator)
-        sampler = Sampler(recipe, self.method, self.source) if recipe.samples else None
+        sampler = Sampler(recipe, self.method, self.source, note_of(self.objective.metadata())) if recipe.samples else None
         saved = None
         try:
             while self.step < recipe.steps:
@@ -167,41 +171,54 @@ class Loop:
         self.bare_model.train(training)
 
     def _train_step(self) -> dict[str, float]:
-        """One update from one batch, each process computing its share in `accumulation` parts."""
-        number, inside = self.recipe.stage_at(self.step)
+        """One update from one batch, each process computing its share in `accumulation` parts; companions have their turns before."""
+        number, _ = self.recipe.stage_at(self.step)
+        settings, parts = self.recipe.part_at("objective", number).settings, self._parts(number)
+        turns = self.objective.turns(settings)
+        parts = list(parts) if turns else parts  # each turn sees the same captions
+        rate, finite = self.recipe.learning_rate(self.step), True
+        beside: dict[str, Tensor] = {}
+        shown: dict[str, Tensor] = {}
+        for turn in turns:
+            companion, losses = self.companions[turn.companion], partial(self.objective.companion_losses, turn, settings)
+            sound = bool(torch.isfinite(self._backward(companion, losses, parts, beside)))
+            companion.step(rate * turn.rate, sound)
+            finite = finite and sound
+        norm = self._backward(self.trained, partial(self.objective.losses, settings), parts, shown)
+        self._update(finite and bool(torch.isfinite(norm)))
+        values = torch.stack([*shown.values(), *(value / len(turns) for value in beside.values())])
+        means = dict(zip([*shown, *beside], self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+        return {"loss": sum(means[name] for name in shown), **means, "grad_norm": float(norm)}
+
+    def _parts(self, number: int) -> Iterator[tuple[Draws, Batch]]:
+        """This process's rows of the step's batch, in parts."""
+        _, inside = self.recipe.stage_at(self.step)
         stage, process = self.recipe.stages[number], self.accelerator.process_index
         rows = share(stage.batch_size, process, self.accelerator.num_processes)
-        parts = [share(len(rows), part, stage.accumulation) for part in range(stage.accumulation)]
-        shown: dict[str, Tensor] = {}
-        for part in parts:
-            draws = Draws(self.recipe.seed, number, inside, rows[part.start : part.stop])
-            with self._gradients(last=part is parts[-1]):
-                for name, mean in self._backward(number, stage, draws).items():
-                    shown[name] = shown.get(name, 0) + mean
-        norm = self._clip()
-        self._update(bool(torch.isfinite(norm)))
-        means = self.accelerator.reduce(torch.stack(list(shown.values())), reduction="mean").tolist()
-        return {"loss": sum(means), **dict(zip(shown, means, strict=True)), "grad_norm": float(norm)}
+        for part in range(stage.accumulation):
+            chosen = share(len(rows), part, stage.accumulation)
+            draws = Draws(self.recipe.seed, number, inside, rows[chosen.start : chosen.stop])
+            yield draws, self.source.batch(self.recipe.part_at("source", number).settings, stage, draws)
 
-    def _backward(self, number: int, stage: Stage, draws: Draws) -> dict[str, Tensor]:
-        """Adds the gradients of some rows; returns their shares of the batch's mean losses, detached."""
-        torch.manual_seed(int(draws.of_row(draws.rows.start, "modules").integers(2**63)))  # for what draws by itself, such as dropout
-        batch = self.source.batch(self.recipe.part_at("source", number).settings, stage, draws).to(self.device)
-        batch = self._with_dropped(batch, draws)
-        settings = self.recipe.part_at("objective", number).settings
-        with autocast(self.recipe.precision, self.device):
-            losses = self.objective.losses(settings, self.model, self.method.conditions(self.network, batch), batch, draws)
-        # Over the pictures of all processes, whose gradients are averaged afterwards.
-        means = {name: (loss * batch.weight).sum() * self.accelerator.num_processes / batch.total for name, loss in losses.items()}
-        self.scaler.scale(sum(means.values())).backward()
-        return {name: mean.detach() for name, mean in means.items()}
-
-    def _gradients(self, last: bool) -> AbstractContextManager:
-        """Processes exchange gradients with the last part of a batch alone."""
-        if self.recipe.shard:
-            self.model.set_requires_gradient_sync(last)
-            return nullcontext()
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
+    def _backward(
+        self, trained: Trained, losses: Callable[..., dict[str, Tensor]], parts: Iterable[tuple[Draws, Batch]], shown: dict[str, Tensor]
+    ) -> Tensor:
+        """The clipped gradients of a batch; returns their norm, and adds this process's mean losses to `shown`."""
+        count = self.recipe.stages[self.recipe.stage_at(self.step)[0]].accumulation
+        for index, (draws, batch) in enumerate(parts):
+            torch.manual_seed(int(draws.of_row(draws.rows.start, "modules").integers(2**63)))  # for what draws by itself: dropout
+            batch = self._with_dropped(batch.to(self.device), draws)
+            with trained.gradients(last=index == count - 1):
+                with autocast(self.recipe.precision, self.device):
+                    found = losses(trained.model, self.method.conditions(self.network, batch), batch, draws)
+                # Over the pictures of all processes, whose gradients are averaged afterwards.
+                means = {
+                    name: (loss * batch.weight).sum() * self.accelerator.num_processes / batch.total for name, loss in found.items()
+                }
+                self.scaler.scale(sum(means.values())).backward()
+            for name, mean in means.items():
+                shown[name] = shown.get(name, 0) + mean.detach()
+        return trained.clip()
 
     def _with_dropped(self, batch: Batch, draws: Draws) -> Batch:
         recipe = self.recipe
@@ -215,14 +232,6 @@ class Loop:
             raise ConfigError("No text encoder was given, which makes the empty caption; give --text-encoder, or set caption_dropout to 0.")
         return drop_captions(batch, null, recipe.caption_dropout, keep, draws)
 
-    def _clip(self) -> Tensor:
-        """The norm of all gradients before they are clipped."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        parameters = [parameter for parameter in self.bare_model.parameters() if parameter.grad is not None]
-        limit = self.recipe.clip_norm or float("inf")
-        return whole_tensor(nn.utils.clip_grad_norm_(parameters, limit))
-
     def _update(self, finite: bool) -> None:
         """One step of the optimizers and the average; gradients that are not finite are skipped, and many are an error."""
         self._skipped = 0 if finite else self._skipped + 1
@@ -231,14 +240,7 @@ class Loop:
                 f"{self._skipped} steps in a row before step {self.step} had gradients that are not finite. The last good state is "
                 f"kept in {self.recipe.run_dir}; lower the learning rate, or train with precision fp32."
             )
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.recipe.learning_rate(self.step)
-            if finite:
-                self.scaler.step(optimizer)
-            optimizer.zero_grad()
-        if self.scaler.is_enabled():
-            self.scaler.update()
+        self.trained.step(self.recipe.learning_rate(self.step), finite)
         if finite:
             self.average.update()
             self.objective.after_update(self.average)
@@ -250,14 +252,15 @@ class Loop:
         recipe, main = self.recipe, self.accelerator.is_main_process
         info = {
             "recipe": recipe.to_dict(), "base": file_mark(recipe.initialize), "contents": contents_mark(self.contents),
-            "skipped": self._skipped,
-            "optimizers": optimizer_values(self.optimizers, self.names), "scaler": self.scaler.state_dict(),
+            "skipped": self._skipped, "optimizers": self.trained.values(), "scaler": self.scaler.state_dict(),
+            "companions": {name: companion.values() for name, companion in self.companions.items()},
         }  # fmt: skip
         write_state(Path(recipe.run_dir), self.step, self._tensors(), info)
         averages = whole_tensors(self.average.values, keep=main)
         with gathered(self.network, keep=main):
             if main:
-                self.method.write(self.network, averages, Path(recipe.output), {"step": str(self.step), "license": "Apache-2.0"})
+                metadata = {"step": str(self.step), "license": "Apache-2.0", **self.objective.metadata()}
+                self.method.write(self.network, averages, Path(recipe.output), metadata)
         self.accelerator.wait_for_everyone()
 
     def resume(self, folder: Path, accept_changes: bool = False) -> None:
@@ -268,7 +271,12 @@ class Loop:
             check_contents(Path(self.recipe.run_dir), info.get("contents"), self.contents)
             check_same(folder, {**info["recipe"], "content of initialize": info.get("base")}, now)
             self._skipped = int(info.get("skipped", 0))
-        prepare_optimizers(self.optimizers, self.names, stored_tensors(folder), info.get("optimizers", {}))
+        stored = stored_tensors(folder)
+        self.trained.prepare(stored, info.get("optimizers", {}))
+        for name, companion in self.companions.items():
+            start = f"companion.{name}."
+            own = {key.removeprefix(start): value for key, value in stored.items() if key.startswith(start)}
+            companion.prepare(own, info.get("companions", {}).get(name, {}))
         read_tensors(folder, self._tensors())
         if info.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(info["scaler"])
@@ -276,7 +284,7 @@ class Loop:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a run changes, by name."""
-        trained = {f"network.{name}": value.detach() for name, value in self.bare_model.named_parameters() if value.requires_grad}
         average = {f"average.{name}": value for name, value in self.average.values.items()} if self.average.decay else {}
         own = {f"objective.{name}": value for name, value in self.objective.state().items()}
-        return {**trained, **average, **own, **optimizer_tensors(self.optimizers, self.names)}
+        beside = {f"companion.{name}.{key}": value for name, each in self.companions.items() for key, value in each.tensors().items()}
+        return {**self.trained.tensors(), **average, **own, **beside}

@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ..config import get_variant
-from ..sampling import initial_noise, make_scheduler
+from ..samplers import sampler_for
+from ..sampling import initial_noise, noise_of_steps, sources_of
+from ..sampling_note import SamplingNote
 from .batch import Batch, Source
 from .buckets import bucket_sizes
 from .draws import Draws
@@ -37,8 +39,9 @@ class Shown:
 class Sampler:
     """Draws the samples of a recipe with whatever weights the network has."""
 
-    def __init__(self, recipe: Recipe, method: Method, source: Source) -> None:
-        self.recipe, self.samples, self.method, self.source = recipe, recipe.samples, method, source
+    def __init__(self, recipe: Recipe, method: Method, source: Source, note: SamplingNote | None = None) -> None:
+        """note: how the model in training is sampled, if it is distilled to few steps."""
+        self.recipe, self.samples, self.method, self.source, self.note = recipe, recipe.samples, method, source, note
         self.channels = get_variant(recipe.variant).transformer.in_channels
 
     def sheet(self, network: nn.Module, stage: int, device: torch.device) -> Image.Image:
@@ -50,11 +53,12 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, network: nn.Module, shown: Shown, seed: int, device: torch.device) -> Tensor:
-        """(1, C, H, W), fp32, of DPM-Solver++ 2M with guidance."""
+        """(1, C, H, W), fp32, with guidance; of DPM-Solver++ 2M unless the model is distilled."""
         height, width = shown.size
-        scheduler = make_scheduler()
+        scheduler, noise = sampler_for(self.note).scheduler(), sources_of(seed, 1)
         scheduler.set_timesteps(self.samples.steps)
-        latent = initial_noise((1, self.channels, height // 8, width // 8), seed).to(device) * scheduler.init_noise_sigma
+        latent = initial_noise((1, self.channels, height // 8, width // 8), noise).to(device) * scheduler.init_noise_sigma
+        own_noise = noise_of_steps(scheduler, noise)
         hint = None if shown.hint is None else shown.hint.expand(2, -1, -1, -1)
         sides = torch.tensor([[height, width]], dtype=torch.float32).expand(2, 2)
         batch = Batch(latent.expand(2, -1, -1, -1), shown.context, shown.mask, sides, torch.ones(2), 2.0, hint=hint).to(device)
@@ -64,7 +68,7 @@ class Sampler:
                 predicted = network(latent.expand(2, -1, -1, -1), timestep.to(device).expand(2), **conditions)
             negative, positive = predicted[:, : self.channels].float().chunk(2)
             guided = negative + self.samples.guidance * (positive - negative)
-            latent = scheduler.step(guided, timestep, latent, return_dict=False)[0]
+            latent = scheduler.step(guided, timestep, latent, **own_noise, return_dict=False)[0]
         return latent
 
     def _prompted(self, stage: int) -> list[Shown]:

@@ -9,7 +9,6 @@ import pytest
 
 pytest.importorskip("gradio")
 from pixart import cli
-from pixart.app import server
 from pixart.app.server import Address, prepare, warning
 
 
@@ -43,14 +42,15 @@ def run(capsys, *options):
     return code, capsys.readouterr().err
 
 
-def test_a_port_in_use_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_port_in_use_is_one_line(tmp_path, capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(server.InputError, match="choose others with --host and --port"), server.serving(None, tmp_path, Address(port=other.getsockname()[1])):
-            pass
-    with pytest.raises(server.InputError, match="expected 1 to 65535"), server.serving(None, tmp_path, Address(port=70000)):
-        pass
+        code, said = run(capsys, "--output", tmp_path, "--port", other.getsockname()[1])
+        assert code == 2 and "choose others with --host and --port" in said and said.count("\n") == 1
+    code, said = run(capsys, "--output", tmp_path, "--port", 70000)
+    assert code == 2 and "expected 1 to 65535" in said
+    assert run(capsys, "--output", tmp_path, "--host", "no.such.host.invalid")[0] == 2
 
 
 def test_what_can_not_be_done_is_one_line(tmp_path, capsys):

@@ -59,7 +59,7 @@ def test_pictures_are_served_and_what_lies_elsewhere_is_not(server: Server, tmp_
     [
         "/gradio_api/proxy=http://127.0.0.1:1/", "/gradio_api/run/predict", "/gradio_api/call/draw", "/gradio_api/component_server",
         "/gradio_api/process_recording", "/monitoring", "/gradio_api/vibe-code/", "/gradio_api/vibe-edit", "/gradio_api/openapi.json",
-        "/docs", "/gradio_api/stream/x/1/2/playlist.m3u8", "/gradio_api/file/etc/passwd", "/gradio_api/app_id", "/login", "/gradio_api/deep_link",
+        "/docs", "/gradio_api/stream/x/1/2/playlist.m3u8", "/gradio_api/file/etc/passwd", "/login", "/gradio_api/deep_link",
         "/gradio_api/dev/reload", "/custom_component/x/client/component/index.js",
     ],
 )  # fmt: skip

@@ -125,13 +125,22 @@ def test_errors_are_sentences_and_the_line_goes_on(line, model, caplog):
 
 def test_a_disk_that_is_full_is_said(line, model, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No space left on device", "/private/folder")
 
     monkeypatch.setattr(line_module, "save_picture", full)
     job = line.join(wish())
     [model.gate.release() for _ in range(3)]
     until(lambda: job.outcome)
-    assert job.outcome == FAILED and "No space left" in job.error
+    assert job.outcome == FAILED and job.error == "A file could not be read or written: No space left on device."
+
+
+def test_closing_ends_what_waits_and_what_is_drawn(model, tmp_path):
+    line = Line(model, tmp_path)
+    first, second = line.join(wish()), line.join(wish())
+    until(lambda: first.progress.text == "Reading the prompt")
+    threading.Timer(0.2, model.gate.release).start()
+    line.close()
+    assert (first.outcome, second.outcome) == (CANCELLED, CANCELLED) and not line._thread.is_alive()
 
 
 def test_what_is_not_offered_and_a_full_line_are_refused_at_the_door(line, monkeypatch):

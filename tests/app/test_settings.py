@@ -55,7 +55,7 @@ def png(path, text):
         ("{}", "the prompt is missing"),
         ('{"prompt": "x", "__class__": 1}', "'__class__' is none of prompt"),
         ('{"prompt": ["x"]}', "prompt is list; expected text"),
-        ('{"prompt": "x", "steps": "20"}', "steps is '20'; expected a whole number from 1 to 200"),
+        ('{"prompt": "x", "steps": "20"}', "steps is '20'; expected a whole number from 1 to 100"),
         ('{"prompt": "x", "steps": 1e99}', "steps is 1e\\+99"),
         ('{"prompt": "x", "guidance": NaN}', "guidance is nan"),
         ('{"prompt": "x", "seed": true}', "seed is True"),

@@ -12,10 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy import ndimage
 
+from demo import DISTILLED
+from demo.evaluate import Run, make_questions
 from demo.evaluate_control import overlap
 from demo.launch import graph as workflow
 from demo.launch.client import ComfyClient, Graph, QueueError
-from demo.reader import read_picture
+from demo.reader import check, read_picture
 from pixart.config import get_variant
 from pixart.controlnet import ControlNetConfig, PixArtControlNet
 from tests.support.demo import DEMO, ROOT, SECOND_MODEL
@@ -148,6 +150,22 @@ def test_lcm_takes_four_steps_to_what_the_prompt_says(client: ComfyClient, demo_
         steps, found = steps_and_picture(client, graph)
         assert {total for _, total in steps} == {4} and (4, 4) in steps
         assert np.abs(found - wanted[prompt]).mean() < 0.5 * np.abs(found - wanted[other]).mean()
+
+
+@pytest.mark.parametrize(("kind", "count", "least"), [("lcm", 4, 0.6), ("dmd", 1, 0.5)])
+def test_the_distilled_demo_draws_what_is_asked_in_so_few_steps(client: ComfyClient, kind: str, count: int, least: float) -> None:
+    """Held-out prompts, each in a picture of its own, read by the checker."""
+    if not DISTILLED[kind].is_file():
+        pytest.skip(f"{DISTILLED[kind].name} isn't there yet; a recipe of configs/train makes it")
+    questions = [*make_questions(Run("heldout", 6), 1, 3), *make_questions(Run("heldout", 6), 2, 3)]
+    right = []
+    for question in questions:
+        graph = api(f"{kind}-demo")
+        workflow.configure(graph, {"prompt": question.caption.text})
+        steps, found = steps_and_picture(client, graph)
+        assert {total for _, total in steps} == {count}
+        right.append(check(question.scene, found, question.caption.stated).correct)
+    assert np.mean(right) >= least, right
 
 
 def test_the_consistency_decoder_draws_from_the_queue(client: ComfyClient, base: Path) -> None:

@@ -71,8 +71,8 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_never_stopped(recipe_pa
     parts.resume(newest_state(tmp_path / "run"))
     assert parts.step == 5
     assert_same(weights_of(whole), weights_of(parts))
-    assert_same(optimizer_tensors(whole.optimizers, whole.names), optimizer_tensors(parts.optimizers, parts.names))
-    assert optimizer_values(whole.optimizers, whole.names) == optimizer_values(parts.optimizers, parts.names)
+    assert_same(optimizer_tensors(whole.optimizers, whole.trained.names), optimizer_tensors(parts.optimizers, parts.trained.names))
+    assert optimizer_values(whole.optimizers, whole.trained.names) == optimizer_values(parts.optimizers, parts.trained.names)
 
 
 def test_written_weights_are_the_averaged_ones(recipe_path):

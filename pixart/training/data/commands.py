@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...scale.where import add_where_options, where
+
 PLACES = {
     "data": "the pictures", "text_encoder": "T5: folder or weight file", "vae": "folder or weight file", "cache": "folder for features",
 }  # fmt: skip
@@ -17,13 +19,15 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     """Adds `extract` to the command line."""
     extract = commands.add_parser(
         "extract", help="compute the T5 states and latents that a recipe trains on; run again to go on where it stopped",
-        description="Fills the cache that `train` reads, so that training needs neither T5 nor VAE at once. Start it with torchrun "
-        "on several cards or machines that share the cache: each computes its part.",
+        description="Fills the cache that `train` reads, so that training needs neither T5 nor VAE at once. With --on "
+        "several cards or machines that share the cache compute it together.",
     )  # fmt: skip
     extract.add_argument("recipe", type=Path, help="the recipe that will be trained; its sizes and settings hold")
     add_places(extract)
     extract.add_argument("--output", metavar="FILE", help="of the training; without --cache, features lie in cache beside its run")
     extract.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help="change one field of the recipe")
+    extract.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    add_where_options(extract)
     extract.add_argument("--dry-run", action="store_true", help="say what would be computed, and stop")
     extract.set_defaults(run=_extract)
 
@@ -43,7 +47,9 @@ def _extract(given: argparse.Namespace) -> None:
         recipe = load_recipe(given.recipe, changes)
         sys.stdout.write("".join(f"{line}\n" for line in recipe.source.make(recipe).report()))
         return
-    folder = extract(given.recipe, changes)
+    from ...scale.extract_stage import extract_over
+
+    folder = extract(given.recipe, changes, extract_over(where(given)))
     if folder is not None:
         sys.stdout.write(f"{folder}\n")
 

@@ -1,6 +1,8 @@
 """What one step computes from a batch: one module an objective, with its `Settings` and `Part`."""
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -8,6 +10,15 @@ from torch import Tensor, nn
 from ..average import Average
 from ..batch import Batch, Source
 from ..draws import Draws
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One update of a trained companion before the network's step."""
+
+    companion: str  # its name
+    number: int  # of those in this step, from 0: what tells their random numbers apart
+    rate: float = 1.0  # times the step's learning rate
 
 
 class Objective(Protocol):
@@ -27,3 +38,21 @@ class Objective(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """Tensors of its own that a run needs to go on; they are filled in place on resume."""
+
+    def companions(self) -> Mapping[str, nn.Module]:
+        """Networks of the same making beside the trained one, by name; they are there behind `wrap`.
+
+        The loop treats their blocks as the network's. Those that require gradients are trained, by optimizers of their own,
+        whose tensors and weights are in the run's state; the others are frozen.
+        """
+
+    def turns(self, settings: Any) -> Sequence[Turn]:
+        """Updates of trained companions before each step of the network, in order."""
+
+    def companion_losses(
+        self, turn: Turn, settings: Any, model: nn.Module, conditions: dict[str, Any], batch: Batch, draws: Draws
+    ) -> dict[str, Tensor]:
+        """As `losses`, for one turn of a companion; model: the companion, prepared for the run."""
+
+    def metadata(self) -> dict[str, str]:
+        """What the result's file says beside its weights, such as how to sample from it."""

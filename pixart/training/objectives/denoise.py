@@ -1,6 +1,7 @@
 """The reference's objective: the squared error of the noise, and the variational bound of the variance."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..average import Average
 from ..batch import Batch, Source
 from ..diffusion import NoiseSchedule, logit_normal_timesteps, noise_loss, uniform_timesteps, variance_loss
 from ..draws import Draws
+from . import Turn
 
 LEAST = {"timestep_std": 0, "max_loss_weight": 1, "variance_weight": 0}
 
@@ -67,6 +69,18 @@ class Part:
         """Nothing follows."""
 
     def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def companions(self) -> dict[str, nn.Module]:
+        return {}
+
+    def turns(self, settings: Settings) -> Sequence[Turn]:
+        return ()
+
+    def companion_losses(self, turn: Turn, *inputs: Any) -> dict[str, Tensor]:
+        raise NotImplementedError(f"no companion {turn.companion}")
+
+    def metadata(self) -> dict[str, str]:
         return {}
 
 

@@ -1,0 +1,338 @@
+"""One step of distribution matching against diffusers' schedulers and the formulas, the second network's training, and pairs."""
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from safetensors.torch import load_file, save_file
+
+from pixart.checkpoints import load_transformer
+from pixart.cli import main
+from pixart.config import TransformerConfig
+from pixart.errors import ConfigError
+from pixart.sampling_note import dmd_note, read_note
+from pixart.training import dry_run as dry_run_module
+from pixart.training import pairs as pairs_module
+from pixart.training.draw_pairs import draw_pairs
+from pixart.training.draws import Draws
+from pixart.training.loop import Loop, dry_run, train
+from pixart.training.objectives import Turn
+from pixart.training.objectives.dmd import Part, Settings
+from pixart.training.parts import choose
+from pixart.training.recipe import load_recipe
+from pixart.training.state import newest_state
+from pixart.vae import load_vae
+from tests.support.distilled import (
+    ALPHA,
+    COMPRESSED,
+    NullSource,
+    assert_equal,
+    batch_of,
+    conditions_of,
+    gradients,
+    move,
+    network_of,
+)  # fmt: skip
+from tests.support.tiny_training import TINY, VARIANT
+from tests.support.tiny_vae import tiny_taesd
+
+DRAWS = Draws(5, 0, 0, range(4))
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+
+
+def picture(model: Any, x: torch.Tensor, t: int, told: dict[str, torch.Tensor], guidance: float = 1.0) -> torch.Tensor:
+    """x0 that a network sees in one picture, by diffusers' DDIM."""
+    steps = scheduler()
+    steps.set_timesteps(1000)
+    predicted = model(x, torch.tensor([t]), **told)[:, :4]
+    if guidance != 1:
+        empty = model(x, torch.tensor([t]), **{**told, "context": NullSource.null_context[None]})[:, :4]
+        predicted = empty + guidance * (predicted - empty)
+    return steps.step(predicted, t, x).pred_original_sample
+
+
+def row_conditions(config: TransformerConfig, row: int) -> dict[str, torch.Tensor]:
+    batch = batch_of(config)
+    told = {"context": batch.context[row : row + 1, : int(batch.mask[row].sum())]}
+    return told | ({"size": batch.size[row : row + 1]} if config.micro_condition else {})
+
+
+def asked_timesteps(settings: Settings, purpose: str) -> list[int]:
+    least, most = settings.score_timesteps
+    return [least + int(float(u) * (most - least + 1)) for u in DRAWS.uniform(f"{purpose} timestep")]
+
+
+def expected_matching(settings: Settings, student: Any, real: Any, fake: Any, config: TransformerConfig) -> torch.Tensor:
+    start, noise = DRAWS.normal("noise", (4, 8, 8)), DRAWS.normal("score noise", (4, 8, 8))
+    losses = []
+    for row, t in enumerate(asked_timesteps(settings, "score")):
+        told = row_conditions(config, row)
+        drawn = picture(student, start[row : row + 1], settings.timestep, told)
+        with torch.no_grad():
+            noisy = scheduler().add_noise(drawn, noise[row : row + 1], torch.tensor([t]))
+            of_real, of_fake = picture(real, noisy, t, told, settings.guidance), picture(fake, noisy, t, told)
+            p_real, p_fake = drawn - of_real, drawn - of_fake
+            direction = (p_real - p_fake) / (p_real.abs().mean() + 1e-5)
+            wanted = drawn - direction
+        losses.append(0.5 * (drawn - wanted).square().mean())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize(
+    ("settings", "config", "lora"),
+    [(Settings(), TINY, 0), (Settings(guidance=1.0, timestep=999), ALPHA, 0), (Settings(score_timesteps=(20, 979)), COMPRESSED, 0),
+     (Settings(guidance=4.5), TINY, 4)],
+)  # fmt: skip
+def test_a_steps_losses_and_gradients_are_those_of_the_formulas(settings: Settings, config: TransformerConfig, lora: int) -> None:
+    network = network_of(config, lora=lora)
+    real, part = copy.deepcopy(network), Part(settings)
+    assert part.wrap(network, NullSource()) is network
+    move(network)
+    fake = part.companions()["fake"]
+    move(fake, seed=4)
+    batch = batch_of(config)
+    conditions = conditions_of(config, batch)
+    loss = part.losses(settings, network, conditions, batch, DRAWS)["matching_loss"]
+    expected = expected_matching(settings, network, real, copy.deepcopy(fake), config)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_equal(gradients(loss.sum(), network), gradients(expected.sum(), network))
+
+    turn = part.turns(settings)[1]
+    loss = part.companion_losses(turn, settings, fake, conditions, batch, DRAWS)["fake_loss"]
+    expected = expected_denoising(settings, network, fake, config)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_equal(gradients(loss.sum(), fake), gradients(expected.sum(), fake))
+
+
+def expected_denoising(settings: Settings, student: Any, fake: Any, config: TransformerConfig) -> torch.Tensor:
+    start, noise = DRAWS.normal("fake 1", (4, 8, 8)), DRAWS.normal("fake 1 noise", (4, 8, 8))
+    losses = []
+    for row, t in enumerate(asked_timesteps(settings, "fake 1")):
+        told = row_conditions(config, row)
+        with torch.no_grad():
+            drawn = picture(student, start[row : row + 1], settings.timestep, told)
+            noisy = scheduler().add_noise(drawn, noise[row : row + 1], torch.tensor([t]))
+        losses.append((fake(noisy, torch.tensor([t]), **told)[:, :4] - noise[row : row + 1]).square().mean())
+    return torch.stack(losses)
+
+
+def test_scores_share_the_frozen_weights_of_a_lora() -> None:
+    network, part = network_of(lora=4), Part(Settings())
+    part.wrap(network, NullSource())
+    assert list(part.companions()) == ["fake"]  # the real score is the network without its adapters
+    fake, shared = part.fake.state_dict(), network.state_dict()
+    own = [name for name in fake if fake[name].data_ptr() != shared[name].data_ptr()]
+    assert own == [name for name in fake if "lora_" in name]
+    trained = [name for name, value in part.fake.named_parameters() if value.requires_grad]
+    assert sorted(trained) == sorted(own)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    move(part.fake)
+    assert all(torch.equal(before[name], value) for name, value in network.named_parameters())
+
+
+def run_changes(base: Path, **more: Any) -> dict[str, Any]:
+    stage = {"base_size": 64, "steps": 4, "batch_size": 4, "learning_rate": 1e-3, "accumulation": 2}
+    return {"initialize": str(base), "objective": {"name": "dmd", "fake_updates": 2, "fake_rate": 0.5}, "stages": [stage], **more}
+
+
+@pytest.fixture
+def base(recipe_path, tmp_path: Path) -> Path:
+    return train(recipe_path(steps=3, output=str(tmp_path / "base.safetensors"), run_dir=str(tmp_path / "base")))
+
+
+@pytest.mark.parametrize("method", ["full", {"name": "lora", "rank": 2}])
+def test_distilled_in_parts_as_in_one_run(recipe_path, tmp_path: Path, base: Path, method: Any) -> None:
+    changes = run_changes(base, method=method)
+    whole = Loop(load_recipe(recipe_path(run_dir=str(tmp_path / "whole"), output=str(tmp_path / "whole.safetensors"), **changes)))
+    whole.run()
+    config = recipe_path(**changes)
+    for _ in range(4):
+        out = train(config, stop_after=0)
+    parts = Loop(load_recipe(config))
+    parts.resume(newest_state(tmp_path / "run"))
+    left, right = whole._tensors(), parts._tensors()
+    assert left.keys() == right.keys()
+    assert {name.split(".")[2] for name in left if name.startswith("companion.fake.")} == {"network", "optimizer"}
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert read_note(out) == dmd_note(400)
+
+
+def test_a_companion_makes_its_own_updates(recipe_path, base: Path) -> None:
+    """Two updates of the fake score for one of the network, at half its rate, by hand."""
+    loop = Loop(load_recipe(recipe_path(**run_changes(base, warmup_steps=0, clip_norm=0.0))))
+    fake, network = copy.deepcopy(loop.objective.fake), copy.deepcopy(loop.network)
+    optimizer = torch.optim.AdamW(fake.parameters(), lr=0.5e-3, betas=loop.recipe.betas, weight_decay=0)
+    stage, settings = loop.recipe.stages[0], loop.objective.settings
+    draws = Draws(loop.recipe.seed, 0, 0, range(4))
+    batch = loop.source.batch(loop.recipe.source.settings, stage, draws)
+    conditions = loop.method.conditions(network, batch)
+    for number in range(2):
+        loss = loop.objective.companion_losses(Turn("fake", number), settings, fake, conditions, batch, draws)["fake_loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    values = loop._train_step()
+    for name, value in loop.objective.fake.named_parameters():
+        torch.testing.assert_close(value, fake.get_parameter(name), rtol=1e-4, atol=1e-6)
+    assert {"loss", "matching_loss", "fake_loss", "grad_norm"} == set(values) and values["loss"] == pytest.approx(values["matching_loss"])
+    changed = [name for name, value in loop.network.named_parameters() if not torch.equal(value, network.get_parameter(name))]
+    assert changed
+
+
+def test_gradients_of_a_companion_that_are_not_finite_change_nothing(recipe_path, base: Path, monkeypatch) -> None:
+    loop = Loop(load_recipe(recipe_path(**run_changes(base))))
+    before = {name: value.clone() for name, value in loop._tensors().items()}
+    usual = loop.objective.companion_losses
+    spoiled = lambda *given: {name: loss * float("nan") for name, loss in usual(*given).items()}
+    monkeypatch.setattr(loop.objective, "companion_losses", spoiled)
+    loop._train_step()
+    after = loop._tensors()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [] and loop._skipped == 1
+
+
+BAD = {
+    "guidance 0": ({"guidance": 0}, "guidance is 0; expected a cfg of 1 or more"),
+    "no such timestep": ({"timestep": 1000}, "timestep is 1000; expected 1 to 999, 400"),
+    "scores nowhere": ({"score_timesteps": [900, 20]}, r"score_timesteps are \[900, 20\]"),
+    "a fake score that stays": ({"fake_updates": 0}, "fake_updates is 0 .* leads it astray"),
+    "no fake rate": ({"fake_rate": 0}, "fake_rate 0; expected"),
+    "no pairs": ({"pair_share": 0}, "pair_share 0"),
+    "an unknown loss": ({"pair_loss": "ssim"}, "pair_loss is 'ssim'.*expected one of lpips, l2"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), BAD.values(), ids=BAD)
+def test_settings_that_can_not_be(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose("objective", {"name": "dmd", **values}, "recipe")
+
+
+# -- pairs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(recipe_path, tmp_path: Path, base: Path) -> tuple[Path, Path]:
+    """A recipe of DMD, and a folder of six pairs in three files."""
+    config = recipe_path(**run_changes(base))
+    assert draw_pairs(load_recipe(config), tmp_path / "pairs", 5, 3, 2.0, 2, 0) == 3
+    return config, tmp_path / "pairs"
+
+
+def test_pairs_are_what_the_solver_makes_of_their_noise(drawn: tuple[Path, Path], base: Path) -> None:
+    files = sorted(drawn[1].glob("*.safetensors"))
+    assert [file.name for file in files] == [f"{number:08}.safetensors" for number in range(3)]
+    found, teacher = load_file(files[1]), load_transformer(base, dtype=torch.float32)
+    context = torch.cat([torch.zeros(2, 2, 8), found["context"].float()])
+    mask = torch.cat([torch.tensor([[True, False]] * 2), found["context_mask"]])
+    steps = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    steps.set_timesteps(3)
+    latent = found["noise"]
+    with torch.no_grad():
+        for t in steps.timesteps:
+            empty, caption = teacher(torch.cat([latent, latent]), t.expand(4), context, mask)[:, :4].chunk(2)
+            latent = steps.step(empty + 2.0 * (caption - empty), t, latent).prev_sample
+    torch.testing.assert_close(found["latent"], latent, rtol=1e-4, atol=1e-4)
+
+
+def test_drawing_goes_on_where_it_stopped(drawn: tuple[Path, Path]) -> None:
+    config, folder = drawn
+    before = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+    (folder / "00000001.safetensors").unlink()
+    kept = (folder / "00000002.safetensors").stat().st_mtime_ns
+    draw_pairs(load_recipe(config), folder, 8, 3, 2.0, 2, 0)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert (folder / "00000002.safetensors").stat().st_mtime_ns == kept and len(pairs_module.pair_files(folder)) == 4
+    with pytest.raises(ConfigError, match="were drawn with steps 3 instead of 4"):
+        draw_pairs(load_recipe(config), folder, 8, 4, 2.0, 2, 0)
+
+
+def test_pairs_add_a_loss_of_latents(drawn: tuple[Path, Path], base: Path, recipe_path) -> None:
+    settings = {"name": "dmd", "pairs": str(drawn[1]), "pair_loss": "l2", "pair_share": 1.0, "pair_weight": 0.5, "fake_updates": 1}
+    loop = Loop(load_recipe(recipe_path(**run_changes(base, objective=settings))))
+    stage, draws = loop.recipe.stages[0], Draws(0, 0, 3, range(4))
+    batch = loop.source.batch(loop.recipe.source.settings, stage, draws)
+    losses = loop.objective.losses(loop.objective.settings, loop.network, loop.method.conditions(loop.network, batch), batch, draws)
+    pair = loop.objective.pairs.draw(draws, 4, {})
+    expected = [
+        (picture(loop.network, x[None], 400, {"context": context[None]}) - wanted[None]).square().mean()
+        for x, wanted, context in zip(pair.noise, pair.latent, pair.conditions["context"])
+    ]
+    torch.testing.assert_close(losses["pair_loss"], 0.5 * torch.stack(expected).mean().expand(4), rtol=1e-4, atol=1e-6)
+    assert {"matching_loss", "pair_loss"} == set(losses)
+    assert "pair_loss" in loop._train_step()
+
+
+def test_pairs_by_lpips_are_compared_as_pictures(drawn: tuple[Path, Path], base: Path, recipe_path, tmp_path: Path, monkeypatch) -> None:
+    """LPIPS' network with random weights; the pictures are the VAE's."""
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    torch.manual_seed(0)
+    network = _LPIPS(net="squeeze", pnet_rand=True)
+    monkeypatch.setattr(pairs_module, "lpips_network", lambda net: network)
+    tiny_taesd().save_pretrained(tmp_path / "vae")
+    settings = {"name": "dmd", "pairs": str(drawn[1]), "vae": str(tmp_path / "vae"), "lpips_net": "squeeze"}
+    loop = Loop(load_recipe(recipe_path(**run_changes(base, objective=settings))))
+    pair = loop.objective.pairs.draw(Draws(0, 0, 0, range(2)), 2, {})
+    latent = pair.latent.clone().requires_grad_(True)
+    distance = loop.objective.pairs.distance(latent, pair.noise)
+    vae = load_vae(tmp_path / "vae", 0.13025)
+    shown = [(vae.decode(each) * 2 - 1).clamp(-1, 1) for each in (pair.latent, pair.noise)]
+    torch.testing.assert_close(distance, network(*shown).flatten(), rtol=1e-4, atol=1e-6)
+    assert torch.autograd.grad(distance.sum(), latent)[0].abs().sum() > 0
+    assert loop.objective.pairs.distance(pair.latent, pair.latent).abs().max() < 1e-6
+
+
+def test_lpips_without_its_library_or_weights_says_what_to_do(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    with pytest.raises(ConfigError, match="pip install torchmetrics torchvision.*or choose pair_loss 'l2'"):
+        pairs_module.lpips_network("vgg")
+
+
+def test_pairs_of_another_model_are_refused(drawn: tuple[Path, Path], base: Path, recipe_path, tmp_path: Path) -> None:
+    other = train(recipe_path(steps=1, seed=8, output=str(tmp_path / "other.safetensors"), run_dir=str(tmp_path / "other")))
+    settings = {"name": "dmd", "pairs": str(drawn[1]), "pair_loss": "l2"}
+    weights = {name: value + 0.05 * torch.randn(value.shape).to(value) for name, value in load_file(other).items()}
+    save_file(weights, other)
+    with pytest.raises(ConfigError, match="drawn by other weights than the teacher"):
+        Loop(load_recipe(recipe_path(**run_changes(other, objective=settings))))
+    info = json.loads((drawn[1] / "info.json").read_text())
+    for change, message in (({"caption_channels": 4096}, "made for another model: caption_channels 4096 instead of 8"), ({"probe": "x"}, "no folder of pairs")):
+        (drawn[1] / "info.json").write_text(json.dumps({**info, **change}))
+        with pytest.raises(ConfigError, match=message):
+            Loop(load_recipe(recipe_path(**run_changes(base, objective=settings))))
+    (drawn[1] / "info.json").write_text(json.dumps(info))
+    for file in drawn[1].glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ConfigError, match="no pairs .*Remove the file"):
+        Loop(load_recipe(recipe_path(**run_changes(base, objective=settings))))._train_step()
+
+
+def test_lpips_needs_a_decoder() -> None:
+    with pytest.raises(ConfigError, match="set vae to one that decodes them, or choose 'l2'"):
+        choose("objective", {"name": "dmd", "pairs": "somewhere"}, "recipe")
+
+
+def test_the_command_draws_pairs(drawn: tuple[Path, Path], tmp_path: Path, capsys) -> None:
+    assert main(["pairs", str(drawn[0]), str(tmp_path / "more"), "--count", "2", "--steps", "2", "--batch-size", "2"]) == 0
+    assert "1 files of pairs in" in capsys.readouterr().out and (tmp_path / "more/00000000.safetensors").is_file()
+    assert main(["pairs", str(drawn[0]), str(tmp_path / "more"), "--count", "0"]) == 2
+    assert "--count is 0; expected 1 or more" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_the_networks_beside(recipe_path, base: Path, monkeypatch) -> None:
+    """Of a whole network copies; of a LoRA its matrices alone."""
+    monkeypatch.setattr(dry_run_module, "get_variant", lambda name: VARIANT)
+    whole = dry_run(recipe_path(**run_changes(base)))
+    assert [line.split(": ")[1].split(",")[0] for line in whole if "beside it" in line] == ["teacher", "fake"]
+    assert next(line for line in whole if "beside it: fake" in line).count("GiB") == 3
+    lora = dry_run(recipe_path(**run_changes(base, method={"name": "lora", "rank": 2})))
+    assert [line.split(": ")[1].split(",")[0] for line in lora if "beside it" in line] == ["fake"]
