@@ -9,12 +9,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .checkpoints.shards import SAFE_SUFFIXES
+from .checkpoints.shards import SAFE_SUFFIXES, WEIGHTS_NAME
 from .timesteps import DMD_TIMESTEP, LAST_TIMESTEP
 
 METHODS = CONSISTENCY, DMD = "lcm", "dmd"
 NOTE_KEY = "pixart.sampling"  # of safetensors metadata: JSON of `SamplingNote`
 MOST_STEPS = 100
+# Of a diffusers model, of a pipeline, of a PEFT folder.
+IN_FOLDERS = (f"{WEIGHTS_NAME}.safetensors", f"transformer/{WEIGHTS_NAME}.safetensors", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ def note_metadata(note: SamplingNote) -> dict[str, str]:
 
 
 def read_note(path: str | Path) -> SamplingNote | None:
-    """What a file says of its sampling; None if nothing, or nothing that could be."""
+    """What a file or folder of weights says of its sampling; None if nothing, or nothing that could be."""
     path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
     if not path.is_file() or path.suffix.lower() not in SAFE_SUFFIXES:
         return None
     try:

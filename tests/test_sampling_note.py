@@ -113,6 +113,11 @@ def test_notes_are_read_back(tmp_path: Path) -> None:
         path = tmp_path / f"{note.method}-{note.timestep}.safetensors"
         save_file({"x": torch.zeros(1)}, path, metadata=note_metadata(note))
         assert read_note(path) == note
+    for name in ("", "transformer"):
+        folder = tmp_path / f"model{name}" / name
+        folder.mkdir(parents=True)
+        save_file({"x": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors", metadata=note_metadata(LCM))
+        assert read_note(tmp_path / f"model{name}") == LCM
     assert note_of(None) is None and note_of({}) is None and note_of({NOTE_KEY: json.dumps(SOUND)}) == LCM
     assert "timestep 400 into SamplerCustom, cfg 1" in dmd_note().describe()
 

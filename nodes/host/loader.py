@@ -15,7 +15,7 @@ from torch import Tensor
 from ...pixart.checkpoints import QUANTIZATION_SUFFIXES, Detection, prepare, read_checkpoint
 from ...pixart.checkpoints.shards import SAFE_SUFFIXES
 from ...pixart.logs import get_logger
-from ...pixart.sampling_note import note_of
+from ...pixart.sampling_note import read_note
 from . import quantized
 from .dtypes import DTYPES, on_cpu
 from .noise_levels import watch_noise_levels
@@ -36,7 +36,7 @@ def load_model(path: str, variant: str, weight_dtype: str, disable_dynamic: bool
     paged = pages_weights() and not disable_dynamic and not management.is_device_cpu(load_device)
     state_dict, detection, metadata = _read(Path(path), variant, SAMPLED if paged else None)
     log.info("PixArt model:\n%s", detection.describe())
-    note = note_of(metadata)
+    note = read_note(path)
     if note is not None:
         log.info("PixArt model: %s", note.describe())
     config = model_config(detection)

@@ -254,3 +254,12 @@ def test_a_model_of_another_width_is_refused(models: Path, tmp_path: Path) -> No
     wide = load_file(write_model(tmp_path / "wide", hidden=144))
     with pytest.raises(errors.CheckpointError, match="another model"):
         apply(narrow, save(adapter_factory.make("diffusers", wide), models))
+
+
+def test_a_distilled_lora_tells_how_to_sample_on_the_node_and_in_the_log(sigma, models: Path, caplog) -> None:
+    adapter = adapter_factory.make(next(iter(adapter_factory.FORMATS)), weights_of(sigma))
+    note = host.pack_module("pixart.sampling_note")
+    save_file(adapter.tensors, str(models / "loras" / "few.safetensors"), metadata=note.note_metadata(note.LCM))
+    with caplog.at_level(logging.INFO):
+        shown = Loader.execute(sigma, "few.safetensors", 1.0).ui.as_dict()["text"][0]
+    assert "sampler lcm, scheduler simple, 4 steps, cfg 1" in caplog.text and note.LCM.describe() in shown

@@ -100,6 +100,16 @@ def test_scaled_fp8_file_loads(tmp_path: Path, sigma, sigma_file: Path) -> None:
     assert 1e-6 < difference(sample(model, captions(5), captions(2, seed=1), steps=2), plain) < 0.2
 
 
+def test_a_distilled_file_tells_how_to_sample(sigma_file: Path, models: Path, caplog) -> None:
+    note = host.pack_module("pixart.sampling_note")
+    path = models / "diffusion_models" / "student.safetensors"
+    save_file(load_file(sigma_file), path, metadata=note.note_metadata(note.dmd_note(400)))
+    with caplog.at_level(logging.INFO):
+        model = node.execute(model_name=path.name, variant="auto", weight_dtype="default").result[0]
+    assert "distilled to one step at timestep 400" in caplog.text
+    assert host.pack_module("nodes.host.one_step").many_step_warning(model) is None
+
+
 def test_report_is_logged(sigma_file: Path, caplog) -> None:
     with caplog.at_level(logging.INFO):
         host_models.load_model(sigma_file)

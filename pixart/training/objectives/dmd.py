@@ -69,6 +69,7 @@ class Part(denoise.Part):
         return network
 
     def losses(self, settings: Settings, model: nn.Module, conditions: dict[str, Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        self.settings = settings  # of the stage
         start = draws.normal("noise", batch.latent.shape[1:]).to(batch.latent.device)
         drawn = self.drawn(settings, model, start, conditions)
         wanted = drawn.detach() - self._direction(settings, drawn.detach(), conditions, draws)

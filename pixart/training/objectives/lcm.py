@@ -57,6 +57,7 @@ class Part(denoise.Part):
         return network
 
     def losses(self, settings: Settings, model: nn.Module, conditions: dict[str, Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        self.settings = settings  # of the stage
         device, latent = batch.latent.device, batch.latent.float()
         start, end = solver_interval(settings.solver_steps, draws.uniform("timestep").to(device))
         noise = draws.normal("noise", latent.shape[1:]).to(device)
