@@ -117,9 +117,9 @@ class Loop:
         self.companions: dict[str, Trained] = {}
         for name, network in beside.items():
             if any(parameter.requires_grad for parameter in network.parameters()):
-                self.companions[name] = Trained(network, self.method.blocks(network), recipe, self.accelerator, self.scaler, beside=True)
+                self.companions[name] = Trained(network, self.method.blocks(network), recipe, self.accelerator, self.scaler)
             elif recipe.shard:
-                shard_model(network, list(self.method.blocks(network)), self.device, always=True)
+                shard_model(network, list(self.method.blocks(network)), self.device)
         self.average = Average(self.network, recipe.ema_decay)
         self.bare_model, self.optimizers = self.trained.bare, self.trained.optimizers
 

@@ -14,16 +14,17 @@ from torch.distributed.tensor import DTensor
 _gathered: dict[int, Tensor] = {}  # id of a sharded parameter -> the whole of it, inside `gathered`
 
 
-def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device, always: bool = False) -> None:
+def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
     """Shards each block, then the rest, in place. Packed weights (fp8, nf4) are frozen and stay whole in every process.
 
-    always: also behind a forward that no backward follows, as of a teacher; else what isn't in blocks stays whole until one does.
+    The rest is shared again behind every forward, as blocks are: after one that no backward follows, of samples or a teacher,
+    the next would else compute with the weights of then.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     inside = set(model.modules())  # a ControlNet's base is outside, and stays whole
     whole = {parameter for parameter in model.parameters() if parameter.element_size() == 1}
     for module in (*(block for block in blocks if block in inside), model):
-        fully_shard(module, mesh=mesh, ignored_params=whole & set(module.parameters()), reshard_after_forward=always or None)
+        fully_shard(module, mesh=mesh, ignored_params=whole & set(module.parameters()), reshard_after_forward=True)
 
 
 def whole_tensor(value: Tensor) -> Tensor:

@@ -20,14 +20,12 @@ class Trained:
     """`model` is to be called, `bare` is the same without what the processes need around it."""
 
     def __init__(
-        self, module: nn.Module, blocks: Iterable[nn.Module], recipe: Recipe, accelerator: Accelerator, scaler: GradScaler,
-        beside: bool = False,
-    ) -> None:  # fmt: skip
-        """beside: a companion, which is called without a backward behind too."""
+        self, module: nn.Module, blocks: Iterable[nn.Module], recipe: Recipe, accelerator: Accelerator, scaler: GradScaler
+    ) -> None:
         self.recipe, self.accelerator, self.scaler = recipe, accelerator, scaler
         blocks = list(blocks)
         if recipe.shard:
-            shard_model(module, blocks, accelerator.device, always=beside)
+            shard_model(module, blocks, accelerator.device)
         self.bare = module
         self.model = module if recipe.shard else accelerator.prepare(module)
         self.optimizers = make_optimizers(module, blocks, recipe)
