@@ -75,6 +75,8 @@ def _fid(files: Sequence[Path], real: Sequence[Path], inception: Any, batch_size
     metric_class = _metrics("torchmetrics.image.fid", "FrechetInceptionDistance")
     if min(len(files), len(real)) < 2:
         raise InputError(f"FID needs two pictures or more on both sides; found {len(files)} and {len(real)}.")
+    if isinstance(inception, Path | str):
+        _check_weights(inception)
     own = {"feature": inception} if isinstance(inception, nn.Module) else {
         "feature": FEATURES, "feature_extractor_weights_path": None if inception is None else str(inception)
     }  # fmt: skip
@@ -83,6 +85,15 @@ def _fid(files: Sequence[Path], real: Sequence[Path], inception: Any, batch_size
         for batch in _batches(some, batch_size, "FID"):
             metric.update(torch.stack([_square(_read(file)) for file in batch]).to(device), real=is_real)
     return float(metric.compute())
+
+
+def _check_weights(path: str | Path) -> None:
+    """Raises InputError for a file that is not tensors alone: torch-fidelity would run the code that a pickle may hold."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise InputError(f"Inception v3 can't be loaded from {path} ({reason}); give torch-fidelity's file by --inception FILE.") from None
 
 
 def _clip_score(files: Sequence[Path], captions: Sequence[str], clip: str, batch_size: int, device: Any) -> float:

@@ -81,8 +81,11 @@ class Watch:
             from .plot import plot_log
         except ImportError:
             return
-        if self.log.is_file():
-            plot_log(self.log, self.run_dir / "loss.png")
+        try:
+            if self.log.is_file():
+                plot_log(self.log, self.run_dir / "loss.png")
+        except (OSError, ValueError) as error:
+            self.note(f"loss.png can't be drawn ({error}); training goes on without it")
 
     def close(self) -> None:
         """Ends the bar, the plot and the trackers."""

@@ -64,7 +64,9 @@ def test_two_processes_do_what_one_does(launched: tuple[Path, Path], tmp_path: P
         found = load_file(tmp_path / f"{kind}.safetensors")
         assert found.keys() == expected.keys()
         for name in expected:
-            assert_near(found[name], expected[name], f"{kind} {name}", atol=2e-5, rtol=2e-3)  # results are kept in fp16
+            loosest = 3e-4 if "muon" in kind else 2e-5  # results are kept in fp16; Muon works in bf16, which enlarges a rounding here and there
+            assert_near(found[name], expected[name], f"{kind} {name}", atol=loosest, rtol=2e-3)
+            assert (found[name].float() - expected[name].float()).abs().mean() < 2e-5
         rows = [json.loads(line) for line in (tmp_path / kind / "log.jsonl").read_text().splitlines()]
         alone = [json.loads(line) for line in (tmp_path / f"one-{kind}/log.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [row["step"] for row in alone]

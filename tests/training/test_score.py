@@ -107,6 +107,14 @@ def test_bad_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     ):
         assert main(["score", *map(str, arguments)]) == 2
         assert_said(message, capsys.readouterr().err)
+    class Harm:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"weight": Harm()}, tmp_path / "harm.pth")
+    assert main(["score", str(drawn), "--reference", str(drawn), "--inception", str(tmp_path / "harm.pth")]) == 2
+    assert_said("can't be loaded", capsys.readouterr().err)
+    assert not (tmp_path / "ran").exists()
     (drawn / "00.txt").write_text("a red square")
     (drawn / "01.txt").write_text("a red square")
     assert main(["score", str(drawn), "--clip", str(tmp_path / "empty")]) == 2
