@@ -80,7 +80,7 @@ GOALS = (
 
 
 def reached(goal: Goal, report: Figures) -> tuple[str, str]:
-    """The figure, or why there is none; and whether the goal is reached: "yes", "no", or "" where there is no goal, no figure or no card."""
+    """The figure, or why there is none; and if the goal is reached: "yes", "no", or "" without goal, figure or card."""
     stage = next((each for each in report["stages"] if each["name"] == goal.stage), None)
     if stage is None:
         return "not asked for", ""

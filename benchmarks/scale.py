@@ -83,6 +83,10 @@ class TimedWorker:
     def __init__(self, worker: Worker, log: Path) -> None:
         self.worker, self.log = worker, log
 
+    def prepare(self, items: Sequence[Any]) -> None:
+        """Not timed."""
+        self.worker.prepare(items)
+
     def work(self, items: Sequence[Any]) -> list[Row]:
         """The worker's own work."""
         begin = time.time()
@@ -103,6 +107,9 @@ class Seconds:
     def open(self, device: str) -> Seconds:
         """The worker is the stage."""
         return self
+
+    def prepare(self, items: Sequence[int]) -> None:
+        """There is nothing to load."""
 
     def work(self, items: Sequence[int]) -> list[Row]:
         """Waits."""

@@ -104,7 +104,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="folder, tokenizer.json or spiece.model, if not beside the T5")
     parser.add_argument("--vae", type=Path, help="diffusers folder or .safetensors")
     _add_reading_options(parser)
-    parser.add_argument("--sampler", choices=SAMPLER_NAMES, default=SAMPLER_NAMES[0], help="lcm and one-step are for models distilled so")
+    parser.add_argument("--sampler", choices=SAMPLER_NAMES, help="default: what the file was distilled for, if it says so, else dpm++")
     parser.add_argument("--schedule", choices=SCHEDULES, default=SCHEDULES[0], help="optimized: for 4 to 16 steps of dpm++")
     parser.add_argument("--steps", type=int, help="default: what the sampler is made for, 20 for dpm++")
     parser.add_argument("--cfg", type=float, help="guidance scale; 1 turns guidance off (default: the sampler's, 4.5 for dpm++)")
@@ -126,6 +126,7 @@ def _generate(given: argparse.Namespace) -> None:
     if (given.prompt is None) == (given.prompts is None):
         raise InputError("Give --prompt with one or more texts, or --prompts with a file of them.")
     if given.prompts is not None:
+        given.sampler = given.sampler or _sampler_of_file(given)
         run_many(given, _parts(given), DTYPES.get(given.dtype))
         return
     if given.on != LOCAL:
@@ -133,11 +134,18 @@ def _generate(given: argparse.Namespace) -> None:
     _generate_few(given, given.output or Path("pixart.png"))
 
 
+def _sampler_of_file(given: argparse.Namespace) -> str:
+    from .samplers import sampler_for
+    from .sampling_note import read_note
+
+    return sampler_for(read_note(_parts(given)["transformer"])).name
+
+
 def _generate_few(given: argparse.Namespace, output: Path) -> None:
     import torch
 
     from .pipeline import Pipeline
-    from .samplers import find_sampler
+    from .samplers import find_sampler, sampler_for
 
     if output.suffix.lower() not in PICTURE_SUFFIXES:
         raise InputError(f"--output is {output}; expected a name ending in {', '.join(PICTURE_SUFFIXES)}.")
@@ -151,7 +159,7 @@ def _generate_few(given: argparse.Namespace, output: Path) -> None:
         ema=given.ema,
     )
     seed = secrets.randbelow(2**32) if given.seed is None else given.seed
-    sampler = find_sampler(given.sampler)
+    sampler = find_sampler(given.sampler or sampler_for(pipe.note), pipe.note)
     pictures = pipe(
         given.prompt,
         given.negative,

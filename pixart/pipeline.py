@@ -270,7 +270,7 @@ class Pipeline:
         if sampler is None and self.scheduler is None and self.note is not None:
             sampler = sampler_for(self.note)
         if sampler is not None:
-            found = find_sampler(sampler)
+            found = find_sampler(sampler, self.note)
             found.check(steps, guidance)
             if chosen and not isinstance(found, DPMSolver):
                 raise InputError(f"The optimized schedule is made for the sampler {DPMSolver.name}, not {found.name}; use the usual one.")

@@ -159,10 +159,15 @@ class OneStepScheduler:
 SAMPLERS: dict[str, type[Sampler]] = {kind.name: kind for kind in (DPMSolver, SASolver, LCM, OneStep)}
 
 
-def find_sampler(given: Sampler | str) -> Sampler:
-    """A sampler by its name, with its usual settings, or one with settings of its own; raises InputError."""
+def find_sampler(given: Sampler | str, note: SamplingNote | None = None) -> Sampler:
+    """A sampler by its name, or one with settings of its own; raises InputError.
+
+    note: of the loaded weights. The sampler that they were distilled for has their settings, others the usual ones.
+    """
     if isinstance(given, Sampler):
         return given
+    if note is not None and given == sampler_for(note).name:
+        return sampler_for(note)
     if given in SAMPLERS:
         return SAMPLERS[given]()
     raise InputError(f"sampler is {given!r}; expected {', '.join(SAMPLERS)}, or one of pixart.samplers with settings of its own.")

@@ -86,6 +86,7 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(text, "run_child", run_child)
     monkeypatch.setattr(text, "write_weights", lambda folder, shape: folder)
+    monkeypatch.setattr(text, "free_memory", lambda device: 2**40)  # all layers fit, however busy the machine is
     command = ["--out", str(tmp_path), "--work", str(tmp_path / "work"), "--precision", "bf16", "int8"]
     text.main(command)
     assert done[0] == (text.REFERENCE, "fp32") and {(text.PLAIN, "bf16"), (text.OURS, "int8"), (text.WRITE, "int8")} <= set(done)
@@ -98,6 +99,9 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert not done
     text.main([*command, "--again"])
     assert (text.PLAIN, "bf16") in done
+    done.clear()
+    text.main([*command, "--again", "--loader", "pixart"])
+    assert done == [(text.REFERENCE, "fp32"), (text.OURS, "bf16"), (text.OURS, "int8")]
     assert "fails" not in (tmp_path / "text.md").read_text()
 
 

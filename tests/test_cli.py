@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import pixart
 from pixart import cli
+from pixart.samplers import OneStep
+from pixart.sampling_note import dmd_note, note_metadata
 from tests.support.tiny_pipeline import make_parts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +50,20 @@ def test_generate_with_another_sampler_takes_the_steps_it_is_made_for(folder, tm
         assert picture.tobytes() == expected[0].tobytes()
     assert cli.main([*run, "--sampler", "one-step", "--steps", "4"]) == 2
     assert "expected 1 step" in capsys.readouterr().err
+
+
+def test_generate_heeds_what_a_distilled_file_says(folder, tmp_path, capsys):
+    source = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    distilled = tmp_path / "one.safetensors"
+    save_file(source, distilled, note_metadata(dmd_note(600)))
+    out = tmp_path / "one.png"
+    parts = ["--transformer", str(distilled), "--text-encoder", str(folder), "--vae", str(folder), "--variant", "sigma-256"]
+    assert cli.main(["generate", "--prompt", "red", "--width", "64", "--height", "64", "--seed", "3", "--output", str(out), *parts]) == 0
+    capsys.readouterr()
+    given = {"sampler": OneStep(600), "steps": 1, "guidance": 1, "width": 64, "height": 64, "seed": 3, "progress": False}
+    expected = pixart.Pipeline.from_files(distilled, folder, folder, variant="sigma-256")("red", **given)
+    with Image.open(out) as picture:
+        assert picture.tobytes() == expected[0].tobytes()
 
 
 def test_generate_several_numbers_the_files_and_takes_parts_one_by_one(folder, tmp_path, capsys):

@@ -85,7 +85,7 @@ def imported(path: Path) -> set[str]:
 def test_the_core_imports_nothing_that_its_extras_leave_out(project: dict) -> None:
     """On a machine with the extras alone, without ComfyUI's packages."""
     extras = project["project"]["optional-dependencies"]
-    given = {re.split(r"[<>=\[]", item)[0] for name in ("pipeline", "quantize", "captions", "training", "app", "scale") for item in extras[name]}
+    given = {re.split(r"[<>=\[]", item)[0] for name in ("pipeline", "quantize", "captions", "training", "app", "scale", "score") for item in extras[name]}
     used = {name for path in (ROOT / "pixart").rglob("*.py") for name in imported(path)}
     assert {BROUGHT_BY.get(name, name) for name in used} <= given
 

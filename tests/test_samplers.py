@@ -12,6 +12,8 @@ from pixart import Pipeline
 from pixart.cli import SAMPLER_NAMES
 from pixart.errors import InputError
 from pixart.samplers import LCM, SAMPLERS, DPMSolver, OneStep, SASolver, find_sampler
+from pixart.sampling_note import LCM as CONSISTENCY_NOTE
+from pixart.sampling_note import dmd_note
 from pixart.schedules import optimized_timesteps
 from tests.support.tiny_pipeline import make_parts, padded_embeddings
 
@@ -153,6 +155,12 @@ def test_a_scheduler_that_takes_no_timesteps_is_named(pipe):
     chosen = Pipeline(pipe.transformer, pipe.text_encoder, pipe.vae, scheduler=diffusers.PNDMScheduler(**BETAS))
     with pytest.raises(InputError, match="PNDMScheduler takes no timesteps"):
         chosen(PROMPT, schedule="optimized", steps=8, width=256, height=256, use_bins=False)
+
+
+def test_a_name_has_the_settings_that_the_weights_ask_for():
+    assert find_sampler("one-step", dmd_note(600)) == OneStep(600)
+    assert find_sampler("one-step") == find_sampler("one-step", CONSISTENCY_NOTE) == OneStep(400)
+    assert find_sampler(OneStep(300), dmd_note(600)) == OneStep(300) and find_sampler("dpm++", dmd_note(600)) == DPMSolver()
 
 
 def test_names_find_samplers():

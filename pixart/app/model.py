@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from ..errors import InputError, PixArtError
 from ..logs import get_logger
 from ..pipeline import Pipeline
 from ..preview import fit_preview
-from ..samplers import LCM, DPMSolver, OneStep, SASolver
+from ..samplers import LCM, DPMSolver, OneStep, SASolver, sampler_for
+from ..sampling_note import SamplingNote, read_note
 from ..text.embeddings import TextEmbeddings
 from ..text.encoder import TextEncoder, load_text_encoder
 from ..timesteps import seems_few_step
@@ -76,6 +77,7 @@ class Model:
             places.transformer, None, places.vae, variant=places.variant, dtype=places.dtype, device=places.device, ema=places.ema
         )
         self.pipe = Pipeline(found.transformer, encoder, found.vae, base_size=found.base_size, max_tokens=found.max_tokens)
+        self.pipe.note = self._own_note = found.note
         self._plain = weights_of(self.pipe.transformer)  # names, no copies
         self._plain_text = weights_of(encoder.model)
         self._worn: Lora | None = None
@@ -101,7 +103,7 @@ class Model:
         return self.pipe(
             prompt_embeds=embeddings[0],
             negative_prompt_embeds=embeddings[1] if len(embeddings) > 1 else None,
-            sampler=settings.chosen_sampler(),
+            sampler=settings.chosen_sampler() if settings.sampler == SASolver.name else settings.sampler,  # a name heeds the file's note
             steps=settings.steps,
             guidance=settings.guidance,
             width=settings.width,
@@ -113,10 +115,12 @@ class Model:
 
     def _check_few_steps(self, settings: Settings) -> None:
         """Weights for many steps make a grey blur in few: that is said before it is drawn."""
-        few = settings.sampler in (LCM.name, OneStep.name)
-        if few and _few_step_sampler(self.pipe, self.places) is None and not seems_few_step(settings.lora):
+        made_for = {_few_step_sampler(self.pipe, self.places)}
+        if settings.lora != NO_LORA:
+            made_for.add(_sampler_of_lora(self.places.loras / settings.lora))
+        if settings.sampler in (LCM.name, OneStep.name) and settings.sampler not in made_for:
             raise InputError(
-                f"The sampler {settings.sampler} needs weights that were distilled for few steps: choose such a LoRA, or {DPMSolver.name}."
+                f"The sampler {settings.sampler} needs weights that were distilled for it: choose such a LoRA, or {DPMSolver.name}."
             )
 
     # Prompts and T5
@@ -200,7 +204,7 @@ class Model:
         restore_weights(self.pipe.transformer, self._plain)
         if self.pipe.text_encoder is not None:
             restore_weights(self.pipe.text_encoder.model, self._plain_text)
-        self._worn = None
+        self._worn, self.pipe.note = None, self._own_note
         if lora is not None:
             reports.say(f"Putting on {lora.path.name}")
             reports.note(self.pipe.load_lora(lora.path, lora.strength, lora.strength if text_needs_it else 0.0))
@@ -228,21 +232,29 @@ def _offer_of(pipe: Pipeline, places: Places) -> Offer:
     detection = pipe.transformer.detection
     few = _few_step_sampler(pipe, places)
     loras = _loras_in(places.loras)
-    samplers = [DPMSolver.name, SASolver.name]
-    if few is not None:
-        samplers.insert(0, few)
-    elif any(seems_few_step(name) for name in loras):
-        samplers.append(LCM.name)
+    of_loras = {_sampler_of_lora(places.loras / name) for name in loras}
+    # What the weights were made for comes first, and is the default
+    samplers = [*filter(None, [few]), DPMSolver.name, SASolver.name, *sorted(of_loras - {None, few})]
     sizes = tuple((width, height) for height, width in bin_table(pipe.base_size).values())
     title = f"{get_variant(detection.variant).title} ({Path(detection.source).name})"
     return Offer(title, pipe.base_size, sizes, tuple(samplers), loras)
 
 
 def _few_step_sampler(pipe: Pipeline, places: Places) -> str | None:
-    """What the transformer was distilled for, as told or as its name says; None for many steps."""
+    """What the transformer was distilled for, as told or as its file says; None for many steps."""
     if places.few_steps != AUTO:
         return None if places.few_steps == "no" else places.few_steps
-    names = Path(pipe.transformer.detection.source).parts[-3:]
+    return _sampler_named(read_note(places.transformer), Path(pipe.transformer.detection.source).parts[-3:])
+
+
+def _sampler_of_lora(path: Path) -> str | None:
+    return _sampler_named(read_note(path), [path.name])
+
+
+def _sampler_named(note: SamplingNote | None, names: Sequence[str]) -> str | None:
+    """A file's note is sure; the names of file and folders are all that others have."""
+    if note is not None:
+        return sampler_for(note).name
     if any(re.search(ONE_STEP_NAMES, name.lower()) for name in names):
         return OneStep.name
     return LCM.name if any(map(seems_few_step, names)) else None

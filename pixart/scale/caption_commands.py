@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..device import check_device
 from ..errors import InputError, PixArtError
 from .where import LOCAL, add_where_options, leads, run, where
 
@@ -64,7 +65,7 @@ def _caption(given: argparse.Namespace) -> None:
     rows = [] if given.report else _work(stage, given, chosen)
     if not leads():
         return
-    _report(stage, given, names, tokenizer, chosen.device)
+    _report(stage, given, names, tokenizer)
     failed = [row for row in rows if "error" in row]
     for row in failed:
         sys.stdout.write(f"failed: {row['error']}\n")
@@ -110,14 +111,14 @@ def _work(stage: CaptionStage, given: argparse.Namespace, chosen: object) -> lis
     return rows
 
 
-def _report(stage: CaptionStage, given: argparse.Namespace, names: list[str], tokenizer: Tokenizer | None, device: str) -> None:
+def _report(stage: CaptionStage, given: argparse.Namespace, names: list[str], tokenizer: Tokenizer | None) -> None:
     from .caption_report import clip_scores, describe, describe_scores
 
     texts = stage.texts
     captions = {name: found for name in names if (found := texts.get(name))}
     lines = describe(captions, len(names), tokenizer)
     if given.clip:
-        lines += describe_scores(clip_scores(stage.place, captions, given.clip, device))
+        lines += describe_scores(clip_scores(stage.place, captions, given.clip, check_device(given.device)))
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 

@@ -112,10 +112,14 @@ class CaptionWorker:
         self.alt = texts_at(stage.place, stage.settings.alt_text) if stage.settings.alt_text else None
         self._model: VisionModel | None = None
 
+    def prepare(self, items: Sequence[str]) -> None:
+        """Loads the model if there is something to caption."""
+        if len(self._kept(items)) < len(items):
+            _ = self.model
+
     def work(self, items: Sequence[str]) -> list[Row]:
         """Captions of those that have none."""
-        kept = [] if self.stage.settings.overwrite else [name for name in items if self.texts.get(name)]
-        rows = {name: {"file": name, "kept": True} for name in kept}
+        rows = {name: {"file": name, "kept": True} for name in self._kept(items)}
         rows.update((row["file"], row) for row in self.caption([name for name in items if name not in rows]))
         return [rows[name] for name in items]
 
@@ -147,6 +151,9 @@ class CaptionWorker:
         alt = " ".join(self.alt.get(name)) if self.alt else ""
         asked = settings.prompt or (WITH_TEXT if alt else ALONE)
         return asked.replace(ALT, alt)
+
+    def _kept(self, items: Sequence[str]) -> list[str]:
+        return [] if self.stage.settings.overwrite else [name for name in items if self.texts.get(name)]
 
     def _read(self, name: str) -> Image:
         picture = read_picture((self.stage.place / name).read_bytes())

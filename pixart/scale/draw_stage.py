@@ -95,9 +95,14 @@ class DrawWorker:
         self.stage, self.device = stage, device
         self._pipe: Any = None
 
+    def prepare(self, items: Sequence[Picture]) -> None:
+        """Loads the models if there is something to draw."""
+        if self._missing(items):
+            _ = self.pipe
+
     def work(self, items: Sequence[Picture]) -> list[Row]:
         """Draws the whole batch if a picture of it is missing, and writes the missing ones."""
-        missing = [item for item in items if not (self.stage.place / item.file).is_file()]
+        missing = self._missing(items)
         texts = {item.prompt: self._embeddings(item.prompt) for item in items}
         if missing:
             for item, image in zip(items, self._draw(items, texts), strict=True):
@@ -118,6 +123,9 @@ class DrawWorker:
             places = {"transformer": settings.transformer, "vae": settings.vae}
             self._pipe = Pipeline.from_files(**places, variant=settings.variant, dtype=dtype, device=self.device, ema=settings.ema)
         return self._pipe
+
+    def _missing(self, items: Sequence[Picture]) -> list[Picture]:
+        return [item for item in items if not (self.stage.place / item.file).is_file()]
 
     def _embeddings(self, prompt: str) -> Any:
         try:

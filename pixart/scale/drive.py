@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import PixArtError
 from ..logs import get_logger
 from .book import Book
 from .stage import Chunk, Row, Stage, Worker
@@ -46,6 +45,7 @@ class Opened:
                 return
         if self._worker is None:
             self._worker = self.stage.open(self.device)
+        self._worker.prepare(chunk.items)
         if self.book.begin(chunk) > DEATHS:
             rows = [self.stage.failed(item, f"{DEATHS} workers died at its batch; was memory short?") for item in chunk.items]
         else:
@@ -64,14 +64,18 @@ def attempt(stage: Stage, worker: Worker, items: Sequence[Any]) -> list[Row]:
     """Rows of a chunk; if that fails, every item once more by itself, and those that fail again become rows that say why."""
     try:
         return worker.work(items)
-    except (PixArtError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of models that users choose, whose code raises anything
         logger.info("A batch of %d %s failed and is tried one by one: %s", len(items), stage.unit, error)
     release_memory()  # outside of the except block, whose error still holds the batch
     rows: list[Row] = []
     for item in items:
         try:
             rows += worker.work([item])
-        except (PixArtError, RuntimeError) as error:
+        except OSError:
+            raise
+        except Exception as error:
             rows.append(stage.failed(item, one_line(error)))
     return rows
 

@@ -90,6 +90,9 @@ class EncodeWorker:
         self.stage = stage
         self.encoder = load_text_encoder(settings.text_encoder, settings.tokenizer, dtype, device, settings.precision)
 
+    def prepare(self, items: Sequence[str]) -> None:
+        """T5 is loaded."""
+
     def work(self, items: Sequence[str]) -> list[Row]:
         """One file a prompt."""
         settings = self.stage.settings

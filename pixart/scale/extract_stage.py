@@ -87,16 +87,22 @@ class FeatureWorker:
         self.stage, self.device = stage, device
         self._function: Any = None
 
+    def prepare(self, items: Sequence[Any]) -> None:
+        """Loads the model if a feature is missing."""
+        if self._function is None and self._missing(items):
+            self._function = self.stage.job.open(torch.device(self.device))
+
     def work(self, items: Sequence[Any]) -> list[Row]:
         """A batch of texts is computed as a whole, or its rounding would depend on what was there before; pictures one by one."""
-        missing = [item for item in items if not is_kept(self.stage.job.cache, item)]
+        missing = self._missing(items)
         if missing and isinstance(self.stage.job, TextStates):
             missing = list(items)
-        if missing and self._function is None:
-            self._function = self.stage.job.open(torch.device(self.device))
         rows = [{"result": list(found) if isinstance(found, tuple) else found} for found in (self._function(missing) if missing else ())]
         there = [item for item in items if item not in missing]
         return rows + [{"result": [item.number, ""] if isinstance(item, Picture) else item.key} for item in there]
+
+    def _missing(self, items: Sequence[Any]) -> list[Any]:
+        return [item for item in items if not is_kept(self.stage.job.cache, item)]
 
 
 def is_kept(cache: Cache, item: Text | Picture) -> bool:

@@ -6,6 +6,7 @@ import os
 import socket
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError, PixArtError, UnsupportedError
@@ -30,8 +31,10 @@ def run_on_ray(stages: Sequence[Stage], chosen: Where) -> None:
         raise UnsupportedError(f"--on ray needs Ray ({error}): {INSTALL}.") from None
     started = not ray.is_initialized()
     if started:
-        _connect(ray, chosen)
+        connect(ray, chosen)
     _quieten(ray)
+    if chosen.device == "auto":
+        chosen = replace(chosen, device="cuda" if ray.cluster_resources().get("GPU") else "cpu")
     try:
         for stage in stages:
             _run(ray, stage, chosen)
@@ -48,7 +51,8 @@ class RayWorker:
     def __init__(self, stage: Stage, chosen: Where, token: str) -> None:
         self.stage, self.chosen = stage, chosen
         self.problem = _problem_of_place(stage, token)
-        self.opened = Opened(stage, chosen.device)
+        # Ray shows each worker the one card that it may use
+        self.opened = Opened(stage, "cuda" if chosen.device.startswith("cuda") else chosen.device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Numbers of chunks -> the same, and for each what ended the run, or ""."""
@@ -89,10 +93,11 @@ def _run(ray: Any, stage: Stage, chosen: Where) -> None:
         raise UnsupportedError(f"{missing} batches were done, but their files are not in {stage.place}. Run the command again.")
 
 
-def _connect(ray: Any, chosen: Where) -> None:
-    """Joins the cluster of `--address`, or starts one of this machine alone."""
+def connect(ray: Any, chosen: Where) -> None:
+    """Joins the cluster of `--address`, or starts one of this machine alone. Raises UnsupportedError."""
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error", "configure_logging": True}
     if chosen.address is None:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else any other program of this machine comes before the workers
         cores = worker_count(chosen) * chosen.threads
         ray.init(address="local", num_cpus=cores, object_store_memory=OBJECT_STORE, **quiet)
     else:

@@ -18,6 +18,7 @@ def run_on_torchrun(stages: Sequence[Stage], chosen: Where) -> None:
     if "RANK" in os.environ:
         _take_part(stages, chosen)
         return
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -33,6 +34,8 @@ def run_on_torchrun(stages: Sequence[Stage], chosen: Where) -> None:
             f"A worker ended {RESTARTS + 1} times by itself ({error.get_first_failure()[1].message.splitlines()[0][:200]}). "
             "What was done stays done; run the command again, with fewer --workers if memory was short."
         ) from None
+    except SignalException:  # Ctrl-C, which torchrun passes on to its processes
+        raise KeyboardInterrupt from None
     errors = [text for text in found.values() if text]
     if errors:
         raise UnsupportedError(errors[0])

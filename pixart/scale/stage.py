@@ -26,8 +26,11 @@ class Chunk:
 class Worker(Protocol):
     """The loaded models of one stage, on one device."""
 
+    def prepare(self, items: Sequence[Any]) -> None:
+        """Loads what these items need, if it isn't loaded; an error ends the run."""
+
     def work(self, items: Sequence[Any]) -> list[Row]:
-        """Rows of the items. A PixArtError or RuntimeError is this batch's; an OSError (a full disk) ends the run."""
+        """Rows of the items. An error is this batch's, but an OSError (a full disk) ends the run."""
 
 
 class Stage(Protocol):
@@ -39,7 +42,7 @@ class Stage(Protocol):
     chunks: Sequence[Chunk]
 
     def open(self, device: str) -> Worker:
-        """Loads what the work needs; called where there is work, and once for all chunks."""
+        """Called where there is work, and once for all chunks."""
 
     def failed(self, item: Any, error: str) -> Row:
         """The row of an item that can't be done; it has a field `error`."""

@@ -40,7 +40,7 @@ class VisionModel:
     def answer(self, pictures: Sequence[Image], questions: Sequence[str], max_tokens: int, temperature: float, seed: str) -> list[str]:
         """One text a picture, in a line. temperature 0 takes the likeliest word each time; seed: any text, decides the chances."""
         inputs = self._inputs(pictures, questions).to(self.model.device)
-        inputs = {name: value.to(self.model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        inputs = {name: _in_dtype(value, self.model.dtype) for name, value in inputs.items()}
         chance = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -61,3 +61,8 @@ class VisionModel:
             for question in questions
         ]
         return self.processor(images=[[picture] for picture in pictures], text=prompts, return_tensors="pt", padding=True)
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Pixels as the model computes; ids and whatever else there is stay."""
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -34,7 +34,8 @@ def add_where_options(parser: argparse.ArgumentParser, *others: str) -> None:
     group.add_argument(
         "--on", choices=(LOCAL, TORCHRUN, RAY, *others), default=LOCAL,
         help="local: this process (default). torchrun: one process a card of this machine, or of several if torchrun started this "
-        "command there. ray: a cluster by Ray Data (`pip install \".[scale]\"`). The results are the same",
+        "command there. ray: a cluster by Ray Data (`pip install \".[scale]\"`). The results are the same. All machines "
+        "need this package, and the same paths to the models and folders",
     )  # fmt: skip
     group.add_argument("--workers", type=_count, metavar="N", help="of torchrun and ray (default: one a card, else one a core)")
     group.add_argument(
@@ -50,8 +51,8 @@ def where(given: argparse.Namespace) -> Where:
         raise InputError(f"--address is of a Ray cluster, but --on is {given.on}; add --on ray.")
     if given.on == LOCAL and given.workers not in (None, 1):
         raise InputError(f"--workers is {given.workers}, but --on local is one process; add --on torchrun or --on ray.")
-    remote = given.on == RAY and given.address is not None  # this machine may have no card, the cluster's do
-    device = given.device if remote and given.device != "auto" else check_device(given.device)
+    remote = given.on == RAY and given.address is not None  # this machine may have no card while the cluster's do
+    device = given.device if remote else check_device(given.device)
     return Where(given.on, given.workers, given.threads, device, given.address)
 
 

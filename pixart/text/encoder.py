@@ -141,21 +141,22 @@ def _checked(tokenizer: Tokenizer, weights: T5Weights) -> Tokenizer:
 
 def _build(weights: T5Weights) -> nn.Module:
     """T5EncoderModel holding the tensors themselves."""
-    model = _empty_model(weights)
+    model = empty_model(weights)
     model.load_state_dict(dict(weights.stream()), strict=False, assign=True)
     return _finish(model, weights)
 
 
 def _build_quantized(weights: T5Weights, precision: str, device: torch.device | str) -> nn.Module:
     """The same with quantized linear layers, on `device`; never holds more than one layer unquantized."""
-    model = _empty_model(weights)
+    model = empty_model(weights)
     replace_linears(model)
     others = fill_layers(model, weights, precision, device)
     model.load_state_dict(others, strict=False, assign=True)
     return _finish(model, weights)
 
 
-def _empty_model(weights: T5Weights) -> nn.Module:
+def empty_model(weights: T5Weights) -> nn.Module:
+    """The encoder on the meta device: sizes without numbers."""
     try:
         from transformers import T5Config, T5EncoderModel
     except ImportError as error:

@@ -1,6 +1,8 @@
 """Sizes of batches: every bin of a base size, scaled to the stage's and rounded to whole tokens."""
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from ..bins import base_sizes, bin_table
@@ -22,6 +24,7 @@ def draw_size(sizes: list[tuple[int, int]], rng: np.random.Generator, square_sha
     return sizes[int(rng.choice(len(sizes), p=weights / weights.sum()))]
 
 
+@cache
 def bins_at(bin_base: int, base_size: int, squares: bool = False) -> dict[str, tuple[int, int]]:
     """Ratio label -> (height, width): the bins published for a base size, else those of `bin_base` scaled to it; or its square."""
     if squares:

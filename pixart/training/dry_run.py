@@ -138,7 +138,8 @@ def _batch(recipe: Recipe, stage: Stage, rows: int, device: torch.device) -> Bat
     context = torch.zeros(rows, variant.max_tokens, variant.transformer.caption_channels, device=device)
     mask = torch.ones(rows, variant.max_tokens, dtype=torch.bool, device=device)
     sizes = torch.full((rows, 2), float(stage.base_size), device=device)
-    return Batch(latent, context, mask, sizes, torch.ones(rows, device=device), float(rows), hint=latent, captions=("",) * rows)
+    captions = ("a " * variant.max_tokens,) * rows  # cut to the limit where a text encoder is trained
+    return Batch(latent, context, mask, sizes, torch.ones(rows, device=device), float(rows), hint=latent, captions=captions)
 
 
 class _Counter:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from ..errors import CheckpointError, ConfigError
 
@@ -58,7 +59,7 @@ def write_state(run_dir: Path, step: int, tensors: Mapping[str, Tensor], info: M
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            checkpoint.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+            checkpoint.save(_apart(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
     except Exception as error:  # torch wraps what a full disk raises
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"The state of step {step} can't be written to {folder} ({error}); is the disk full?") from None
@@ -72,6 +73,17 @@ def write_state(run_dir: Path, step: int, tensors: Mapping[str, Tensor], info: M
                 shutil.rmtree(old, ignore_errors=True)
     _wait()
     return folder
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those that share memory with another, as 8-bit optimizers' tables do, which safetensors refuses to write."""
+    seen: set[int] = set()
+    apart = {}
+    for name, value in tensors.items():
+        place = 0 if isinstance(value, DTensor) or not value.numel() else value.untyped_storage().data_ptr()
+        apart[name] = value.clone() if place in seen else value
+        seen |= {place} - {0}
+    return apart
 
 
 def read_info(folder: Path) -> dict[str, Any]:

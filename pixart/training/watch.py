@@ -43,13 +43,15 @@ class Watch:
         self.bar.update()
         if number % self.recipe.log_every and number != self.recipe.steps:
             return
-        means = {name: round(_finite_mean([row[name] for row in self.rows]), 5) for name in self.rows[0]}
+        counted = [row for row in self.rows if all(map(np.isfinite, row.values()))]  # the others were skipped
+        means = {name: round(float(np.mean([row[name] for row in counted])), 5) for name in (counted[0] if counted else ())}
+        skipped = {"skipped": len(self.rows) - len(counted)} if len(counted) < len(self.rows) else {}
         now = time.monotonic()
         rate = stage.batch_size * len(self.rows) / max(1e-9, now - self.since)
         self.rows, self.since = [], now
-        self.bar.set_postfix({name.removesuffix("_loss"): f"{value:.4g}" for name, value in means.items()}, refresh=False)
+        self.bar.set_postfix({name.removesuffix("_loss"): f"{value:.4g}" for name, value in {**means, **skipped}.items()}, refresh=False)
         self._write({
-            "step": number, "base_size": stage.base_size, **means, "learning_rate": self.recipe.learning_rate(number - 1),
+            "step": number, "base_size": stage.base_size, **means, **skipped, "learning_rate": self.recipe.learning_rate(number - 1),
             "pictures_per_second": round(rate, 3), "seconds": round(self.seconds, 1),
         })  # fmt: skip
 
@@ -115,9 +117,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return float("inf")
-
-
-def _finite_mean(values: list[float]) -> float:
-    """Of the steps that were not skipped."""
-    finite = [value for value in values if np.isfinite(value)]
-    return float(np.mean(finite)) if finite else float("nan")

@@ -123,7 +123,8 @@ def test_a_picture_dropped_on_the_page_fills_the_form_again(visit, tmp_path):
     page.click("#pixart-draw")
     settle(page, "Done")
     picture = download(page, tmp_path)
-    assert Image.open(picture).size == (512, 128)
+    with Image.open(picture) as drawn:
+        assert drawn.size == (512, 128)
     page.reload()
     wait_until_ready(page)
     page.get_by_role("button", name="Settings from a picture").click()

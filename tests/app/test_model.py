@@ -18,6 +18,8 @@ from pixart.app import model as model_module
 from pixart.app.model import KEEP, RELEASE, Model, Places, Reports
 from pixart.app.settings import Settings
 from pixart.errors import CheckpointError, InputError
+from pixart.samplers import OneStep
+from pixart.sampling_note import dmd_note, note_metadata
 from tests.support import adapter_factory
 from tests.support.checkpoint_factory import original_keys
 from tests.support.tiny_pipeline import make_parts
@@ -198,6 +200,22 @@ def test_few_steps_where_the_weights_are_such(model, parts, loras, tmp_path):
     assert draw(distilled, replace(WISH, sampler="one-step", steps=1, guidance=1))[0].shape == (256, 256, 3)
     with pytest.raises(InputError, match="expected 1 step"):
         draw(distilled, replace(WISH, sampler="one-step", steps=2))
+
+
+def test_what_a_file_says_of_its_sampling_is_heeded_and_forgotten_with_it(model, parts, tmp_path):
+    """Notes of training: a LoRA for one step from timestep 600, and then the plain weights again."""
+    sample = adapter_factory.make("onetrainer", original_keys(parts.transformer.state_dict(), 2))
+    save_file(sample.tensors, tmp_path / "quick.safetensors", note_metadata(dmd_note(600)))
+    noted = Model(places(parts, tmp_path))
+    assert noted.offer.samplers == ("dpm++", "sa-solver", "one-step")
+    wish = replace(WISH, sampler="one-step", steps=1, guidance=1, lora="quick.safetensors")
+    other = Pipeline.from_files(parts.folder, parts.folder, parts.folder, dtype=torch.float32)
+    other.load_lora(tmp_path / "quick.safetensors")
+    expected = other(WISH.prompt, steps=1, guidance=1, seed=3, sampler=OneStep(600), width=256, height=256, progress=False)[0]
+    np.testing.assert_allclose(draw(noted, wish)[0].astype(int), np.asarray(expected).astype(int), atol=1)
+    with pytest.raises(InputError, match="needs weights that were distilled"):
+        draw(noted, replace(wish, lora="none"))
+    assert np.array_equal(draw(noted, WISH), draw(model, WISH)) and noted.pipe.note is None
 
 
 def test_words_beyond_the_limit_are_named(model):

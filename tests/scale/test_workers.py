@@ -17,6 +17,7 @@ from demo.captions import caption
 from demo.scenes import render, sample_scene
 from pixart import cli
 from pixart.errors import UnsupportedError
+from pixart.scale import on_ray
 from pixart.scale.where import RAY, TORCHRUN, Where, run
 from tests.support.counted_stage import CountedStage
 from tests.support.tiny_vlm import save_vlm
@@ -28,11 +29,8 @@ pytestmark = pytest.mark.slow
 def cluster() -> Iterator[None]:
     """Ray with two workers of one core each."""
     ray = pytest.importorskip("ray")
-    pytest.importorskip("pyarrow")
-    ray.init(
-        address="local", num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False, logging_level="error",
-        runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
-    )  # fmt: skip
+    pytest.importorskip("ray.data")
+    on_ray.connect(ray, Where(RAY, 2))
     yield
     ray.shutdown()
 

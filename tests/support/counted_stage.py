@@ -25,6 +25,9 @@ class CountedStage:
         """The worker is the stage itself."""
         return self
 
+    def prepare(self, items: Sequence[int]) -> None:
+        """There is nothing to load."""
+
     def work(self, items: Sequence[int]) -> list[Row]:
         for item in items:
             self._meet(self.trouble.get(item, ""), item, len(items))

@@ -331,3 +331,24 @@ def test_an_alpha_is_no_base_of_a_sigmas_adapter(tmp_path: Path, monkeypatch: py
     recipe = replace(recipe_of(tmp_path, alpha, "lora"), variant="sigma-512")
     with pytest.raises(ValueError, match=r"y_embedding has 120 rows, that is alpha; sigma-512 has 300"):
         built(recipe)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "text", "packed", "controlnet", "kv"])
+def test_a_dry_run_builds_the_network_without_numbers(tmp_path: Path, base: Path, method: str) -> None:
+    chosen = {
+        "text": adapter("lora", text_rank=2), "packed": adapter("lora", base="nf4"), "lora": adapter("lora"),
+        "controlnet": {"name": "controlnet", "blocks": 1}, "kv": {"name": "kv", "blocks": [[1, 2]]},
+    }.get(method, "full")  # fmt: skip
+    source = {"name": "scenes", "text_encoder": ""}
+    if method == "text":
+        pytest.importorskip("sentencepiece")
+        from tests.support.tiny_text import save_t5_file, tiny_t5
+
+        source["text_encoder"] = str(save_t5_file(tiny_t5(width=8), tmp_path / "t5.safetensors"))
+    recipe = recipe_of(tmp_path, base, chosen, source=source)
+    with torch.device("meta"):
+        network = recipe.method.make(recipe).build(TwoPictures(recipe.source.settings, recipe), torch.device("meta"))
+    assert {value.device.type for value in (*network.parameters(), *network.buffers())} == {"meta"}
+    trained = {name: value.shape for name, value in network.named_parameters() if value.requires_grad}
+    _, built_network, averages = built(recipe)
+    assert trained == {name: value.shape for name, value in averages.items()}

@@ -189,4 +189,5 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_good_state(
     train(recipe, ["stages.0.learning_rate=0.001"], accept_changes=True, stop_after=0)
     assert newest_state(tmp_path / "run").name == "00000023"
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values()) and "loss" in rows[0]
+    assert [row["skipped"] for row in rows if "skipped" in row] == [2] * 10 and "loss" not in rows[2]

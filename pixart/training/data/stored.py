@@ -1,6 +1,8 @@
 """Features that the reference's own tools wrote, read as they are (tools/extract_features.py of PixArt-alpha and PixArt-sigma)."""
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ...config import Variant
 from ...errors import DataError
 
 PIXELS = 8  # of a latent's side
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}  # by an npy's version
 
 
 def read_states(path: Path, width: int) -> Tensor:
@@ -39,13 +42,21 @@ def read_states(path: Path, width: int) -> Tensor:
 
 def check_latent(path: Path, variant: Variant, size: tuple[int, int]) -> None:
     """Raises DataError unless the npy has mean and std of a latent of this height and width in pixels; reads its header alone."""
-    found = _load(path, mmap_mode="r")
+    try:
+        with path.open("rb") as file:
+            read = HEADERS[np.lib.format.read_magic(file)]
+            shape, _, dtype = read(file)
+            whole = os.fstat(file.fileno()).st_size - file.tell() == math.prod(shape) * dtype.itemsize
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} can't be read ({error}); extract it again.") from None
     wanted = (2 * variant.transformer.in_channels, size[0] // PIXELS, size[1] // PIXELS)
-    if getattr(found, "shape", None) != wanted or found.dtype.kind != "f":
+    if shape != wanted or dtype.kind != "f":
         raise DataError(
-            f"{path} is {getattr(found, 'shape', 'no array')}; expected mean and std, {wanted}, of a picture of {size[0]}x{size[1]}. "
+            f"{path} is {shape} of {dtype}; expected mean and std, {wanted}, of a picture of {size[0]}x{size[1]}. "
             "Was it extracted for another base size, or distorted to another bin?"
         )
+    if not whole:
+        raise DataError(f"{path} is cut off; extract it again.")
 
 
 def read_latent(path: Path, variant: Variant, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -57,9 +68,9 @@ def read_latent(path: Path, variant: Variant, size: tuple[int, int]) -> tuple[Te
     return (mean - variant.latent_shift) * variant.latent_scale, std * variant.latent_scale
 
 
-def _load(path: Path, **options: Any) -> Any:
+def _load(path: Path) -> Any:
     try:
-        return np.load(path, allow_pickle=False, **options)
+        return np.load(path, allow_pickle=False)
     except Exception as error:  # zipfile, numpy and the file system each have their own
         raise DataError(f"{path} can't be read ({error}); extract it again.") from None
 

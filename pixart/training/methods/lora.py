@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,15 @@ from ..adapter_files import PREFIX, TEXT_PREFIX, check_peft_folder, comfy_tensor
 from ..adapters import ALL, KINDS, PRESETS, Adaptation, add_adapters, choose_layers
 from ..bases import DTYPES, base_dtype, check_base, pack_matrices
 from ..batch import Batch, Source
-from ..initialize import load_base
+from ..initialize import is_dry, load_base
 from ..recipe import Recipe
 from ..results import check_saving, describe
 from ..text_trained import TextTrained
 from ..write import write_weights
 from . import full
+
+if TYPE_CHECKING:
+    from ...text.encoder import TextEncoder
 
 TRANSFORMER, TEXT = "transformer.", "text_encoder."  # parts of `TextTrained`
 T5_LAYERS = re.compile(r"encoder\.block\.\d+\.layer\.\d+\.\w+\.\w+")
@@ -92,13 +95,11 @@ class Part(full.Part):
         return Adaptation(settings.kind, rank, alpha, settings.rank_stabilized, settings.dropout, settings.factor)
 
     def _with_text_encoder(self, transformer: nn.Module, device: torch.device) -> TextTrained:
-        from ...text.encoder import load_text_encoder  # transformers is slow to import
-
         place = getattr(self.recipe.source.settings, "text_encoder", None)
         if not place:
             raise ConfigError("text_rank trains T5 too; set source.text_encoder (--text-encoder) to it.")
         dtype = base_dtype(self.settings.base, self.recipe.precision)
-        encoder = load_text_encoder(place, dtype=torch.bfloat16 if dtype == torch.float16 else dtype)  # in fp16 T5 overflows
+        encoder = _text_encoder(place, torch.bfloat16 if dtype == torch.float16 else dtype)  # in fp16 T5 overflows
         targets = choose_layers(encoder.model, self._text_targets(), None, text=True)
         pack_matrices(encoder.model, self.settings.base, device, T5_LAYERS)
         add_adapters(encoder.to(device).model, self.adaptation(text=True), targets)
@@ -139,3 +140,17 @@ class Part(full.Part):
             if text_layers:
                 folder = path.with_name(f"{path.stem}-peft-text")
                 write_peft_folder(text_layers, self.adaptation(text=True), folder, base, facts)
+
+
+def _text_encoder(place: str, dtype: torch.dtype) -> TextEncoder:
+    """T5 with its tokenizer; in a dry run without its numbers."""
+    from ...text.encoder import TextEncoder, empty_model, find_tokenizer_of, load_text_encoder, open_weights  # slow to import
+
+    if not is_dry():
+        return load_text_encoder(place, dtype=dtype)
+    with torch.device("cpu"):
+        weights, _ = open_weights(place, dtype)
+        tokenizer = find_tokenizer_of(weights, None)
+    model = empty_model(weights).to(dtype)
+    model.set_input_embeddings(model.shared)
+    return TextEncoder(model.eval().requires_grad_(False), tokenizer)

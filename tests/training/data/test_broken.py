@@ -138,10 +138,11 @@ SINGLE: dict[str, tuple[Make, str]] = {  # a data set of which one picture can't
     "a dangling link": (lambda root: (good(root), (root / "bad.png").symlink_to(root / "nowhere.png"), (root / "metadata.csv").write_text("file_name,text\nbad.png,x")), "bad.png: .*not there"),
     "a picture cut off in a tar": (shard, r"0.tar, bad.png: it is damaged"),
     "a row without bytes": (no_bytes, "a.parquet, group 0, row 4: its row holds no picture"),
-    "a latent of another size": (lambda root: reference(root, LATENTS, lambda path: stored_latent(path, 32, 64)), r"x/bad.png: .*x_bad.npy is \(8, 4, 8\); expected mean and std, \(8, 8, 8\)"),
-    "a latent without spread": (lambda root: reference(root, LATENTS, lambda path: stored_latent(path, 64, 64, channels=4)), r"x_bad.npy is \(4, 8, 8\); expected"),
-    "a latent that runs code": (lambda root: reference(root, LATENTS, lambda path: np.save(path, np.array([{"a": 1}], dtype=object))), "x_bad.npy can't be read .*extract it again"),
-    "a latent that is cut off": (lambda root: reference(root, LATENTS, lambda path: (stored_latent(path, 64, 64), path.write_bytes(path.read_bytes()[:90]))), "x_bad.npy can't be read"),
+    "a latent of another size": (lambda root: reference(root, LATENTS, lambda path: stored_latent(path, 32, 64)), r"x/bad.png: .*x_bad.npy is \(8, 4, 8\) of float32; expected mean and std, \(8, 8, 8\)"),
+    "a latent without spread": (lambda root: reference(root, LATENTS, lambda path: stored_latent(path, 64, 64, channels=4)), r"x_bad.npy is \(4, 8, 8\) of float32; expected"),
+    "a latent that runs code": (lambda root: reference(root, LATENTS, lambda path: np.save(path, np.array([{"a": 1}], dtype=object))), r"x_bad.npy is \(1,\) of object; expected mean and std"),
+    "a latent that is no npy": (lambda root: reference(root, LATENTS, lambda path: path.write_bytes(b"PK no")), "x_bad.npy can't be read .*extract it again"),
+    "a latent that is cut off": (lambda root: reference(root, LATENTS, lambda path: (stored_latent(path, 64, 64), path.write_bytes(path.read_bytes()[:900]))), "x_bad.npy is cut off; extract it again"),
 }  # fmt: skip
 
 
