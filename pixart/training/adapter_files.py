@@ -1,7 +1,6 @@
 """Trained adapters as files: one safetensors in the keys that ComfyUI and this package read, and PEFT's folder."""
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..errors import ConfigError
 from .adapters import Adaptation
 
 PREFIX, TEXT_PREFIX = "diffusion_model.", "text_encoders.t5xxl.transformer."  # as ComfyUI names its models' layers
-FILE, CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+FILE, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 ROWS = ("lora_up", "hada_w1_a", "hada_w2_a", "magnitude")  # matrices whose rows are the weight's
 PEFT_NAMES = {"lora_up": ".lora_B.weight", "lora_down": ".lora_A.weight", "magnitude": ".lora_magnitude_vector"}
 Layers = Mapping[str, Mapping[str, Tensor]]  # layer -> role, see `adapters.names.ROLES` -> tensor
@@ -87,8 +86,3 @@ def check_peft_folder(kind: str) -> None:
     """Raises ConfigError for a kind that diffusers' split layers can't take."""
     if kind == "lokr":
         raise ConfigError("peft_folder is asked for a LoKr, whose products don't split into diffusers' layers; write the file alone.")
-
-
-def read_config(folder: Path) -> dict:
-    """PEFT's settings of a folder."""
-    return json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -53,6 +53,9 @@ def add_adapters(network: nn.Module, adaptation: Adaptation, targets: Sequence[s
     """Puts a trainable adapter, in fp32, beside each of the named layers, in place; all else is frozen. At first nothing changes."""
     network.requires_grad_(False)
     load_peft().inject_adapter_in_model(adaptation.config(targets), network, NAME)
+    for parameter in network.parameters():
+        if parameter.requires_grad:  # peft takes the dtype of the layer, in which small steps would be lost
+            parameter.data = parameter.data.float()
 
 
 def choose_layers(network: nn.Module, targets: str | Sequence[str], blocks: Sequence[int] | None, text: bool = False) -> list[str]:

@@ -109,6 +109,14 @@ def test_compression_without_weights_is_no_start_of_a_run_without_it(tmp_path, m
         initialize.copy_weights(PixArtTransformer(CONFIG), "first.safetensors", "demo")
 
 
+@pytest.mark.parametrize("mode", ["uniform", "ave"])
+def test_modes_without_weights_are_trained_and_noted(recipe_path, tmp_path, mode):
+    first = str(train(recipe_path(steps=1)))
+    asked = {"initialize": first, "method": {"name": "kv", "blocks": [[1, 2]], "mode": mode}, "run_dir": str(tmp_path / "kv")}
+    found = inspect_file(train(recipe_path(steps=1, output=str(tmp_path / "kv.safetensors"), **asked))).config
+    assert (found.compressed_blocks, found.compression_mode) == (((1, 2),), mode)
+
+
 @pytest.mark.parametrize("value", [[], [[9, 2]], [[1, 1]]])
 def test_blocks_that_can_not_be(recipe_path, value):
     with pytest.raises(ConfigError, match="blocks"):

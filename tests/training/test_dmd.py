@@ -188,6 +188,21 @@ def test_a_companion_makes_its_own_updates(recipe_path, base: Path) -> None:
     assert changed
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_adapters_and_companions_learn_in_fp32_beside_16_bits(recipe_path, base: Path, precision: str) -> None:
+    """fp16 scales the loss of every turn too."""
+    loop = Loop(load_recipe(recipe_path(**run_changes(base, method={"name": "lora", "rank": 2}, precision=precision))))
+    for network in (loop.network, loop.objective.fake):
+        assert {value.dtype for value in network.parameters() if value.requires_grad} == {torch.float32}
+        assert torch.float32 not in {value.dtype for value in network.blocks[0].attn.qkv.base_layer.parameters()}
+    before = {name: value.clone() for name, value in loop._tensors().items() if ".network." in name or name.startswith("network.")}
+    values = loop._train_step()
+    assert all(torch.isfinite(torch.tensor(value)) for value in values.values()) and loop._skipped == 0
+    after = loop._tensors()
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("network."))
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("companion.fake."))
+
+
 def test_gradients_of_a_companion_that_are_not_finite_change_nothing(recipe_path, base: Path, monkeypatch) -> None:
     loop = Loop(load_recipe(recipe_path(**run_changes(base))))
     before = {name: value.clone() for name, value in loop._tensors().items()}
