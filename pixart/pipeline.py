@@ -22,6 +22,7 @@ from .habits import plain_number, unknown_arguments
 from .kv_compress import KVCompression
 from .logs import get_logger
 from .model import PIXELS_PER_LATENT, PixArtTransformer
+from .output import check_output, to_output
 from .samplers import DPMSolver, Sampler, find_sampler, sampler_for
 from .sampling import Callback, Preview, Source, check_scheduler, denoise, initial_noise, make_scheduler, sources_of
 from .sampling_note import SamplingNote, read_note
@@ -34,7 +35,6 @@ from .vae import Vae, load_vae
 
 logger = get_logger(__name__)
 
-OUTPUTS = ("pil", "np", "pt", "latent")
 MAX_STEPS = 1000  # timesteps of the training schedule
 MAX_STRENGTH = 100
 
@@ -260,8 +260,7 @@ class Pipeline:
                 raise InputError(f"{name} is {value!r}; expected a whole number, 1 to {limit}.")
         if not isinstance(guidance, Real) or not 0 <= guidance < 1e4:
             raise InputError(f"guidance is {guidance!r}; expected 0 to 10000, usually 1 to 10.")
-        if output not in OUTPUTS:
-            raise InputError(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}.")
+        check_output(output)
         if self.vae is None and output != "latent":
             raise InputError('This pipeline has no VAE: give vae= when loading, or ask for output="latent".')
 
@@ -327,16 +326,3 @@ class Pipeline:
     def _decode(self, latents: Tensor, canvas: Canvas) -> Tensor:
         """Pictures (B, 3, height, width) in 0..1, of the wanted size."""
         return crop_to_wanted(self.vae.decode(latents), canvas).clamp(0, 1)
-
-
-def to_output(images: Tensor, output: str) -> Any:
-    """Pictures (B, 3, H, W) in 0..1 as "pt", "np" (B, H, W, 3) or a list of PIL pictures."""
-    if output == "pt":
-        return images
-    array = images.permute(0, 2, 3, 1).cpu().numpy()
-    if output == "np":
-        return array
-    from PIL import Image
-
-    return [Image.fromarray((picture * 255).round().astype("uint8")) for picture in array]
-

@@ -136,7 +136,7 @@ class DrawWorker:
     def _draw(self, items: Sequence[Picture], texts: dict[str, Any]) -> list[Any]:
         """PIL pictures of the wanted sizes."""
         from ..canvas import choose_canvas, crop_to_wanted
-        from ..pipeline import to_output
+        from ..output import to_output
         from ..text.embeddings import concatenate_all
 
         first, settings = items[0], self.stage.settings
