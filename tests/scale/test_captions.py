@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,8 @@ def test_what_can_not_be_is_said(folder, capsys, options, message, monkeypatch) 
 def test_folders_that_can_not_be_captioned(tmp_path, folder, capsys) -> None:
     (tmp_path / "empty").mkdir()
     assert command(tmp_path / "empty") == 2 and "holds no picture; expected files that end in .jpg" in capsys.readouterr().err
+    Path(os.fsdecode(os.fsencode(tmp_path / "empty") + b"/caf\xe9.png")).touch()
+    assert command(tmp_path / "empty") == 2 and "have names that are no UTF-8, such as b'caf\\xe9.png'; rename" in capsys.readouterr().err
     assert command(tmp_path / "absent") == 2 and "is no folder; expected one with pictures" in capsys.readouterr().err
     Image.new("RGB", (8, 8)).save(folder / "a.webp")
     with pytest.raises(InputError, match="Several pictures of one name share .*a.txt"):
