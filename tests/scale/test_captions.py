@@ -129,6 +129,14 @@ def test_fields_of_metadata_are_filled_and_the_rest_of_it_stays(folder, asked) -
     assert not texts(folder)
 
 
+def test_the_file_of_fields_is_not_read_anew_for_each_batch(folder, asked, monkeypatch) -> None:
+    reads, original = [], Field._read
+    monkeypatch.setattr(Field, "_read", lambda self: reads.append(self) or original(self))
+    assert command(folder, "--model", "x", "--to", "text", "--batch-size", 3) == 0
+    at_once = len(reads)
+    assert command(folder, "--model", "x", "--to", "other", "--batch-size", 1) == 0 and len(reads) == 2 * at_once
+
+
 def test_a_prompt_of_ones_own(folder, asked) -> None:
     (folder / "a.alt").write_text("a boat\n", encoding="utf-8")
     assert command(folder, "--model", "x", "--prompt", "Is this {alt}?", "--alt-text", ".alt") == 0
