@@ -15,9 +15,10 @@ from pixart import cli
 from pixart.errors import InputError
 from pixart.scale import vision
 from pixart.scale.book import FOLDER
+from pixart.scale.caption_commands import MODEL, SMALL_MODEL
 from pixart.scale.caption_files import Field, TextFiles, picture_names, texts_at
 from pixart.scale.caption_stage import ALONE, WITH_TEXT, CaptionSettings, CaptionStage
-from tests.support.demo import DEMO
+from tests.support.demo import DEMO, ROOT
 from tests.support.tiny_vlm import save_vlm
 
 
@@ -249,6 +250,11 @@ def test_folders_that_can_not_be_captioned(tmp_path, folder, capsys) -> None:
     (folder / "metadata.jsonl").write_text('{"text": "no name"}\n', encoding="utf-8")
     with pytest.raises(InputError, match="metadata.jsonl, line 1: expected an object with a file_name"):
         Field(folder, "text")
+
+
+def test_the_front_page_names_the_usual_model_and_a_small_one() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert MODEL in page and SMALL_MODEL in page
 
 
 def test_texts_are_read_as_they_lie(folder) -> None:
