@@ -18,7 +18,9 @@ from .where import Where, threads, worker_count
 INSTALL = "`pip install \".[scale]\"` in the repository"
 OBJECT_STORE = 100 * 2**20  # bytes; only numbers of chunks go through it
 BLOCKS = 1000  # at most; a worker takes one block of chunks after the other
-PATIENCE = 3.0  # seconds for a cluster's address to answer
+PATIENCE = 10.0  # seconds for a cluster's address to answer
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of gRPC, which Ray speaks
+SETTINGS = 4  # kind of the frame that it is answered with
 
 
 def run_on_ray(stages: Sequence[Stage], chosen: Where) -> None:
@@ -116,13 +118,19 @@ def _quieten(ray: Any) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Ray itself waits a minute for a cluster that isn't there."""
+    """Ray itself waits minutes for a cluster that isn't there, and then ends the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host:
         return  # "auto", or a name that Ray knows
     try:
-        socket.create_connection((host, int(port)), PATIENCE).close()
-    except (OSError, ValueError) as error:
+        with socket.create_connection((host, int(port)), PATIENCE) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return
+            connection.sendall(GREETING)
+            answer = connection.recv(9)
+        if answer[3:4] != bytes([SETTINGS]):
+            raise ValueError("what listens there is no Ray")
+    except (OSError, ValueError, OverflowError) as error:
         raise UnsupportedError(_no_cluster(address, error)) from None
 
 

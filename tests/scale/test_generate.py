@@ -17,10 +17,13 @@ from PIL import Image
 import pixart
 from pixart import cli
 from pixart.app.settings import from_text
-from pixart.scale import draw_stage, encode_stage
+from pixart.errors import UnsupportedError
+from pixart.scale import draw_stage, encode_stage, on_ray
 from pixart.scale.book import FOLDER
 from pixart.scale.graph import GraphModels, picture_graph
+from pixart.scale.many import summary
 from pixart.scale.prompt_rows import Picture
+from tests.support.queue_host import queue_hosts
 from tests.support.tiny_pipeline import make_parts
 
 ROWS = [
@@ -251,6 +254,13 @@ def test_what_can_not_be_is_said_before_anything_is_drawn(generate, tmp_path, ca
         pytest.importorskip("ray")
     assert generate(*options) == 2
     assert message in capsys.readouterr().err and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_an_address_at_which_something_else_listens_is_no_cluster() -> None:
+    with queue_hosts("") as hosts, pytest.raises(UnsupportedError, match=r"No Ray cluster answers at .*what listens there is no Ray"):
+        on_ray._check_address(hosts[0].address)
+    with pytest.raises(UnsupportedError, match="No Ray cluster answers at 127.0.0.1:99999"):
+        on_ray._check_address("127.0.0.1:99999")
 
 
 def test_an_output_that_is_a_file_and_few_prompts_on_many_machines(generate, prompts, capsys) -> None:
