@@ -176,6 +176,21 @@ def test_new_rows_are_added_and_changed_ones_refused_unless_told(generate, promp
     assert generate() == 2
 
 
+def test_a_picture_that_other_prompts_drew_since_is_not_taken_for_the_first_ones(generate, prompts, drawn, tmp_path, capsys) -> None:
+    first = prompts.read_text(encoding="utf-8")
+    (tmp_path / "out/00001.png").unlink()
+    prompts.write_text(first.replace("a red circle", "a cube", 1), encoding="utf-8")
+    assert generate() == 0 and content(tmp_path / "out")["00001.png"] != drawn["00001.png"]
+    prompts.write_text(first, encoding="utf-8")
+    assert generate() == 2 and "out holds 00001.png, drawn from other prompts" in capsys.readouterr().err
+    assert generate("--overwrite") == 0 and content(tmp_path / "out") == drawn
+
+
+def test_the_summary_counts_what_is_there() -> None:
+    rows = [{"status": status, "file": "a.png", "row": 1, "error": "no memory"} for status in ("drawn", "failed", "missing")]
+    assert summary(rows, Path("out")).startswith("1 of 3 pictures are in out;")
+
+
 def test_a_file_that_is_no_picture_of_ours_is_never_replaced_unasked(generate, tmp_path, capsys) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/00002.png").write_bytes(b"mine")
