@@ -259,6 +259,8 @@ def test_other_samplers_have_another_graph_or_none() -> None:
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--workers", "2"], "--workers is 2, but --on local is one process"),
         (["--address", "auto"], "--address is of a Ray cluster, but --on is local"),
+        (["--seed", "-1"], "--seed is -1; expected 0 to 18446744073709551615"),
+        (["--sampler", "one-step"], "The sampler one-step was given 2 steps; expected 1 step"),
         (["--hosts", "a"], "--hosts and --graph are of --on comfy"),
         (["--text-encoder", "absent"], "absent does not exist"),
         (["--on", "ray", "--address", "127.0.0.1:9"], "No Ray cluster answers at 127.0.0.1:9"),
@@ -269,6 +271,12 @@ def test_what_can_not_be_is_said_before_anything_is_drawn(generate, tmp_path, ca
         pytest.importorskip("ray")
     assert generate(*options) == 2
     assert message in capsys.readouterr().err and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_width_of_nothing_is_not_the_usual_one(models, tmp_path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("red", encoding="utf-8")
+    assert command(tmp_path / "a.txt", models, tmp_path / "out", "--width", 0) == 2
+    assert "a.txt: line 1: width is 0" in capsys.readouterr().err
 
 
 def test_an_address_at_which_something_else_listens_is_no_cluster() -> None:
