@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import socket
+import sys
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +28,50 @@ SETTINGS = 4  # kind of the frame that it is answered with
 
 def run_on_ray(stages: Sequence[Stage], chosen: Where) -> None:
     """Does the stages on a cluster, one after the other. Raises PixArtError or OSError."""
+    joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if chosen.address is None or joined:
+        _run_here(stages, chosen)
+        return
+    _check_address(chosen.address)
+    problem = apart(_run_here, stages, chosen)
+    if problem is None:
+        problem = f"Ray ended its process; is the cluster at {chosen.address} still there? What was done stays done; run the command again."
+    if problem:
+        raise UnsupportedError(problem)
+
+
+def apart(function: Callable[..., None], *arguments: Any) -> str | None:
+    """Calls it in a process of its own, since Ray ends the process whose cluster goes away; "" or the error, None if that happened."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_apart, args=(sender, function, *arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    finally:
+        process.join()
+
+
+def _apart(sender: Any, function: Callable[..., None], *arguments: Any) -> None:
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no work goes on for a command that was killed
+    try:
+        function(*arguments)
+    except (PixArtError, OSError) as error:
+        sender.send(str(error))
+    except KeyboardInterrupt:
+        return
+    else:
+        sender.send("")
+
+
+def _run_here(stages: Sequence[Stage], chosen: Where) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tqdm")
+from pixart.device import check_device
+from pixart.scale import on_ray
 from pixart.scale.book import FOLDER, Book, locked
 from pixart.scale.drive import DEATHS, Opened, drive
 from pixart.scale.many import forget_failures
@@ -146,6 +149,12 @@ def test_there_is_one_worker_a_card_and_one_for_a_card_that_was_named(monkeypatc
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert worker_count(Where(device="cuda")) == 8 and worker_count(Where(device="cuda:1")) == 1
     assert worker_count(Where(device="cuda:1", workers=2)) == 2
+
+
+def test_work_in_a_process_of_its_own_tells_its_error_or_that_it_was_ended() -> None:
+    assert on_ray.apart(check_device, "cpu") == ""
+    assert "expected auto, cpu, cuda" in on_ray.apart(check_device, "toaster")
+    assert on_ray.apart(os._exit, 1) is None
 
 
 def test_locks_of_one_file_exclude_each_other(tmp_path: Path) -> None:
