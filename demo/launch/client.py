@@ -22,11 +22,11 @@ OnProgress = Callable[[str, int, int], None]
 
 
 class QueueError(LaunchError):
-    """The host refused a graph or a node of it failed; `details` is the host's own report."""
+    """The host refused a graph or a node of it failed; `details` is the host's own report, `status` HTTP's if it refused."""
 
-    def __init__(self, message: str, details: Mapping[str, Any]) -> None:
+    def __init__(self, message: str, details: Mapping[str, Any], status: int = 0) -> None:
         super().__init__(message)
-        self.details = dict(details)
+        self.details, self.status = dict(details), status
 
 
 class ComfyClient:
@@ -65,7 +65,7 @@ class ComfyClient:
             return self.post("/prompt", body)["prompt_id"]
         except urllib.error.HTTPError as error:
             report = _report(error)
-            raise QueueError("ComfyUI refused the graph: " + _refusal(report), report) from None
+            raise QueueError("ComfyUI refused the graph: " + _refusal(report), report, error.code) from None
 
     def wait(self, prompt_id: str, timeout: float = 600, on_progress: OnProgress | None = None) -> dict[str, Any]:
         """The history entry of a prompt once it is done; raises QueueError with the node's message if it failed."""

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ def picture_names(folder: Path) -> list[str]:
     found = [path.relative_to(folder).as_posix() for path in visible_files(folder) if path.suffix.lower() in PICTURES]
     if not found:
         raise InputError(f"{folder} holds no picture; expected files that end in {', '.join(PICTURES)}, in it or in its folders.")
+    strange = [os.fsencode(name) for name in found if os.fsencode(name).decode(errors="replace") != name]
+    if strange:
+        raise InputError(f"{len(strange)} pictures in {folder} have names that are no UTF-8, such as {strange[0]!r}; rename them.")
     return sorted(found)
 
 

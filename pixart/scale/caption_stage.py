@@ -77,16 +77,20 @@ class CaptionStage:
 
     def publish(self, chunk: Chunk, rows: list[Row]) -> None:
         """Files appear at once; fields when all is done, since they share one file."""
-        texts = self.texts
-        if not isinstance(texts, Field):
+        if self._to_files:
+            texts = self.texts
             texts.put({row["file"]: row["captions"] for row in rows if "captions" in row and not self._has(texts, row)})
 
     def is_whole(self, chunk: Chunk, rows: list[Row]) -> bool:
         """Whether the captions are where they should be."""
-        if not self.settings.to.startswith("."):
+        if not self._to_files:
             return True
         texts = self.texts
         return all("error" in row or self._has(texts, row) for row in rows)
+
+    @property
+    def _to_files(self) -> bool:
+        return self.settings.to.startswith(".")
 
     def collect(self) -> list[Row]:
         """Puts the captions into their field if that is where they go; the rows of all chunks that are done."""

@@ -59,17 +59,21 @@ def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | 
     from .draw_stage import DrawSettings, DrawStage
     from .encode_stage import EncodeStage, TextSettings
     from .graph import GraphModels, model_name
-    from .prompt_rows import Defaults, read_pictures
+    from .prompt_rows import LARGEST_SEED, Defaults, read_pictures
     from .stage import identity
 
     model = _model(given, parts["transformer"])
     base = model["base_size"]
-    size = {"width": given.width or base, "height": given.height or base}
+    size = {"width": base if given.width is None else given.width, "height": base if given.height is None else given.height}
     sampler = find_sampler(given.sampler)
     steps = sampler.steps if given.steps is None else given.steps
     guidance = sampler.guidance if given.cfg is None else given.cfg
+    if not 0 <= (given.seed or 0) <= LARGEST_SEED:
+        raise InputError(f"--seed is {given.seed}; expected 0 to {LARGEST_SEED}.")
     defaults = Defaults(given.negative, given.seed or 0, steps=steps, guidance=guidance, images=given.images, **size)
     pictures = read_pictures(given.prompts, defaults)
+    for count in sorted({item.steps for item in pictures}):
+        sampler.check(count, sampler.guidance)  # before T5 has read all prompts
     prompts = {item.prompt for item in pictures} | {item.negative for item in pictures if item.guided}
     output = given.output or Path("pictures")
     text = TextSettings.of(

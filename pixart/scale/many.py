@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputError
+from ..training.data.marks import mark_of
 from .book import FOLDER, Book, locked, write_text
-from .draw_stage import FAILED, DrawStage, key_in
+from .draw_stage import DRAWN, FAILED, DrawStage, key_in
 from .encode_stage import EncodeStage
 from .prompt_rows import Picture
 from .stage import Row, Stage
@@ -46,25 +47,35 @@ def prepare(draw: DrawStage, overwrite: bool) -> None:
     place = draw.place
     if place.exists() and not place.is_dir():
         raise InputError(f"--output is {place}, which is a file; expected a folder.")
-    there = (item for item in unrecorded(draw) if (place / item.file).exists())
+    there = (item for item in unproven(draw) if (place / item.file).exists())
     others = sorted(item.file for item in there if key_in(place / item.file) != draw.key_of(item))
-    if not others:
-        return
-    if not overwrite:
+    if others and not overwrite:
         more = "" if len(others) <= SHOWN else f" and {len(others) - SHOWN} more"
         raise InputError(
             f"{place} holds {', '.join(others[:SHOWN])}{more}, drawn from other prompts, settings or models. Choose another --output, or "
             "add --overwrite to draw them anew."
         )
-    shutil.rmtree(place / FOLDER / draw.name, ignore_errors=True)  # records of pictures that are overwritten
+    if others:
+        shutil.rmtree(place / FOLDER / draw.name, ignore_errors=True)  # records of pictures that are overwritten
     for name in others:
         (place / name).unlink()
+    write_text(_asked_file(draw), _asked(draw))
 
 
-def unrecorded(draw: DrawStage) -> list[Picture]:
-    """Pictures of chunks without a record: nothing is known of their files."""
+def unproven(draw: DrawStage) -> list[Picture]:
+    """Pictures whose files may be of another run: those without a record, and all if the last run here drew something else."""
+    if not _asked_file(draw).is_file() or _asked_file(draw).read_text(encoding="utf-8") != _asked(draw):
+        return [item for chunk in draw.chunks for item in chunk.items]
     book = Book(draw)
     return [item for chunk in draw.chunks if book.record(chunk) is None for item in chunk.items]
+
+
+def _asked(draw: DrawStage) -> str:
+    return mark_of(*((item.file, draw.key_of(item)) for chunk in draw.chunks for item in chunk.items))
+
+
+def _asked_file(draw: DrawStage) -> Path:
+    return draw.place / FOLDER / f"{draw.name}-asked"
 
 
 def forget_failures(stage: Stage) -> None:
@@ -92,7 +103,7 @@ def write_index(draw: DrawStage) -> list[Row]:
 def summary(rows: Sequence[Row], place: Path) -> str:
     """What the command says at its end."""
     failed = [row for row in rows if row["status"] == FAILED]
-    lines = [f"{len(rows) - len(failed)} of {len(rows)} pictures are in {place}; {INDEX} lists them."]
+    lines = [f"{sum(row['status'] == DRAWN for row in rows)} of {len(rows)} pictures are in {place}; {INDEX} lists them."]
     lines += [f"failed: {row['file']}, row {row['row']}: {row['error']}" for row in failed]
     cut = sum("cut" in row for row in rows)
     if cut:

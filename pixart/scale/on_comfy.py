@@ -1,6 +1,6 @@
 """`generate --on comfy --hosts A B`: the pictures are queued to several running ComfyUIs, through their queue API alone.
 
-Each host is given one picture after the other. What a host had when it died, another draws.
+Each host is given one picture after the other. What a host had when it died, or failed at, another draws.
 """
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from http.client import HTTPException
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ logger = get_logger(__name__)
 PORT = 8188
 PATIENCE = 30.0  # seconds without an answer, after which a host counts as dead
 LOOK = 2.0  # seconds between looks at a host's queue
-TRIES = 2  # of a picture that a host refuses or fails at
+TRIES = 2  # at least, of a picture that a host refuses or fails at; every living host has one
+GATEWAY = (502, 503, 504)  # what a proxy answers in the place of a host that is gone
 
 
 def generate_on_comfy(draw: DrawStage, hosts: Sequence[str], graph: Path | None, overwrite: bool = False) -> list[Row]:
@@ -85,17 +87,20 @@ class Fleet:
         self.client = import_module("demo.launch.client")
         self.waiting: deque[Chunk] = deque(chunk for chunk in draw.chunks if not self.book.is_done(chunk))
         self.errors: dict[str, list[str]] = {}
+        self.failed_at: dict[str, set[str]] = {}  # hosts by picture
         self.dead: dict[str, str] = {}
         self.fatal: Exception | None = None
         self.stopped = threading.Event()
         self.open = len(self.waiting)
         self.lock = threading.Lock()
         self.hosts = list(dict.fromkeys(self._url(host) for host in hosts))
+        self.living: set[str] = set()
 
     def run(self) -> None:
         """Returns when every picture is drawn or has failed; raises UnsupportedError when no host is left."""
         clients = {host: self.client.ComfyClient(host, timeout=PATIENCE) for host in self.hosts}
         living = [host for host in self.hosts if self.open and self._answers(host, clients[host])]
+        self.living = set(living)
         if self.open and not living:
             raise UnsupportedError(f"No ComfyUI can draw: {self._dead()}.")
         threads = [threading.Thread(target=self._serve, args=(host, clients[host]), daemon=True) for host in living]
@@ -116,9 +121,8 @@ class Fleet:
     def _serve(self, host: str, client: Any) -> None:
         """One host's thread, until nothing is left or it dies."""
         while not self.stopped.is_set() and self.open:
-            try:
-                chunk = self.waiting.popleft()
-            except IndexError:
+            chunk = self._next(host)
+            if chunk is None:
                 time.sleep(PAUSE)  # others may give theirs back
                 continue
             try:
@@ -130,12 +134,24 @@ class Fleet:
                     self.stopped.set()
                     return
                 self.dead[host] = one_line(error)
+                with self.lock:
+                    self.living.discard(host)
                 logger.warning("%s is given up (%s); its picture is drawn by another.", host, one_line(error))
                 return
             except Exception as error:  # a thread would end without a word
                 self.fatal = error
                 self.stopped.set()
                 return
+
+    def _next(self, host: str) -> Chunk | None:
+        """The first picture that waits; one that the host failed at is left to the others as long as they have not."""
+        with self.lock:
+            for number, chunk in enumerate(self.waiting):
+                failed = self.failed_at.get(chunk.items[0].file, set())
+                if host not in failed or self.living <= failed:
+                    del self.waiting[number]
+                    return chunk
+        return None
 
     def _finish(self, chunk: Chunk, client: Any) -> None:
         """Draws one picture, unless another run is at it or has drawn it; raises HostError if the host dies."""
@@ -158,9 +174,12 @@ class Fleet:
         try:
             image = self._opened(self._picture(client, self.graphs.of(picture)))
         except self.client.QueueError as error:
-            problems = self.errors.setdefault(picture.file, [])
-            problems.append(f"{one_line(error)} ({client.url})")
-            return self.draw.failed(picture, problems[-1]) if len(problems) >= TRIES else None
+            with self.lock:
+                problems = self.errors.setdefault(picture.file, [])
+                problems.append(f"{one_line(error)} ({client.url})")
+                self.failed_at.setdefault(picture.file, set()).add(client.url)
+                final = len(problems) >= TRIES and self.living <= self.failed_at[picture.file]
+            return self.draw.failed(picture, problems[-1]) if final else None
         if not (self.draw.place / picture.file).is_file():
             save_picture(self.draw, picture, image)
         return self.draw.row(picture, DRAWN, host=client.url)
@@ -192,7 +211,11 @@ class Fleet:
                 return client.image(shown[-1])
         except HostError:
             raise
-        except (OSError, ValueError) as error:  # ValueError: an answer that is no JSON
+        except self.client.QueueError as error:
+            if error.status in GATEWAY:
+                raise HostError(f"it is gone: {one_line(error)}") from None
+            raise
+        except (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:  # broken off, or not ComfyUI's JSON
             raise HostError(f"it doesn't answer: {one_line(error)}") from None
         raise HostError("the run was stopped")
 
@@ -208,7 +231,7 @@ class Fleet:
         try:
             missing = sorted(kinds - client.get_json("/object_info").keys())
             self.dead.update({host: f"it lacks the nodes {', '.join(missing)}; install this pack there"} if missing else {})
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, HTTPException, ValueError, AttributeError) as error:
             self.dead[host] = f"no ComfyUI answers ({one_line(error)})"
         if host in self.dead:
             logger.warning("%s: %s", host, self.dead[host])

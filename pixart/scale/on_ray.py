@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import socket
+import sys
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +21,57 @@ from .where import Where, threads, worker_count
 INSTALL = "`pip install \".[scale]\"` in the repository"
 OBJECT_STORE = 100 * 2**20  # bytes; only numbers of chunks go through it
 BLOCKS = 1000  # at most; a worker takes one block of chunks after the other
-PATIENCE = 3.0  # seconds for a cluster's address to answer
+PATIENCE = 10.0  # seconds for a cluster's address to answer
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # of gRPC, which Ray speaks
+SETTINGS = 4  # kind of the frame that it is answered with
 
 
 def run_on_ray(stages: Sequence[Stage], chosen: Where) -> None:
     """Does the stages on a cluster, one after the other. Raises PixArtError or OSError."""
+    joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if chosen.address is None or joined:
+        _run_here(stages, chosen)
+        return
+    _check_address(chosen.address)
+    problem = apart(_run_here, stages, chosen)
+    if problem is None:
+        problem = f"Ray ended its process; is the cluster at {chosen.address} still there? What was done stays done; run the command again."
+    if problem:
+        raise UnsupportedError(problem)
+
+
+def apart(function: Callable[..., None], *arguments: Any) -> str | None:
+    """Calls it in a process of its own, since Ray ends the process whose cluster goes away; "" or the error, None if that happened."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_apart, args=(sender, function, *arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    finally:
+        process.join()
+
+
+def _apart(sender: Any, function: Callable[..., None], *arguments: Any) -> None:
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no work goes on for a command that was killed
+    try:
+        function(*arguments)
+    except (PixArtError, OSError) as error:
+        sender.send(str(error))
+    except KeyboardInterrupt:
+        return
+    else:
+        sender.send("")
+
+
+def _run_here(stages: Sequence[Stage], chosen: Where) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -116,13 +165,19 @@ def _quieten(ray: Any) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Ray itself waits a minute for a cluster that isn't there."""
+    """Ray itself waits minutes for a cluster that isn't there, and then ends the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host:
         return  # "auto", or a name that Ray knows
     try:
-        socket.create_connection((host, int(port)), PATIENCE).close()
-    except (OSError, ValueError) as error:
+        with socket.create_connection((host, int(port)), PATIENCE) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return
+            connection.sendall(GREETING)
+            answer = connection.recv(9)
+        if answer[3:4] != bytes([SETTINGS]):
+            raise ValueError("what listens there is no Ray")
+    except (OSError, ValueError, OverflowError) as error:
         raise UnsupportedError(_no_cluster(address, error)) from None
 
 

@@ -150,6 +150,8 @@ def _checked(values: Mapping[str, Any], defaults: Defaults) -> dict[str, Any]:
     for name in ("prompt", "negative"):
         if not isinstance(found[name], str):
             raise InputError(f"{name} is {found[name]!r}; expected a text.")
+        if not _is_unicode(found[name]):
+            raise InputError(f"{name} is {found[name][:60]!a}, which holds half of a character; write it whole.")
     found["prompt"], found["negative"] = found["prompt"].strip(), found["negative"].strip()
     if not found["prompt"]:
         raise InputError("the prompt is empty.")
@@ -160,6 +162,14 @@ def _checked(values: Mapping[str, Any], defaults: Defaults) -> dict[str, Any]:
     found["guidance"] = _number("guidance", found["guidance"], 0, 1e4)
     found["width"], found["height"] = check_size(*(_whole(side, found[side], 1, 2**31) for side in ("width", "height")))
     return found
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell halves of a surrogate pair, which no file can hold
+        return False
+    return True
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

@@ -87,7 +87,7 @@ def worker_count(chosen: Where) -> int:
     import torch
 
     if chosen.device.startswith("cuda"):
-        return torch.cuda.device_count()
+        return 1 if ":" in chosen.device else torch.cuda.device_count()  # a card that was named is the only one
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // chosen.threads, 1)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from pixart import cli
 from pixart.errors import InputError
 from pixart.scale import vision
 from pixart.scale.book import FOLDER
+from pixart.scale.caption_commands import MODEL, SMALL_MODEL
 from pixart.scale.caption_files import Field, TextFiles, picture_names, texts_at
 from pixart.scale.caption_stage import ALONE, WITH_TEXT, CaptionSettings, CaptionStage
-from tests.support.demo import DEMO
+from tests.support.demo import DEMO, ROOT
 from tests.support.tiny_vlm import save_vlm
 
 
@@ -128,6 +130,14 @@ def test_fields_of_metadata_are_filled_and_the_rest_of_it_stays(folder, asked) -
     assert not texts(folder)
 
 
+def test_the_file_of_fields_is_not_read_anew_for_each_batch(folder, asked, monkeypatch) -> None:
+    reads, original = [], Field._read
+    monkeypatch.setattr(Field, "_read", lambda self: reads.append(self) or original(self))
+    assert command(folder, "--model", "x", "--to", "text", "--batch-size", 3) == 0
+    at_once = len(reads)
+    assert command(folder, "--model", "x", "--to", "other", "--batch-size", 1) == 0 and len(reads) == 2 * at_once
+
+
 def test_a_prompt_of_ones_own(folder, asked) -> None:
     (folder / "a.alt").write_text("a boat\n", encoding="utf-8")
     assert command(folder, "--model", "x", "--prompt", "Is this {alt}?", "--alt-text", ".alt") == 0
@@ -227,6 +237,8 @@ def test_what_can_not_be_is_said(folder, capsys, options, message, monkeypatch) 
 def test_folders_that_can_not_be_captioned(tmp_path, folder, capsys) -> None:
     (tmp_path / "empty").mkdir()
     assert command(tmp_path / "empty") == 2 and "holds no picture; expected files that end in .jpg" in capsys.readouterr().err
+    Path(os.fsdecode(os.fsencode(tmp_path / "empty") + b"/caf\xe9.png")).touch()
+    assert command(tmp_path / "empty") == 2 and "have names that are no UTF-8, such as b'caf\\xe9.png'; rename" in capsys.readouterr().err
     assert command(tmp_path / "absent") == 2 and "is no folder; expected one with pictures" in capsys.readouterr().err
     Image.new("RGB", (8, 8)).save(folder / "a.webp")
     with pytest.raises(InputError, match="Several pictures of one name share .*a.txt"):
@@ -238,6 +250,11 @@ def test_folders_that_can_not_be_captioned(tmp_path, folder, capsys) -> None:
     (folder / "metadata.jsonl").write_text('{"text": "no name"}\n', encoding="utf-8")
     with pytest.raises(InputError, match="metadata.jsonl, line 1: expected an object with a file_name"):
         Field(folder, "text")
+
+
+def test_the_front_page_names_the_usual_model_and_a_small_one() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert MODEL in page and SMALL_MODEL in page
 
 
 def test_texts_are_read_as_they_lie(folder) -> None:

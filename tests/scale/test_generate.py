@@ -17,10 +17,13 @@ from PIL import Image
 import pixart
 from pixart import cli
 from pixart.app.settings import from_text
-from pixart.scale import draw_stage, encode_stage
+from pixart.errors import UnsupportedError
+from pixart.scale import draw_stage, encode_stage, on_ray
 from pixart.scale.book import FOLDER
 from pixart.scale.graph import GraphModels, picture_graph
+from pixart.scale.many import summary
 from pixart.scale.prompt_rows import Picture
+from tests.support.queue_host import queue_hosts
 from tests.support.tiny_pipeline import make_parts
 
 ROWS = [
@@ -173,6 +176,21 @@ def test_new_rows_are_added_and_changed_ones_refused_unless_told(generate, promp
     assert generate() == 2
 
 
+def test_a_picture_that_other_prompts_drew_since_is_not_taken_for_the_first_ones(generate, prompts, drawn, tmp_path, capsys) -> None:
+    first = prompts.read_text(encoding="utf-8")
+    (tmp_path / "out/00001.png").unlink()
+    prompts.write_text(first.replace("a red circle", "a cube", 1), encoding="utf-8")
+    assert generate() == 0 and content(tmp_path / "out")["00001.png"] != drawn["00001.png"]
+    prompts.write_text(first, encoding="utf-8")
+    assert generate() == 2 and "out holds 00001.png, drawn from other prompts" in capsys.readouterr().err
+    assert generate("--overwrite") == 0 and content(tmp_path / "out") == drawn
+
+
+def test_the_summary_counts_what_is_there() -> None:
+    rows = [{"status": status, "file": "a.png", "row": 1, "error": "no memory"} for status in ("drawn", "failed", "missing")]
+    assert summary(rows, Path("out")).startswith("1 of 3 pictures are in out;")
+
+
 def test_a_file_that_is_no_picture_of_ours_is_never_replaced_unasked(generate, tmp_path, capsys) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/00002.png").write_bytes(b"mine")
@@ -241,6 +259,8 @@ def test_other_samplers_have_another_graph_or_none() -> None:
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--workers", "2"], "--workers is 2, but --on local is one process"),
         (["--address", "auto"], "--address is of a Ray cluster, but --on is local"),
+        (["--seed", "-1"], "--seed is -1; expected 0 to 18446744073709551615"),
+        (["--sampler", "one-step"], "The sampler one-step was given 2 steps; expected 1 step"),
         (["--hosts", "a"], "--hosts and --graph are of --on comfy"),
         (["--text-encoder", "absent"], "absent does not exist"),
         (["--on", "ray", "--address", "127.0.0.1:9"], "No Ray cluster answers at 127.0.0.1:9"),
@@ -251,6 +271,19 @@ def test_what_can_not_be_is_said_before_anything_is_drawn(generate, tmp_path, ca
         pytest.importorskip("ray")
     assert generate(*options) == 2
     assert message in capsys.readouterr().err and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_width_of_nothing_is_not_the_usual_one(models, tmp_path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("red", encoding="utf-8")
+    assert command(tmp_path / "a.txt", models, tmp_path / "out", "--width", 0) == 2
+    assert "a.txt: line 1: width is 0" in capsys.readouterr().err
+
+
+def test_an_address_at_which_something_else_listens_is_no_cluster() -> None:
+    with queue_hosts("") as hosts, pytest.raises(UnsupportedError, match=r"No Ray cluster answers at .*what listens there is no Ray"):
+        on_ray._check_address(hosts[0].address)
+    with pytest.raises(UnsupportedError, match="No Ray cluster answers at 127.0.0.1:99999"):
+        on_ray._check_address("127.0.0.1:99999")
 
 
 def test_an_output_that_is_a_file_and_few_prompts_on_many_machines(generate, prompts, capsys) -> None:

@@ -65,6 +65,21 @@ def test_a_host_that_dies_midway_loses_nothing(tmp_path, trouble, capsys) -> Non
     assert drawn(tmp_path) == EXPECTED
 
 
+@pytest.mark.parametrize("trouble", ["breaks off", "gateway", "odd"])
+def test_a_host_that_breaks_off_or_answers_nonsense_is_given_up(tmp_path, trouble, capsys, caplog) -> None:
+    with queue_hosts(trouble, "") as hosts:
+        assert generate(tmp_path, hosts) == 0 and len(hosts[0].graphs) <= 1
+    assert drawn(tmp_path) == EXPECTED and "is given up" in caplog.text
+
+
+@pytest.mark.parametrize("troubles", [("fails", ""), ("refuses", "fails", "")])
+def test_what_some_hosts_fail_at_another_draws(tmp_path, troubles) -> None:
+    with queue_hosts(*troubles) as hosts:
+        assert generate(tmp_path, hosts) == 0
+        assert sorted(hosts[-1].seeds()) == list(range(10, 10 + COUNT))
+    assert drawn(tmp_path) == EXPECTED
+
+
 def test_without_a_host_left_what_was_drawn_stays_and_the_next_run_goes_on(tmp_path, capsys) -> None:
     with queue_hosts("dies") as hosts:
         assert generate(tmp_path, hosts) == 2

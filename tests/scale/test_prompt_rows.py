@@ -63,6 +63,7 @@ def test_names_are_as_long_as_the_largest_number(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a", "guidance": "much"}', "guidance is 'much'"),
         ("a.jsonl", '{"prompt": "a", "images": 0}', "images is 0"),
         ("a.jsonl", '{"prompt": " "}', "the prompt is empty"),
+        ("a.jsonl", '{"prompt": "a \\ud83d"}', r"line 1: prompt is 'a .ud83d', which holds half of a character"),
         ("a.pdf", "x", r"expected a file that ends in .txt, .csv, .jsonl"),
     ],
 )

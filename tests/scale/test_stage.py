@@ -2,17 +2,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tqdm")
+from pixart.device import check_device
+from pixart.scale import on_ray
 from pixart.scale.book import FOLDER, Book, locked
 from pixart.scale.drive import DEATHS, Opened, drive
 from pixart.scale.many import forget_failures
 from pixart.scale.stage import cut
-from pixart.scale.where import Where, run
+from pixart.scale.where import Where, run, worker_count
 from tests.support.counted_stage import CountedStage
 
 
@@ -140,6 +143,18 @@ def test_run_computes_with_the_chosen_threads_and_gives_them_back(tmp_path: Path
     monkeypatch.setattr(stage, "open", lambda device: seen.append((torch.get_num_threads(), device)) or stage)
     run([stage], Where(threads=before + 1))
     assert seen == [(before + 1, "cpu")] and torch.get_num_threads() == before
+
+
+def test_there_is_one_worker_a_card_and_one_for_a_card_that_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert worker_count(Where(device="cuda")) == 8 and worker_count(Where(device="cuda:1")) == 1
+    assert worker_count(Where(device="cuda:1", workers=2)) == 2
+
+
+def test_work_in_a_process_of_its_own_tells_its_error_or_that_it_was_ended() -> None:
+    assert on_ray.apart(check_device, "cpu") == ""
+    assert "expected auto, cpu, cuda" in on_ray.apart(check_device, "toaster")
+    assert on_ray.apart(os._exit, 1) is None
 
 
 def test_locks_of_one_file_exclude_each_other(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ THIS_PACKS = ("PixArtModelLoader", "PixArtT5Loader", "PixArtTextEncode", "PixArt
 
 class QueueHost(ThreadingHTTPServer):
     """Draws each graph as one colour made from its seed. `trouble`: "dies" and "forgets" at the second graph, "fails" always or
-    "fails once" a seed, "refuses", "empty" (saves nothing), "damaged" (no picture), "bare" (lacks this pack)."""
+    "fails once" a seed, "refuses", "gateway" (a proxy's answer), "odd" (other JSON than ComfyUI's), "breaks off" in the middle of a file,
+    "empty" (saves nothing), "damaged" (no picture), "bare" (lacks this pack)."""
 
     daemon_threads = True
 
@@ -83,12 +84,22 @@ class Handler(BaseHTTPRequestHandler):
             seed = int(self.path.split("filename=")[1].split(".")[0])
             file = io.BytesIO()
             Image.new("RGB", (8, 8), colour(seed)).save(file, "PNG")
+            if host.trouble == "breaks off":
+                self.send_response(200)
+                self.send_header("Content-Length", "100000")
+                self.end_headers()
+                self.wfile.write(file.getvalue())
+                self.close_connection = True
+                return
             self.answer(b"damaged" if host.trouble == "damaged" else file.getvalue())
         else:
             self.answer(b"{}", 404)
 
     def do_POST(self) -> None:
         host, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if host.trouble in ("gateway", "odd"):
+            self.answer(b"<html>502 Bad Gateway</html>" if host.trouble == "gateway" else b"[]", 502 if host.trouble == "gateway" else 200)
+            return
         if host.trouble == "refuses":
             self.answer(json.dumps({"error": {"message": "no such model"}, "node_errors": {}}).encode(), 400)
             return
