@@ -107,6 +107,7 @@ def test_cancelling_ends_a_job_at_its_step_and_frees_a_waiting_one_at_once(line,
     until(lambda: third.progress.ahead == 1)
     line.leave(first)
     line.leave(first)  # harmless
+    assert first.outcome is None and "Cancelling: the step at hand is the last." in describe(first, None)
     [model.gate.release() for _ in range(10)]
     until(lambda: third.outcome)
     assert (first.outcome, third.outcome, model.order) == (CANCELLED, DRAWN, ["one", "three"])
