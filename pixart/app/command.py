@@ -35,7 +35,7 @@ def add_app_command(commands: argparse._SubParsersAction, parts: Parts, demo_lor
     app.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     app.add_argument("--output", type=Path, default=Path("output"), help="folder for pictures; the page can read this one alone")
     app.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for every machine that can reach this one (default: this one alone)")
-    app.add_argument("--port", type=int, default=7860)
+    app.add_argument("--port", type=int, default=7860, help="0: any that is free")
     app.add_argument("--share", choices=("no", "yes"), default="no", help="yes: a public link through Gradio's tunnel")
     app.set_defaults(run=lambda given: _app(given, parts(given), demo_loras, dtypes))
 
@@ -45,8 +45,7 @@ def _app(given: argparse.Namespace, parts: Mapping[str, Path], demo_loras: Path,
 
     from . import server
 
-    address = server.Address(given.host, given.port, given.share == "yes")
-    server.check_free(address)  # before minutes of loading
+    address = server.check_free(server.Address(given.host, given.port, given.share == "yes"))  # before minutes of loading
     folder = server.prepare(given.output)
     from .line import Line
     from .model import Model, Places

@@ -24,6 +24,7 @@ READ = re.compile(
 )
 WRITE = re.compile(rf"{API}/(queue/join|upload|cancel|reset/?)")
 UPLOAD = f"{API}/upload"
+ELSEWHERE = (b"cross-site", b"same-site")  # as browsers say where a request comes from: other pages would fill the disk with uploads
 LARGEST_BODY = 1_000_000  # bytes of a form; uploads have Gradio's own limit
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
@@ -50,6 +51,8 @@ class Guard:
         if path == HEALTH and method in ("GET", "HEAD"):
             return await _answer(send, 200, '{"status": "ok"}', method)
         refused = self._refusal(method, path)
+        if method == "POST" and dict(scope["headers"]).get(b"sec-fetch-site") in ELSEWHERE:
+            refused = 403, '{"error": "not allowed"}'
         if refused:
             return await _answer(send, *refused, method)
         if method == "POST" and path != UPLOAD:

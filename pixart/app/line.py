@@ -148,6 +148,6 @@ class Line:
         except Cancelled:
             return CANCELLED
         except Exception as error:  # whatever it is, the next in line goes on, and the page says it
-            job.error = explain(error)
+            job.error = explain(error, self.model.folders)
             logger.log(logging.INFO, "A job failed: %s", job.error)
             return FAILED

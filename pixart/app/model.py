@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +85,7 @@ class Model:
         self.short_of_memory = self._is_short(encoder.model)
         self.preview = fit_preview(self.pipe.vae)
         self.offer = _offer_of(self.pipe, places)
+        self.folders = _folders_of(places)
         self._release_if_short()
 
     def draw(self, settings: Settings, reports: Reports) -> Iterator[tuple[Settings, Image.Image]]:
@@ -270,11 +272,21 @@ def _loras_in(folder: Path | None) -> tuple[str, ...]:
     ))  # fmt: skip
 
 
-def explain(error: BaseException) -> str:
-    """One sentence for the page; what nobody foresaw goes to the log with its traceback."""
+def _folders_of(places: Places) -> tuple[str, ...]:
+    """Where the files lie, as sentences name it, the longest first."""
+    files = [each.parent for each in (places.transformer, places.text_encoder, places.vae, places.tokenizer) if each is not None]
+    given = [*files, *([places.loras] if places.loras is not None else [])]
+    return tuple(sorted({f"{each}{os.sep}" for each in (*given, *(each.resolve() for each in given)) if each.name}, key=len, reverse=True))
+
+
+def explain(error: BaseException, folders: Sequence[str] = ()) -> str:
+    """One sentence for the page, without these folders of this machine; what nobody foresaw goes to the log with its traceback."""
     if isinstance(error, (PixArtError, ImportError)):
-        return str(error)
-    if isinstance(error, OSError):  # whose own text names folders of this machine
+        text = str(error)
+        for folder in folders:
+            text = text.replace(folder, "")
+        return text
+    if isinstance(error, OSError):  # whose own text names folders as well
         logger.error("%s", error)
         return f"A file could not be read or written: {error.strerror or type(error).__name__}."
     if isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 from collections.abc import AsyncIterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from ..errors import PixArtError
 from ..samplers import SAMPLERS, SASolver
 from .line import Job, Line
 from .pictures import read_settings
-from .settings import LARGEST_SEED, LIMITS, MOST_PICTURES, NO_LORA, Offer, Settings
+from .settings import LIMITS, MOST_PICTURES, NO_LORA, Offer, Settings
 from .status import describe, message
 from .styles import NO_STYLE, STYLES
 
 MOST_SHOWN = 60
 PAUSE = 0.15  # seconds between two looks at a job
 HELLO = "Write what the picture should show, then press Enter."
+# 0 to LARGEST_SEED. In the browser: a server's answer would come late and write over what was typed meanwhile.
+NEW_SEED = "() => crypto.getRandomValues(new Uint32Array(1))[0]"
 SA_FIELDS = ("predictor_order", "corrector_order", "eta")
 CSS = """
 .pixart-said, .pixart-done, .pixart-failed { font-size: 1.05em; padding: .5em 0; overflow-wrap: anywhere }
@@ -90,9 +92,8 @@ class _Page:
         form["negative"] = gr.Textbox(label="Negative prompt", info="What the picture should not show", lines=1, max_lines=4)
         form |= self._build_size(offer)
         with gr.Row():
-            form["seed"] = gr.Number(
-                _new_seed, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=160, elem_id="pixart-seed"
-            )  # fmt: skip
+            # Without limits: Gradio would name neither the field nor what it expects, `Settings` does
+            form["seed"] = gr.Number(label="Seed", precision=0, min_width=160, elem_id="pixart-seed")
             self.reseed = gr.Button("New seed", min_width=120, elem_id="pixart-reseed")
             form["pictures"] = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Pictures", min_width=200)
         with gr.Accordion("Sampling", open=False):
@@ -117,8 +118,7 @@ class _Page:
         with gr.Row():
             size = gr.Dropdown([*map(_size_text, offer.sizes)], value=start, label="Size (trained)", min_width=140)
             self.wished = [
-                gr.Number(offer.base_size, label=f"Wished {side}", precision=0, minimum=1, maximum=LIMITS[side][1], min_width=100)
-                for side in ("width", "height")
+                gr.Number(offer.base_size, label=f"Wished {side}", precision=0, min_width=100) for side in ("width", "height")
             ]
         return {"size": size}
 
@@ -129,7 +129,7 @@ class _Page:
         form = [*self.form.values()]
         gr.on([self.draw.click, self.form["prompt"].submit], self._draw, [self.drawn, *form], outputs, **free)
         self.cancel.click(self._cancel, None, None, **free)
-        self.reseed.click(_new_seed, None, self.form["seed"], **free)
+        gr.on([self.reseed.click, self.blocks.load], None, None, self.form["seed"], js=NEW_SEED, **free)
         self.form["sampler"].input(_of_sampler, self.form["sampler"], [self.form["steps"], self.form["guidance"], self.sa_group], **free)
         gr.on([each.change for each in self.wished], self._choose_size, self.wished, self.form["size"], **free)
         self.dropped.upload(self._refill, self.dropped, [self.status, self.sa_group, *form], **free)
@@ -179,9 +179,12 @@ class _Page:
 
     def _choose_size(self, width: float | None, height: float | None) -> Any:
         """The trained size nearest to the wished one, once both sides are there."""
+        if width is None or height is None:
+            return gr.skip()
         try:
-            return _nearest(self.line.model.offer, int(width), int(height)) if width and height else gr.skip()
-        except PixArtError:
+            return _nearest(self.line.model.offer, int(width), int(height))
+        except PixArtError as error:
+            gr.Warning(escape(str(error)), title="Wished size")
             return gr.skip()
 
     def _refill(self, path: str | None) -> list[Any]:
@@ -224,7 +227,3 @@ def _size_text(size: tuple[int, int]) -> str:
 def _nearest(offer: Offer, width: int, height: int) -> str:
     found = nearest_bin(offer.base_size, width, height)
     return _size_text((found.width, found.height))
-
-
-def _new_seed() -> int:
-    return secrets.randbelow(LARGEST_SEED + 1)

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def serving(line: Any, folder: Path, address: Address) -> Iterator[str]:
 
     from .page import CSS, build_page, theme
 
-    check_free(address)
+    address = check_free(address)
     middleware = [Middleware(Guard, folder=folder)]
     if address.is_loopback and ":" not in address.host and not address.share:
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, address.host], www_redirect=False))
@@ -111,13 +111,14 @@ def _until_interrupted() -> None:
     threading.Event().wait()
 
 
-def check_free(address: Address) -> None:
-    """Raises InputError where nothing can listen; Gradio would say it in many lines."""
+def check_free(address: Address) -> Address:
+    """The address, a free port in place of 0. Raises InputError where nothing can listen; Gradio would say it in many lines."""
     try:
         kind = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         with socket.socket(kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address.host, address.port))
+            return replace(address, port=probe.getsockname()[1])
     except OSError as error:
         raise InputError(
             f"Can't listen on {address.host} port {address.port} ({error.strerror or error}); choose others with --host and --port."

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -100,7 +99,16 @@ def from_text(text: str) -> tuple[Settings, str]:
         raise InputError("The settings inside this picture are damaged; expected those that this page writes.")
     model = values.pop("model", "")
     values.pop("version", None)
-    return Settings.of(values), model if isinstance(model, str) else ""
+    return Settings.of(values), model if isinstance(model, str) and _is_writable(model) else ""
+
+
+def _is_writable(text: str) -> bool:
+    """Whether it is text to the end: JSON can name half of a character, which neither a page nor a file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _checked(name: str, kind: str, value: Any) -> Any:
@@ -108,10 +116,12 @@ def _checked(name: str, kind: str, value: Any) -> Any:
         if not isinstance(value, str) or len(value) > LONGEST_PROMPT:
             found = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
             raise InputError(f"{name} is {found}; expected text of at most {LONGEST_PROMPT} characters.")
+        if not _is_writable(value):
+            raise InputError(f"{name} holds half a character, which can't be written down; delete it, or write it again.")
         return value
     least, most = LIMITS[name]
     whole = kind == "int"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not least <= value <= most or (whole and value != int(value)):
         shown = repr(value)[:50]
         raise InputError(f"{name} is {shown}; expected a {'whole ' if whole else ''}number from {least} to {most}.")

@@ -26,6 +26,8 @@ def describe(job: Job, preview: LatentPreview) -> str:
     if job.outcome is not None:
         return _ending(job) + notes
     progress, settings = job.progress, job.settings
+    if job.is_cancelled:  # a step of a large model takes long
+        return message("Cancelling: the step at hand is the last.") + notes
     if progress.ahead:
         before = "1 is before you" if progress.ahead == 1 else f"{progress.ahead} are before you"
         return message(f"Waiting in line: {before}.")

@@ -177,6 +177,18 @@ def test_a_visitor_who_leaves_makes_room_for_the_next(visit, server):
     assert len([*server.output.glob("*.png")]) - before < 8 + 1
 
 
+def test_each_form_begins_with_a_seed_that_no_server_is_asked_for(visit):
+    """An answer that comes late would write over what was typed meanwhile."""
+    page, asked, seeds = visit(), [], set()
+    page.on("request", lambda request: asked.append(request.url) if "queue/join" in request.url else None)
+    for renew in (page.reload, page.reload, lambda: page.click("#pixart-reseed")):
+        before = page.input_value("#pixart-seed input")
+        renew()
+        page.wait_for_function("before => ![before, ''].includes(document.querySelector('#pixart-seed input')?.value)", arg=before)
+        seeds.add(page.input_value("#pixart-seed input"))
+    assert len(seeds) == 3 and all(0 <= int(seed) < 2**32 for seed in seeds) and asked == []
+
+
 def test_an_error_is_a_sentence(visit, server):
     page = visit()
     page.click("#pixart-draw")
@@ -185,6 +197,12 @@ def test_an_error_is_a_sentence(visit, server):
     fill(page, "<img src=x onerror=alert(1)>" * 400)
     page.click("#pixart-draw")
     assert settle(page, "characters").strip() == "prompt is 11200 characters; expected text of at most 10000 characters."
+    fill(page, seed=99999999999)
+    page.click("#pixart-draw")
+    assert settle(page, "seed").strip() == "seed is 99999999999; expected a whole number from 0 to 4294967295."
+    page.get_by_label("Wished width").fill("99999")
+    page.keyboard.press("Tab")
+    page.get_by_text("width is 99999; expected 1 to 16384 pixels.").wait_for()
     assert "Traceback" not in page.inner_text("body") + server.log.read_text(encoding="utf-8")
 
 

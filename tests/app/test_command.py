@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("gradio")
 from pixart import cli
-from pixart.app.server import Address, prepare, warning
+from pixart.app.server import Address, check_free, prepare, warning
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,11 @@ def test_a_port_in_use_is_one_line(tmp_path, capsys):
     code, said = run(capsys, "--output", tmp_path, "--port", 70000)
     assert code == 2 and "expected 1 to 65535" in said
     assert run(capsys, "--output", tmp_path, "--host", "no.such.host.invalid")[0] == 2
+
+
+def test_port_0_is_any_that_is_free():
+    found = check_free(Address(port=0))
+    assert found.host == "127.0.0.1" and found.port > 0 and check_free(found) == found
 
 
 def test_what_can_not_be_done_is_one_line(tmp_path, capsys):

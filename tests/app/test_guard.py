@@ -29,6 +29,12 @@ def ask(server: Server, path: str, body: Any = None, method: str | None = None, 
     return found
 
 
+def upload(name: str, content: bytes) -> tuple[bytes, str]:
+    """(body, content type) of a form with one file."""
+    head = f'--x1\r\ncontent-disposition: form-data; name="files"; filename="{name}"\r\ncontent-type: text/html\r\n\r\n'
+    return head.encode() + content + b"\r\n--x1--\r\n", "multipart/form-data; boundary=x1"
+
+
 def test_pictures_are_served_and_what_lies_elsewhere_is_not(server: Server, tmp_path: Path) -> None:
     picture = server.output / "one.png"
     Image.new("RGB", (8, 8)).save(picture)
@@ -84,6 +90,12 @@ def test_another_sites_page_reaches_nothing(server: Server) -> None:
     status, _, headers = ask(server, "/", origin="http://evil.example")
     assert headers.get("access-control-allow-origin") != "http://evil.example"
     assert "frame-ancestors 'none'" in headers["content-security-policy"] and headers["x-content-type-options"] == "nosniff"
+    body, kind = upload("x.png", b"x")
+    before = {*server.output.rglob("*")}
+    for site in ("cross-site", "same-site"):  # a form of another page needs no permission to be sent
+        assert ask(server, "/gradio_api/upload", body, content_type=kind, sec_fetch_site=site)[0] == 403
+    assert {*server.output.rglob("*")} == before
+    assert ask(server, "/gradio_api/upload", body, content_type=kind, sec_fetch_site="same-origin")[0] == 200
 
 
 def test_the_page_names_no_other_machine_that_a_browser_would_ask(server: Server) -> None:
@@ -102,12 +114,8 @@ def test_health_is_told_and_says_no_more(server: Server) -> None:
 
 
 def test_uploads_stay_in_the_output_folder(server: Server) -> None:
-    boundary = "x1"
-    body = (
-        f'--{boundary}\r\ncontent-disposition: form-data; name="files"; filename="../../../up.html"\r\ncontent-type: text/html\r\n\r\n'
-        f"<script>1</script>\r\n--{boundary}--\r\n"
-    ).encode()
-    status, content, _ = ask(server, "/gradio_api/upload", body, content_type=f"multipart/form-data; boundary={boundary}")
+    body, kind = upload("../../../up.html", b"<script>1</script>")
+    status, content, _ = ask(server, "/gradio_api/upload", body, content_type=kind)
     assert status == 200
     written = Path(json.loads(content)[0])
     assert written.resolve().is_relative_to(server.output) and not (server.output.parent / "up.html").exists()

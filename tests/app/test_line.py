@@ -30,6 +30,7 @@ class SlowModel:
     """Draws grey pictures, a step at a time when `gate` lets it; prompts name what goes wrong."""
 
     offer = OFFER
+    folders = ("/private/folder/",)
 
     def __init__(self):
         self.gate, self.order, self.active = threading.Semaphore(0), [], 0
@@ -44,7 +45,7 @@ class SlowModel:
                 for step in range(settings.steps):
                     self.gate.acquire()
                     if settings.prompt == "bad":
-                        raise InputError("a sentence")
+                        raise InputError("/private/folder/x.safetensors: a sentence")
                     if settings.prompt == "worse":
                         raise ZeroDivisionError("private detail")
                     reports.step(number, step + 1, torch.zeros(1, 4, 2, 2))
@@ -107,6 +108,7 @@ def test_cancelling_ends_a_job_at_its_step_and_frees_a_waiting_one_at_once(line,
     until(lambda: third.progress.ahead == 1)
     line.leave(first)
     line.leave(first)  # harmless
+    assert first.outcome is None and "Cancelling: the step at hand is the last." in describe(first, None)
     [model.gate.release() for _ in range(10)]
     until(lambda: third.outcome)
     assert (first.outcome, third.outcome, model.order) == (CANCELLED, DRAWN, ["one", "three"])
@@ -118,7 +120,7 @@ def test_errors_are_sentences_and_the_line_goes_on(line, model, caplog):
     [model.gate.release() for _ in range(9)]
     until(lambda: jobs[2].outcome)
     assert [job.outcome for job in jobs] == [FAILED, FAILED, DRAWN]
-    assert jobs[0].error == "a sentence" and 'role="alert"' in describe(jobs[0], None)
+    assert jobs[0].error == "x.safetensors: a sentence" and 'role="alert"' in describe(jobs[0], None)
     assert "ZeroDivisionError" in jobs[1].error and "private detail" not in describe(jobs[1], None)
     assert "private detail" in caplog.text  # whoever runs the page can find it
 

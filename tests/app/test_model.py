@@ -15,7 +15,7 @@ pytest.importorskip("sentencepiece")
 
 from pixart import Pipeline
 from pixart.app import model as model_module
-from pixart.app.model import KEEP, RELEASE, Model, Places, Reports
+from pixart.app.model import KEEP, RELEASE, Model, Places, Reports, explain
 from pixart.app.settings import Settings
 from pixart.errors import CheckpointError, InputError
 from pixart.samplers import OneStep
@@ -138,11 +138,13 @@ def test_a_lora_is_put_on_and_taken_off_exactly(model, parts, loras):
     assert all(torch.equal(value, before[name]) for name, value in model.pipe.transformer.state_dict().items())
 
 
-def test_a_lora_that_does_not_fit_is_named_and_changes_nothing(model):
+def test_a_lora_that_does_not_fit_is_named_and_changes_nothing(model, loras):
     bare = draw(model, WISH)
     draw(model, replace(WISH, lora="style.safetensors"))
-    with pytest.raises(CheckpointError, match="broken.safetensors"):
+    with pytest.raises(CheckpointError, match="broken.safetensors") as caught:
         draw(model, replace(WISH, lora="broken.safetensors"))
+    assert str(loras) in str(caught.value)
+    assert explain(caught.value, model.folders).startswith("broken.safetensors:")  # visitors need no folders of this machine
     assert np.array_equal(bare, draw(model, WISH))
 
 

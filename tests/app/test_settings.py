@@ -58,14 +58,22 @@ def png(path, text):
         ('{"prompt": "x", "steps": "20"}', "steps is '20'; expected a whole number from 1 to 100"),
         ('{"prompt": "x", "steps": 1e99}', "steps is 1e\\+99"),
         ('{"prompt": "x", "guidance": NaN}', "guidance is nan"),
+        ('{"prompt": "x", "seed": 1' + "0" * 400 + "}", "seed is 1000"),
+        ('{"prompt": "x", "guidance": -1' + "0" * 400 + "}", "guidance is -1000"),
+        ('{"prompt": "x", "guidance": -Infinity}', "guidance is -inf"),
         ('{"prompt": "x", "seed": true}', "seed is True"),
         ('{"prompt": "x", "seed": 1.5}', "seed is 1.5; expected a whole number"),
         (json.dumps({"prompt": "x" * 10_001}), "10001 characters"),
+        ('{"prompt": "x \\ud800"}', "prompt holds half a character"),
     ],
 )
 def test_damaged_settings_are_refused_by_name(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
         read_settings(png(tmp_path / "x.png", text))
+
+
+def test_a_models_name_that_no_page_can_show_is_left_out(tmp_path):
+    assert read_settings(png(tmp_path / "x.png", '{"prompt": "x", "model": "a \\udfff"}'))[1] == ""
 
 
 def test_files_without_settings_are_refused(tmp_path):
