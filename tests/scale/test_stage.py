@@ -1,8 +1,9 @@
 """Chunks, their records and locks, and one worker's way through them; no model is loaded."""
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from pixart.scale.many import forget_failures
 from pixart.scale.stage import cut
 from pixart.scale.where import Where, run, worker_count
 from tests.support.counted_stage import CountedStage
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def go(stage: CountedStage, first: int = 0, of: int = 1) -> None:
@@ -115,10 +118,10 @@ def test_what_another_is_at_is_waited_for_and_taken_over_if_it_gives_up(tmp_path
 
 def test_a_killed_worker_frees_its_chunk_and_loses_no_more_than_that(tmp_path: Path) -> None:
     stage = CountedStage(tmp_path, 8, 2, {3: "kill"})
-    victim = multiprocessing.get_context("spawn").Process(target=go, args=(stage,))
-    victim.start()
-    victim.join(60)
-    assert victim.exitcode == -9 and stage.files() == {0, 1, 2}
+    code = "import sys; from pathlib import Path; from tests.scale.test_stage import CountedStage, go; "
+    code += "go(CountedStage(Path(sys.argv[1]), 8, 2, {3: 'kill'}))"
+    victim = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=120)
+    assert victim.returncode == -9 and stage.files() == {0, 1, 2}
     go(stage)
     assert stage.worked() == [0, 1, 2, 2, 3, 4, 5, 6, 7]
 
