@@ -194,12 +194,16 @@ def install(profile: environment.Profile) -> Path:
 
 def check_weights(fast: bool = False) -> None:
     """Stop early when the clone lacks the demo models."""
-    needed = [*WEIGHTS.values(), *([DISTILLED["lcm"]] if fast else [])]
-    missing = [str(file.relative_to(ROOT)) for file in needed if not file.is_file()]
+    missing = [str(file.relative_to(ROOT)) for file in WEIGHTS.values() if not file.is_file()]
     if missing:
         raise LaunchError(
             f"the demo models are missing: {', '.join(missing)}. They are part of the repository: "
             "restore them with git checkout -- demo/weights"
+        )
+    if fast and not DISTILLED["lcm"].is_file():
+        raise LaunchError(
+            f"--fast needs {DISTILLED['lcm'].relative_to(ROOT)}, which is made by training: python -m pixart train "
+            "configs/train/demo-lcm-lora.json. Draw without --fast until then"
         )
 
 
