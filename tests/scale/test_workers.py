@@ -23,6 +23,15 @@ from tests.support.counted_stage import CountedStage
 from tests.support.tiny_vlm import save_vlm
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_tests_first() -> Iterator[None]:
+    """New processes import `tests.support` by name; a host that other tests put first on sys.path has a `tests` of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield
 
 
 @pytest.fixture(scope="module")
