@@ -22,8 +22,8 @@ if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit("quickstart.py needs Python 3.10 or later; this is Python " + sys.version.split()[0] + ".")
 
 from demo import DISTILLED, WEIGHTS
-from demo.launch import checkout, environment, graph, host
-from demo.launch.errors import LaunchError
+from launch import checkout, environment, graph, host
+from launch.errors import LaunchError
 
 ROOT = Path(__file__).absolute().parent
 WORK = ROOT / ".quickstart"
@@ -147,7 +147,7 @@ def draw_standalone(given: argparse.Namespace) -> Path:
     path = output_path(given)
     python = install(environment.standalone_profile())
     device = "cpu" if given.cpu else host.accelerator(python)
-    command = [str(python), "-m", "demo.launch.standalone", "--output", str(path), "--device", device]
+    command = [str(python), "-m", "launch.standalone", "--output", str(path), "--device", device]
     for name in ("negative", "seed", "steps", "cfg", "width", "height"):
         command.append(f"--{name}={getattr(given, name)}")
     command += [f"--lora={DISTILLED['lcm']}"] if given.fast else []

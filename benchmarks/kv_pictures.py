@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.kv_quality import EXACT, RESULTS, Setting, make_sampler, pipeline_of, settings, sides, trained_settings
 from demo import WEIGHTS
-from demo.contact_sheet import Entry, make_contact_sheet
-from demo.evaluate import KINDS, Run, draw, make_questions
-from demo.reader import check
+from demo.data.reader import check
+from demo.evaluation.contact_sheet import Entry, make_contact_sheet
+from demo.evaluation.prompts import KINDS, Run, draw, make_questions
 from pixart import Pipeline
 
 SHOWN = (EXACT, "mean 2, 0% to 50% of sampling", "mean 2, first half", "mean 2, last half", "mean 2, all", "stride 2, all", "mean 4, all")

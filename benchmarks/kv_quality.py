@@ -1,6 +1,6 @@
 """What KV compression does to the demo's pictures: alignment score and distance from the uncompressed ones.
 
-`python -m benchmarks kv_quality` draws the held-out prompts of demo.evaluate with each setting, from the same noise, and
+`python -m benchmarks kv_quality` draws the held-out prompts of demo.evaluation.prompts with each setting, from the same noise, and
 writes kv_quality.json, .md and .png; settings already measured are kept, unless their weights have changed since. `--recipe
 configs/train/demo-kv.json` adds the model of that recipe, trained and as it begins; configs/train/demo-kv-control.json adds the
 uncompressed demo after as many further steps. `kv_pictures` shows some of the pictures.
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks import plots
 from demo import WEIGHTS
-from demo.evaluate import KINDS, Run, Sampler, measure
-from demo.kv_workflows import falling
+from demo.evaluation.prompts import KINDS, Run, Sampler, measure
+from demo.workflows.kv import falling
 from pixart import Pipeline, load_transformer
 from pixart.kv_compress import KVCompression
 from pixart.model import PixArtTransformer
@@ -114,7 +114,7 @@ def share_of_attention(setting: Setting, config: Any) -> float:
 
 
 def make_sampler(pipeline: Pipeline, compression: tuple[KVCompression, ...], steps: int, latents: list[Tensor]) -> Sampler:
-    """As demo.evaluate's; the final latents are added to `latents`."""
+    """As demo.evaluation.prompts's; the final latents are added to `latents`."""
 
     def sample(prompts: list[str], width: int, height: int, guidance: float, seeds: list[int]) -> np.ndarray:
         last: list[Tensor] = []

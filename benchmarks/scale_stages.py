@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from demo import WEIGHTS
-from demo.captions import caption
-from demo.scenes import render, sample_scene
+from demo.data.captions import caption
+from demo.data.scenes import render, sample_scene
 from pixart.config import get_variant
 from pixart.scale.caption_stage import CaptionSettings, CaptionStage
 from pixart.scale.draw_stage import DrawSettings, DrawStage

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from demo import WEIGHTS
-from demo.evaluate import KINDS, Question, Run, make_questions
-from demo.reader import check
+from demo.data.reader import check
+from demo.evaluation.prompts import KINDS, Question, Run, make_questions
 from pixart import Pipeline
 from pixart.sampling import initial_noise, sources_of
 from tests.support import host

@@ -1,6 +1,6 @@
 """What T5's precision does to the demo's pictures: alignment score, and distance from the pictures of fp32.
 
-`python -m benchmarks text_quality` draws the held-out prompts of demo.evaluate with each precision of the demo's T5, from
+`python -m benchmarks text_quality` draws the held-out prompts of demo.evaluation.prompts with each precision of the demo's T5, from
 the same noise, and writes text_quality.json and text_quality.md after each; run again, it measures what is missing.
 """
 from __future__ import annotations
@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.report import machine
 from demo import WEIGHTS
-from demo.evaluate import KINDS, Run, measure, wilson_interval
-from demo.evaluate import make_sampler as demo_sampler
+from demo.evaluation.prompts import KINDS, Run, measure, wilson_interval
+from demo.evaluation.prompts import make_sampler as demo_sampler
 from pixart import Pipeline
 from pixart.text.encoder import load_text_encoder
 from pixart.text.names import PRECISIONS

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from demo.launch.checkout import BaseDirectory, pypi_comfyui
+from launch.checkout import BaseDirectory, pypi_comfyui
 
 
 def main(comfyui: Path, base: Path) -> None:

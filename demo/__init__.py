@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
-_FOLDER = Path(__file__).absolute().parent / "weights"
+FOLDER = Path(__file__).absolute().parent
+RESULTS = FOLDER / "results"
+_WEIGHTS = FOLDER / "weights"
 # By the host's model folders, so that the pack can offer them to it as they are.
 WEIGHTS = {
-    "diffusion_models": _FOLDER / "diffusion_models/pixart-demo-transformer.safetensors",
-    "text_encoders": _FOLDER / "text_encoders/pixart-demo-t5.safetensors",
-    "vae": _FOLDER / "vae/pixart-demo-vae.safetensors",
+    "diffusion_models": _WEIGHTS / "diffusion_models/pixart-demo-transformer.safetensors",
+    "text_encoders": _WEIGHTS / "text_encoders/pixart-demo-t5.safetensors",
+    "vae": _WEIGHTS / "vae/pixart-demo-vae.safetensors",
 }
+CONTROLNET = _WEIGHTS / "controlnet/pixart-demo-controlnet.safetensors"
+LORAS = _WEIGHTS / "loras"
 # LoRAs that distil the transformer to few steps, by how they are sampled.
-DISTILLED = {kind: _FOLDER / f"loras/pixart-demo-{kind}.safetensors" for kind in ("lcm", "dmd")}
+DISTILLED = {kind: LORAS / f"pixart-demo-{kind}.safetensors" for kind in ("lcm", "dmd")}

@@ -1,4 +1,4 @@
-"""The grid and the bookkeeping of benchmarks.kv_quality; drawing is demo.evaluate's, tested there."""
+"""The grid and the bookkeeping of benchmarks.kv_quality; drawing is demo.evaluation.prompts's, tested there."""
 from __future__ import annotations
 
 import json

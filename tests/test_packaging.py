@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = [ROOT / "quickstart.py", *sorted((ROOT / "demo/launch").glob("*.py"))]
+LAUNCH = [ROOT / "quickstart.py", *sorted((ROOT / "launch").glob("*.py"))]
 NEEDS_TORCH = {"standalone.py"}
 IMPORTED_AS = {"PIL": "pillow", "bs4": "beautifulsoup4", "skimage": "scikit-image", "sklearn": "scikit-learn"}
 BROUGHT_BY = {"numpy": "diffusers", "tokenizers": "transformers", "psutil": "accelerate", "starlette": "gradio", "filelock": "torch"}  # packages that one of ours depends on
@@ -38,7 +38,7 @@ def project() -> dict:
 
 
 def test_requirements_hold_nothing_that_comfyui_installs() -> None:
-    assert not listed(ROOT / "requirements.txt") & listed(ROOT / "demo/launch/requirements/comfyui.txt")
+    assert not listed(ROOT / "requirements.txt") & listed(ROOT / "launch/requirements/comfyui.txt")
 
 
 def test_registry_fields(project: dict) -> None:
@@ -68,7 +68,7 @@ def test_every_package_of_the_core_is_installed(project: dict) -> None:
 
 def test_extras_and_requirement_files_name_the_same_packages(project: dict) -> None:
     extras = {name: {re.split(r"[<>=\[]", item)[0] for item in items} for name, items in project["project"]["optional-dependencies"].items()}
-    assert extras["pipeline"] == listed(ROOT / "demo/launch/requirements/pipeline.txt") - {"torchvision", "torchaudio"}
+    assert extras["pipeline"] == listed(ROOT / "launch/requirements/pipeline.txt") - {"torchvision", "torchaudio"}
     assert extras["test"] == listed(ROOT / "tests/requirements.txt")
 
 
@@ -93,7 +93,7 @@ def test_the_core_imports_nothing_that_its_extras_leave_out(project: dict) -> No
 def test_the_demo_imports_nothing_that_the_test_environment_leaves_out(project: dict) -> None:
     extras = project["project"]["optional-dependencies"]
     given = {re.split(r"[<>=\[]", item)[0] for name in ("pipeline", "test") for item in extras[name]}
-    used = {name for path in (ROOT / "demo").rglob("*.py") for name in imported(path)} - {"pixart"}
+    used = {name for path in (ROOT / "demo").rglob("*.py") for name in imported(path)} - {"pixart", "launch"}
     assert {BROUGHT_BY.get(name, name) for name in used} <= given
 
 
@@ -104,7 +104,7 @@ def test_quickstart_needs_the_standard_library_only(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [node.module or ""]
         for name in names:
-            assert name.split(".")[0] in sys.stdlib_module_names | {"demo"}, f"{path.name} imports {name}"
+            assert name.split(".")[0] in sys.stdlib_module_names | {"demo", "launch"}, f"{path.name} imports {name}"
 
 
 def test_ci_runs_exactly_the_test_command() -> None:

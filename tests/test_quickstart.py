@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import quickstart
-from demo.launch import host
+from launch import host
 from tests.support.launch import ROOT, make_comfyui
 
 

@@ -19,7 +19,7 @@ def test_ruff_has_nothing_to_say() -> None:
 
 def test_sources_need_no_greek() -> None:
     """Windows consoles of many countries can't print it: alpha, Sigma and delta are written out."""
-    files = [file for folder in ("nodes", "pixart", "demo", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")]
+    files = [file for folder in ("nodes", "pixart", "demo", "launch", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")]
     files += [ROOT / "__init__.py", ROOT / "quickstart.py"]
     greek = re.compile("[\u0370-\u03ff]")
     assert [str(file.relative_to(ROOT)) for file in files if greek.search(file.read_text(encoding="utf-8"))] == []

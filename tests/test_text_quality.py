@@ -1,4 +1,4 @@
-"""benchmarks.text_quality: its bookkeeping, and the demo's T5 in each precision; drawing is demo.evaluate's, tested there."""
+"""benchmarks.text_quality: its bookkeeping, and the demo's T5 in each precision; drawing is demo.evaluation.prompts's, tested there."""
 from __future__ import annotations
 
 import json

@@ -113,7 +113,7 @@ def test_autoencoder_tiny_folder_and_file_work_in_model_space(tmp_path):
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_taesd_layout_of_the_demo(tmp_path, scaled):
-    autoencoder = pytest.importorskip("demo.autoencoder")
+    autoencoder = pytest.importorskip("demo.training.autoencoder")
     decoder = autoencoder.build_decoder(seed=3)
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.06)
@@ -135,7 +135,7 @@ def test_taesd_layout_of_the_demo(tmp_path, scaled):
 def test_the_vae_in_an_all_in_one_file_is_the_same_as_alone(tmp_path, prefix, layout):
     """As CheckpointSave writes it: beside a transformer and a T5, all of the VAE's own keys under one prefix."""
     if layout == "TAESD":
-        autoencoder = pytest.importorskip("demo.autoencoder")
+        autoencoder = pytest.importorskip("demo.training.autoencoder")
         autoencoder.save_autoencoder(autoencoder.build_decoder(seed=3), tmp_path / "alone.safetensors")
         tensors = {**load_file(tmp_path / "alone.safetensors"), "vae_scale": torch.tensor(0.5), "vae_shift": torch.tensor(0.25)}
     else:
@@ -159,7 +159,7 @@ def test_an_all_in_one_file_without_a_vae_is_none(tmp_path):
 
 
 def test_taesd_scale_and_shift_are_the_hosts(tmp_path):
-    autoencoder = pytest.importorskip("demo.autoencoder")
+    autoencoder = pytest.importorskip("demo.training.autoencoder")
     path = tmp_path / "vae.safetensors"
     autoencoder.save_autoencoder(autoencoder.build_decoder(), path)
     tensors = load_file(path)

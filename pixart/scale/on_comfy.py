@@ -48,7 +48,7 @@ class Graphs:
     """The graph of each picture: the plain one, or a user's with prompt, seed and sizes set by the titles of its nodes."""
 
     def __init__(self, draw: DrawStage, path: Path | None) -> None:
-        self.draw, self.settings = draw, import_module("demo.launch.graph")
+        self.draw, self.settings = draw, import_module("launch.graph")
         self.graph = None if path is None else self._load(path)
         self.of(draw.chunks[0].items[0])  # tells what is wrong before anything is queued
 
@@ -84,7 +84,7 @@ class Fleet:
 
     def __init__(self, draw: DrawStage, graphs: Graphs, hosts: Sequence[str]) -> None:
         self.draw, self.graphs, self.book = draw, graphs, Book(draw)
-        self.client = import_module("demo.launch.client")
+        self.client = import_module("launch.client")
         self.waiting: deque[Chunk] = deque(chunk for chunk in draw.chunks if not self.book.is_done(chunk))
         self.errors: dict[str, list[str]] = {}
         self.failed_at: dict[str, set[str]] = {}  # hosts by picture

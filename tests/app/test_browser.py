@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo import screenshots
-from demo.reader import read_picture, relation_holds
+from demo.data.reader import read_picture, relation_holds
+from demo.workflows import screenshots
 from pixart.app.pictures import read_settings
 from tests.support.page import Server
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from demo.launch.host import free_port
+from launch.host import free_port
 from tests.support.demo import ROOT
 
 FOLDER = ROOT / "container"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from demo.launch import checkout
-from demo.launch import graph as workflow
-from demo.launch import host as launch
-from demo.launch.client import ComfyClient, Graph
+from launch import checkout
+from launch import graph as workflow
+from launch import host as launch
+from launch.client import ComfyClient, Graph
 from tests.support.demo import DEMO, ROOT, SECOND_MODEL
 from tests.support.tiny_models import save_random
 

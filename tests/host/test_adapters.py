@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from demo.launch import graph as workflow
-from demo.launch.client import ComfyClient, Graph, QueueError
-from demo.reader import read_picture
+from demo.data.reader import read_picture
+from launch import graph as workflow
+from launch.client import ComfyClient, Graph, QueueError
 from tests.support.demo import ROOT
 from tests.support.graphs import insert, node_of, picture, pictures
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from demo import screenshots
-from demo.launch.client import ComfyClient
-from demo.launch.host import Host
+from demo.workflows import screenshots
+from launch.client import ComfyClient
+from launch.host import Host
 from tests.host.test_workflows import STEMS, read, specifications
 
 pytestmark = pytest.mark.browser

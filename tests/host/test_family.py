@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from scipy import ndimage
 
 from demo import DISTILLED
-from demo.evaluate import Run, make_questions
-from demo.evaluate_control import overlap
-from demo.launch import graph as workflow
-from demo.launch.client import ComfyClient, Graph, QueueError
-from demo.reader import check, read_picture
+from demo.data.reader import check, read_picture
+from demo.evaluation.control import overlap
+from demo.evaluation.prompts import Run, make_questions
+from launch import graph as workflow
+from launch.client import ComfyClient, Graph, QueueError
 from pixart.config import get_variant
 from pixart.controlnet import ControlNetConfig, PixArtControlNet
 from tests.support.demo import DEMO, ROOT, SECOND_MODEL

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from demo.launch.host import Host
+from launch.host import Host
 from pixart import cli
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from demo.launch import graph as workflow
-from demo.launch.client import ComfyClient, Graph, QueueError
+from launch import graph as workflow
+from launch.client import ComfyClient, Graph, QueueError
 from tests.support.demo import DEMO, ROOT, SECOND_MODEL
 from tests.support.graphs import id_of, insert, node_of, picture, pictures
 

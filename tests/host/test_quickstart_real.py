@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from demo.launch import checkout, environment
-from demo.launch import host as launch
+from launch import checkout, environment
+from launch import host as launch
 from tests.support.demo import ROOT
 
 NOWHERE = "http://127.0.0.1:9"

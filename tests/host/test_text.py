@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo.launch import graph as workflow
-from demo.launch.client import ComfyClient, Graph, QueueError
+from launch import graph as workflow
+from launch.client import ComfyClient, Graph, QueueError
 from tests.support.graphs import insert, node_of, picture
 
 OTHER = "a yellow cross on a black background"

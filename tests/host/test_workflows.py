@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from demo.family_workflows import FAMILY_WORKFLOWS
-from demo.guidance_workflows import GUIDANCE_WORKFLOWS
-from demo.kv_workflows import KV_WORKFLOWS
-from demo.workflows import WORKFLOWS
+from demo.workflows.family import FAMILY_WORKFLOWS
+from demo.workflows.guidance import GUIDANCE_WORKFLOWS
+from demo.workflows.index import WORKFLOWS
+from demo.workflows.kv import KV_WORKFLOWS
 from tests.support.demo import ROOT
 
 FOLDER = ROOT / "workflows"
@@ -127,7 +127,7 @@ def test_the_check_sees_mistakes(change: dict[str, Any], message: str, object_in
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_files_are_what_demo_workflows_writes(stem: str) -> None:
-    assert read(f"api/{stem}.json") == WORKFLOWS[stem]().graph, "run python -m demo.workflows"
+    assert read(f"api/{stem}.json") == WORKFLOWS[stem]().graph, "run python -m demo.workflows.index"
 
 
 @pytest.mark.parametrize("stem", STEMS)

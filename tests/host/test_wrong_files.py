@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from demo.launch import graph as workflow
-from demo.launch.client import ComfyClient, Graph, QueueError
+from launch import graph as workflow
+from launch.client import ComfyClient, Graph, QueueError
 from tests.support.demo import DEMO
 from tests.support.graphs import node_of, picture
 from tests.support.tiny_models import random_weights

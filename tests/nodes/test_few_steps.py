@@ -10,7 +10,7 @@ import torch
 from comfy_extras import nodes_custom_sampler, nodes_model_advanced
 
 import nodes as host_nodes
-from demo.launch import graph as workflow
+from launch import graph as workflow
 from tests.support import host
 from tests.support.demo import ROOT
 from tests.support.graphs import node_of

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nodes as host_nodes
-from demo.autoencoder import VAE_FILE, load_decoder, save_autoencoder
-from demo.scenes import render, sample_scene
+from demo.data.scenes import render, sample_scene
+from demo.training.autoencoder import VAE_FILE, load_decoder, save_autoencoder
 from tests.support import host
 from tests.support.tiny_consistency import tiny_decoder, write_decoder
 

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 from PIL import Image
 
 from demo import WEIGHTS
-from demo.captions import caption
-from demo.scenes import render, sample_scene
+from demo.data.captions import caption
+from demo.data.scenes import render, sample_scene
 from pixart import cli
 from pixart.errors import UnsupportedError
 from pixart.scale import on_ray

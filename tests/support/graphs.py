@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from demo.launch.client import ComfyClient, Graph
+from launch.client import ComfyClient, Graph
 
 
 def node_of(graph: Graph, kind: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from demo.launch.checkout import find_comfyui
+from launch.checkout import find_comfyui
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
 PACK_NAME = "pixart_pack"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from demo.launch.host import free_port
+from launch.host import free_port
 from tests.support.demo import ROOT
 
 PATIENCE = 400  # seconds for the start; torch and Gradio are slow to import on a busy machine

@@ -21,4 +21,4 @@ class Settings:
 
 def Part(settings: Settings, recipe: Recipe) -> Any:
     """See `batch.Source`."""
-    return import_module("demo.dataset").SceneSource(settings, recipe)
+    return import_module("demo.data.dataset").SceneSource(settings, recipe)

@@ -1,0 +1,1 @@
+"""How often the demo is right: plain, with a ControlNet, in few steps, and with a shape that was taught."""

@@ -1,0 +1,1 @@
+"""How the demo's parts are trained; the transformer and the ControlNet are recipes of configs/train."""

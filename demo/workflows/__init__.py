@@ -1,0 +1,1 @@
+"""The workflows of `workflows/`, written by code, and the pictures that the README shows."""
