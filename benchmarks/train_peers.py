@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from benchmarks.peers import PADDED, TOKENS, Size, Workload, diffusers_model
 from benchmarks.timing import synchronize
@@ -173,7 +173,7 @@ def _plain(case: Case) -> Callable[[], Any]:
     made = RandomSource(case).made.to(torch.device(case.device))
     context, mask = _padded(made)
     added = {"resolution": None, "aspect_ratio": None}
-    wrapped = torch.autocast(case.device, torch.bfloat16) if case.precision == "bf16" else nullcontext()
+    wrapped = autocast(case.device, torch.bfloat16) if case.precision == "bf16" else nullcontext()
 
     def update() -> None:
         noise = torch.randn_like(made.latent)

@@ -14,7 +14,7 @@ function showText(node, name, text) {
 }
 
 app.registerExtension({
-  name: "PixArt.TokenCount",
+  name: "pixart.TokenCount",
   beforeRegisterNodeDef(nodeType, nodeData) {
     const name = WIDGETS[nodeData.name];
     if (!name) return;

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
+from torch.nn import Conv2d
 from tqdm import tqdm
 
 from .. import RESULTS, WEIGHTS
@@ -59,7 +60,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        convolutions = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
+        convolutions = [Conv2d(width, width, 3, padding=1) for _ in range(3)]
         self.conv = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2])
         self.fuse = nn.ReLU()
 
@@ -69,18 +70,18 @@ class Block(nn.Module):
 
 
 def _make_encoder() -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(3, WIDTH, 3, padding=1), Block()]
+    layers: list[nn.Module] = [Conv2d(3, WIDTH, 3, padding=1), Block()]
     for _ in range(3):
-        layers += [nn.Conv2d(WIDTH, WIDTH, 3, padding=1, stride=2, bias=False), Block(), Block(), Block()]
-    return nn.Sequential(*layers, nn.Conv2d(WIDTH, 4, 3, padding=1))
+        layers += [Conv2d(WIDTH, WIDTH, 3, padding=1, stride=2, bias=False), Block(), Block(), Block()]
+    return nn.Sequential(*layers, Conv2d(WIDTH, 4, 3, padding=1))
 
 
 def _make_decoder() -> nn.Sequential:
-    layers: list[nn.Module] = [Clamp(), nn.Conv2d(4, WIDTH, 3, padding=1), nn.ReLU()]
+    layers: list[nn.Module] = [Clamp(), Conv2d(4, WIDTH, 3, padding=1), nn.ReLU()]
     for _ in range(3):
         layers += [Block(), Block(), Block(), nn.Upsample(scale_factor=2)]
-        layers += [nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)]
-    return nn.Sequential(*layers, Block(), nn.Conv2d(WIDTH, 3, 3, padding=1))
+        layers += [Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)]
+    return nn.Sequential(*layers, Block(), Conv2d(WIDTH, 3, 3, padding=1))
 
 
 @torch.no_grad()
@@ -219,7 +220,7 @@ def _train_step(
     latents = encode(pictures)
     sigma = torch.from_numpy(rng.uniform(0, 0.1, (count, 1, 1, 1)).astype(np.float32))
     latents = latents + sigma * torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu", torch.bfloat16):
         decoded = decoder(latents.to(memory_format=torch.channels_last))
     loss = reconstruction_loss(decoded.float(), pictures)
     optimizer.zero_grad(set_to_none=True)

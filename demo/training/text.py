@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import Linear
 from tqdm import tqdm
 from transformers import T5Config, T5EncoderModel
 
@@ -55,7 +56,7 @@ class AttributeReader(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(len(ATTRIBUTE_CLASSES), width) / math.sqrt(width))
-        self.heads = nn.ModuleList(nn.Linear(width, len(classes)) for classes in ATTRIBUTE_CLASSES.values())
+        self.heads = nn.ModuleList(Linear(width, len(classes)) for classes in ATTRIBUTE_CLASSES.values())
 
     def forward(self, states: Tensor, mask: Tensor) -> list[Tensor]:
         """states: (B, M, D); mask: (B, M) -> logits per attribute, (B, classes)."""

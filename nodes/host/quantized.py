@@ -4,10 +4,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.model_detection
 import comfy.utils
 import torch
 from torch import Tensor
+
+try:  # hosts between the two forms have it
+    from comfy.model_detection import detect_layer_quantization
+except ImportError:
+    detect_layer_quantization = None
 
 METADATA_KEY = "_quantization_metadata"
 
@@ -25,8 +29,8 @@ def configure(config: Any, state_dict: dict[str, Tensor], metadata: Mapping[str,
     if scaled is not None:
         config.scaled_fp8 = torch.float8_e4m3fn if scaled.dtype == torch.float32 else scaled.dtype
         config.optimizations["fp8"] = scaled.nelement() != 2  # two elements ask for full-precision products
-    if METADATA_KEY in metadata and hasattr(comfy.model_detection, "detect_layer_quantization"):
-        config.layer_quant_config = comfy.model_detection.detect_layer_quantization(metadata)
+    if METADATA_KEY in metadata and detect_layer_quantization is not None:
+        config.layer_quant_config = detect_layer_quantization(metadata)
     return state_dict
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..errors import ConfigError
 from .draws import Draws
@@ -143,7 +143,7 @@ def perceptual(vae: str, info: dict[str, Any], net: str, device: torch.device) -
         return (decoded.sample if hasattr(decoded, "sample") else decoded).float().clamp(-1, 1)
 
     def distance(drawn: Tensor, wanted: Tensor) -> Tensor:
-        with torch.autocast(device.type, enabled=False):
+        with autocast(device.type, enabled=False):
             with torch.no_grad():
                 target = picture(wanted)
             return network(picture(drawn), target).flatten(1).mean(1)

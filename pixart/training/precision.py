@@ -4,6 +4,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch import autocast as torch_autocast
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -13,7 +14,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
     Without autocast's cache: it would keep a second copy of all weights until the forward ends, and each is used once.
     """
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=False)
+    return torch_autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=False)
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:

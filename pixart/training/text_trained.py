@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 
 from ..config import TransformerConfig
 from ..model import PixArtTransformer
@@ -56,6 +56,6 @@ class TextTrained(nn.Module):
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         mask = torch.arange(longest, device=device) < lengths[:, None]
-        with torch.autocast(device.type, enabled=False):
+        with autocast(device.type, enabled=False):
             states = self.text_encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return states, mask

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import Linear
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("diffusers")
@@ -219,7 +220,7 @@ def test_butterflies_of_several_stages(stages):
     order = torch.Generator().manual_seed(0)
     parameters, weight = 0.3 * torch.randn(stages, number, size, size, generator=order), torch.randn(5, columns, generator=order)
     config = peft.BOFTConfig(boft_block_size=size, target_modules=["0"])
-    theirs = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(columns, 5)), config).base_model.model[0]
+    theirs = peft.get_peft_model(torch.nn.Sequential(Linear(columns, 5)), config).base_model.model[0]
     turn = torch.eye(columns)
     for stage, blocks in enumerate(parameters):
         gather = theirs.perm2mat(theirs.block_butterfly_perm(columns, number // 2**stage, size // 2, stages - 1))

@@ -67,7 +67,7 @@ import torch
 from tests.support.card import LOG, machine
 machine.install()
 here, there = torch.ones(3), torch.ones(3, device="cuda")
-attention = torch.nn.functional.scaled_dot_product_attention
+attention, to_card = torch.nn.functional.scaled_dot_product_attention, torch.Tensor.cuda
 four = [each.reshape(1, 1, 3, 1) for each in (here, there)]
 for wrong in (lambda: here + there, lambda: attention(four[0], four[1], four[1]), there.numpy):
     try:
@@ -77,7 +77,7 @@ for wrong in (lambda: here + there, lambda: attention(four[0], four[1], four[1])
     raise SystemExit("not refused")
 assert (there + there).device.type == "cuda" and not LOG
 assert float((there + 1).sum()) == 6.0
-there.cpu(), here.cuda(), there[torch.tensor([0])], there.copy_(here)
+there.cpu(), to_card(here), there[torch.tensor([0])], there.copy_(here)
 assert [each.kind for each in LOG] == ["wait", "from card", "to card", "to card", "to card"], LOG
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

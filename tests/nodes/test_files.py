@@ -115,10 +115,10 @@ class TestWalks:
 
 class TestNames:
     def test_slashes_lean_either_way(self, models: Path) -> None:
-        path = put(models / "loras/style/ä 画.safetensors")
+        path = put(models / "loras/style/ä \u753b.safetensors")
         put(models / "loras/peft/mine/adapter_config.json")
         put(models / "loras/peft/mine/adapter_model.safetensors")
-        for name in ("style/ä 画.safetensors", "style\\ä 画.safetensors"):
+        for name in ("style/ä \u753b.safetensors", "style\\ä \u753b.safetensors"):
             assert files.resolve("loras", "transformer", name) == path
         assert files.resolve("loras", "transformer", "peft\\mine", "adapter_config.json").name == "mine"
 

@@ -7,6 +7,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from torch.nn import Linear
 
 import nodes as host_nodes
 from tests.support import checkpoint_factory, host
@@ -153,7 +154,7 @@ def test_blocks_of_the_900m(tmp_path) -> None:
 
 def test_other_models_are_refused(sigma) -> None:
     class Other:
-        model = type("M", (), {"diffusion_model": torch.nn.Linear(1, 1)})()
+        model = type("M", (), {"diffusion_model": Linear(1, 1)})()
 
     with pytest.raises(errors.InputError, match="Linear.*PixArtModelLoader"):
         guided(Other())

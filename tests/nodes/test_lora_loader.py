@@ -9,6 +9,7 @@ import comfy.model_patcher
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import Linear
 
 from tests.support import adapter_factory, host, tiny_text
 from tests.support.host_models import ADDED, captions, difference, load_model, sample, write_model
@@ -242,7 +243,7 @@ class TestFiles:
 
     def test_other_models_are_refused(self, models: Path) -> None:
         class Other:
-            model = torch.nn.Linear(1, 1)
+            model = Linear(1, 1)
 
         save_file({"a.lora_up.weight": torch.randn(2)}, str(models / "loras" / "a.safetensors"))
         with pytest.raises(errors.InputError, match="Linear, no PixArt.*LoraLoaderModelOnly"):

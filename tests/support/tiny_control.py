@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear
 
 
 class ReferenceControl(nn.Module):
@@ -18,12 +19,12 @@ class ReferenceControl(nn.Module):
         for i in range(depth):
             block = nn.Module()
             if i == 0:
-                block.before_proj = nn.Linear(hidden, hidden)
+                block.before_proj = Linear(hidden, hidden)
             block.transformer_block = BasicTransformerBlock(
                 hidden, hidden // 72, 72, cross_attention_dim=hidden, activation_fn="gelu-approximate", attention_bias=True,
                 norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, num_embeds_ada_norm=1000,
             )  # fmt: skip
-            block.after_proj = nn.Linear(hidden, hidden)
+            block.after_proj = Linear(hidden, hidden)
             self.controlnet_blocks.append(block)
 
     def randomize(self, seed: int) -> ReferenceControl:

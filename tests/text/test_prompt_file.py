@@ -32,13 +32,13 @@ def encoder(folder):
 def test_there_and_back(tmp_path, encoder, dtype):
     found = encoder.encode(["red circle above", "a"], 3).to("cpu", dtype)
     given = TextEmbeddings(found.states, found.mask, found.token_counts, found.truncated, size=(512, 768))
-    path = save_prompts(tmp_path / "new" / "p.safetensors", given, ("Red circle above", "ä 画"), encoder.fingerprint, max_tokens=3)
+    path = save_prompts(tmp_path / "new" / "p.safetensors", given, ("Red circle above", "ä \u753b"), encoder.fingerprint, max_tokens=3)
     back = load_prompts(path, width=32)
     assert torch.equal(back.embeddings.states, given.states) and back.embeddings.states.dtype == dtype
     assert torch.equal(back.embeddings.mask, given.mask) and back.embeddings.mask.dtype == torch.bool
     assert back.embeddings.token_counts == (4, 2) and back.embeddings.truncated == ("above", "")
     assert back.embeddings.size == (512, 768) and back.embeddings.source == str(path)
-    assert back.prompts == ("Red circle above", "ä 画") and back.encoder == encoder.fingerprint and back.settings == {"max_tokens": 3}
+    assert back.prompts == ("Red circle above", "ä \u753b") and back.encoder == encoder.fingerprint and back.settings == {"max_tokens": 3}
     assert [file.name for file in path.parent.iterdir()] == ["p.safetensors"]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import Linear
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sentencepiece")
@@ -90,7 +91,7 @@ def test_written_folder_gives_the_same_without_quantizing(source, folders, preci
 
 def unpacked(layer):
     """A 4-bit layer of bitsandbytes as a plain one."""
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    plain = Linear(layer.in_features, layer.out_features, bias=False)
     plain.weight = nn.Parameter(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), requires_grad=False)
     return plain
 
@@ -280,14 +281,14 @@ def test_cuda_there_and_back(source, precision):
     first = states(encoder)
     encoder.to("cpu")
     assert torch.cosine_similarity(states(encoder), first.cpu(), dim=-1).min() > 0.999
-    encoder.to("cuda")
+    encoder.to(device="cuda")
     assert torch.equal(states(encoder), first)
     streamed = load_text_encoder(source, precision=precision)
-    streamed.model.shared.to("cuda")  # and what is no packed layer
+    streamed.model.shared.to(device="cuda")  # and what is no packed layer
     for module in streamed.model.modules():
         if not isinstance(module, QuantizedLinear):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.cuda(), requires_grad=False))
+                setattr(module, name, nn.Parameter(parameter.to(device="cuda"), requires_grad=False))
     assert torch.cosine_similarity(states(streamed), first, dim=-1).min() > 0.999
 
 

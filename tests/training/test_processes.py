@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import Linear
 
 from pixart.errors import ConfigError
 from pixart.training.loop import Loop, train
@@ -101,4 +102,4 @@ def test_what_processes_can_not_share_is_told(recipe_path: Callable[..., Path]) 
     with pytest.raises(ConfigError, match="'came' can't be sharded; choose one of adamw, muon"):
         from pixart.training.optimizers import make_optimizers
 
-        make_optimizers(torch.nn.Linear(2, 2), [], load_recipe(recipe_path(shard=True, optimizer="came")))
+        make_optimizers(Linear(2, 2), [], load_recipe(recipe_path(shard=True, optimizer="came")))

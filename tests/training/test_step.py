@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import autocast
+from torch.nn import Linear
 
 from pixart.errors import ConfigError, UnsupportedError
 from pixart.training.linear import cast_weights_anew
@@ -54,14 +56,14 @@ def test_checkpointed_blocks_keep_their_inputs_alone(recipe_path: Callable[..., 
 
 def test_weights_cast_anew_give_autocasts_gradients_and_keep_no_copy() -> None:
     torch.manual_seed(0)
-    plain = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256, bias=False))
+    plain = torch.nn.Sequential(Linear(256, 512), torch.nn.GELU(), Linear(512, 256, bias=False))
     ours = copy.deepcopy(plain)
     cast_weights_anew(ours)
     x, gradients, kept = torch.randn(3, 40, 256), [], []
     for model in (plain, ours):
         inside, sizes = x.clone().requires_grad_(), {}
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda value, sizes=sizes: sizes.update({value.data_ptr(): value.nbytes}) or value, lambda value: value)
-        with hooks, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        with hooks, autocast("cpu", torch.bfloat16, cache_enabled=False):
             out = model(inside)
         assert out.dtype == torch.bfloat16
         out.float().square().sum().backward()
@@ -161,9 +163,9 @@ def test_optimizers_that_can_not_be(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     recipe = make_recipe(recipe_values(tmp_path, **changes), "r")
     with pytest.raises(ConfigError, match=message):
-        make_optimizers(torch.nn.Linear(2, 2), [], recipe)
+        make_optimizers(Linear(2, 2), [], recipe)
     with pytest.raises(ConfigError, match="trains nothing"):
-        make_optimizers(torch.nn.Linear(2, 2).requires_grad_(False), [], make_recipe(recipe_values(tmp_path), "r"))
+        make_optimizers(Linear(2, 2).requires_grad_(False), [], make_recipe(recipe_values(tmp_path), "r"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_good_state(

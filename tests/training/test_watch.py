@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import autocast
 
 from pixart.cli import main
 from pixart.errors import ConfigError, PixArtError
@@ -160,7 +161,7 @@ def test_a_dry_run_foresees_what_activations_keep(recipe_path: Callable[..., Pat
         return value
 
     batch = loop.source.batch(recipe.source.settings, recipe.stages[0], planning_draws())
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), autocast("cpu", torch.bfloat16, cache_enabled=False):
         loop.network(batch.latent, torch.zeros(8), batch.context, batch.mask)
     kept = sum(size for storage, (_, size) in alive.items() if storage not in weights)
     if checkpointed:  # hooks see what lies outside of blocks; each of the two blocks has its input, and one is computed at a time

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from ...errors import ConfigError
 from ...layers import BlockInputs
@@ -59,7 +60,7 @@ class AlignedTransformer(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.block = block
-        self.head = nn.Linear(transformer.config.hidden_size, features)
+        self.head = Linear(transformer.config.hidden_size, features)
 
     def forward(self, *inputs: Any, **conditions: Any) -> tuple[Tensor, Tensor]:
         """The transformer's prediction, and the features read on the way, (B, N, features)."""
