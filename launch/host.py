@@ -32,9 +32,31 @@ def free_port() -> int:
 
 def accelerator(python: Path) -> str:
     """The device torch in that environment would compute on: cuda, mps, xpu ... or cpu."""
+    if _only_for_nvidia(python) and not _has_nvidia_driver():
+        return "cpu"  # told without importing torch, which takes two seconds
     code = "import torch; a = torch.accelerator; print(a.current_accelerator().type if a.is_available() else 'cpu')"
     answer = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     return answer.stdout.strip() if answer.returncode == 0 else "cpu"
+
+
+def _only_for_nvidia(python: Path) -> bool:
+    """Whether that environment's torch computes on NVIDIA's cards or the CPU; other builds say so in their version, e.g. 2.9+rocm6.4."""
+    if sys.platform not in {"linux", "win32"}:
+        return False
+    environment = python.absolute().parents[1]
+    for place in ("lib/python*/site-packages", "Lib/site-packages"):
+        for found in environment.glob(f"{place}/torch-*.dist-info"):
+            build = found.name.removesuffix(".dist-info").partition("+")[2]
+            return not build or build.startswith(("cpu", "cu"))
+    return False
+
+
+def _has_nvidia_driver() -> bool:
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 class Host:

@@ -55,6 +55,24 @@ def test_a_copy_of_the_host_is_whole_or_leaves_nothing(tmp_path: Path, monkeypat
     assert [path.name for path in work.iterdir()] == ["ComfyUI-1.2.3"]
 
 
+@pytest.mark.parametrize(
+    "build, driver, asked",
+    [("2.9.0", False, False), ("2.9.0", True, True), ("2.9.0+cpu", False, False), ("2.9.0+cu130", False, False),
+     ("2.9.0+rocm6.4", False, True), ("2.9.0+xpu", False, True), (None, False, True)],
+)  # fmt: skip
+def test_torch_is_asked_for_the_device_where_its_build_does_not_say_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: str | None, driver: bool, asked: bool
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(host, "_has_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "xpu\n", ""))
+    packages = tmp_path / ".venv/lib/python3.12/site-packages"
+    packages.mkdir(parents=True)
+    if build:
+        (packages / f"torch-{build}.dist-info").mkdir()
+    assert host.accelerator(tmp_path / ".venv/bin/python") == ("xpu" if asked else "cpu")
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A prepared base directory with one model linked in."""
