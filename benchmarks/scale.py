@@ -25,6 +25,11 @@ RESULTS = Path(__file__).parent / "results"
 CASES = ((LOCAL, 1), (TORCHRUN, 1), (TORCHRUN, 2), (RAY, 1), (RAY, 2))
 SECOND = 1.0  # of the items that Ray's overhead is measured on
 LOG = "times.jsonl"
+MORE = (1, 4, 16)  # times --items, until all workers were at work together
+
+
+class NeverTogether(RuntimeError):
+    """One worker was done before another had begun."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -133,20 +138,27 @@ def rates(items: int, rounds: int, steps: int) -> list[dict[str, Any]]:
     from benchmarks.scale_stages import stages
 
     found = []
-    for name, make in stages(items, steps).items():
+    makers = [stages(items * more, steps) for more in MORE]
+    for name in makers[0]:
         for on, workers in CASES:
-            values = [rate(make, on, workers) for _ in range(rounds)]
+            values = [rate([maker[name] for maker in makers], on, workers) for _ in range(rounds)]
             found.append({"stage": name, "on": on, "workers": workers, "rate": statistics.median(values), "all": values})
             print(f"{name}, {on}, {workers} worker(s): {found[-1]['rate']:.2f} items a second", flush=True)
     return found
 
 
-def rate(make: Callable[[Path], Stage], on: str, workers: int) -> float:
-    """Of one run in a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="pixart-scale-") as folder:
-        stage = Timed(make(Path(folder)))
-        run([stage], Where(on, workers))
-        return steady_rate(read_log(stage.place), workers)
+def rate(makers: Sequence[Callable[[Path], Stage]], on: str, workers: int) -> float:
+    """Of one run in a folder of its own; of a longer one where a worker was done before another had begun."""
+    for number, make in enumerate(makers, 1):
+        with tempfile.TemporaryDirectory(prefix="pixart-scale-") as folder:
+            stage = Timed(make(Path(folder)))
+            run([stage], Where(on, workers))
+            try:
+                return steady_rate(read_log(stage.place), workers)
+            except NeverTogether:
+                if number == len(makers):
+                    raise
+    raise ValueError("no stage was given")
 
 
 def read_log(place: Path) -> list[dict[str, Any]]:
@@ -157,7 +169,7 @@ def read_log(place: Path) -> list[dict[str, Any]]:
 def steady_rate(rows: Sequence[dict[str, Any]], workers: int) -> float:
     """Items a second while all workers were at work: from the end of the last one's first chunk to the first one's last end.
 
-    Raises RuntimeError if they never were at work together.
+    Raises NeverTogether if they never were at work together.
     """
     ends: dict[int, list[float]] = {}
     for row in rows:
@@ -165,7 +177,7 @@ def steady_rate(rows: Sequence[dict[str, Any]], workers: int) -> float:
     begin, end = max(min(times) for times in ends.values()), min(max(times) for times in ends.values())
     inside = sum(row["items"] for row in rows if begin < row["end"] <= end)
     if len(ends) != workers or end <= begin or not inside:
-        raise RuntimeError(f"{workers} workers were not at work together for long enough; give more --items.")
+        raise NeverTogether(f"{workers} workers were not at work together for long enough; give more --items.")
     return inside / (end - begin)
 
 

@@ -34,7 +34,7 @@ def test_every_stage_runs_and_is_timed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("benchmarks.scale_stages.TEXTS_A_PICTURE", 12)
     monkeypatch.setattr("pixart.scale.extract_stage.PICTURES_AT_ONCE", 2)
     for name, make in stages(4, 1).items():
-        assert scale.rate(make, "local", 1) > 0, name
+        assert scale.rate([make], "local", 1) > 0, name
 
 
 def test_operations_are_counted_and_set_beside_the_machines_rate() -> None:

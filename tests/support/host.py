@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -107,10 +108,12 @@ def pack_module(name: str) -> ModuleType:
 
 
 def host_version() -> tuple[int, ...]:
-    """Of the running host, e.g. (0, 3, 75)."""
-    start_host()
-    text = importlib.import_module("comfyui_version").__version__
-    return tuple(int(part) for part in text.split(".")[:3])
+    """Of the host, e.g. (0, 3, 75), read and not imported: a host on sys.path would hide folders of this project from new processes."""
+    text = (host_path() / "comfyui_version.py").read_text(encoding="utf-8")
+    found = re.search(r"__version__ = \"(\d+)\.(\d+)\.(\d+)", text)
+    if not found:
+        raise FileNotFoundError(f"{host_path()} says no version in comfyui_version.py.")
+    return tuple(map(int, found.groups()))
 
 
 def quiet_host() -> None:
