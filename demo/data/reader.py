@@ -7,7 +7,7 @@ are connected regions of a palette colour; a shape is the outline that overlaps 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import ndimage
@@ -38,6 +38,7 @@ class FoundObject:
     center_y: float
     box: tuple[int, int, int, int]
     area: int
+    overlaps: dict[str, float] = field(default_factory=dict, compare=False)  # with the outline of each shape in the same box
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Verdict:
     size: bool
     background: bool
     reading: Reading
+    found: tuple[FoundObject, ...] = ()  # in the order of the scene's objects; empty if there are too few
 
     @property
     def correct(self) -> bool:
@@ -132,13 +134,14 @@ def _describe(pixels: np.ndarray, region: np.ndarray) -> FoundObject:
     height, width = region.shape
     rows, columns = np.nonzero(region)
     x0, y0, x1, y1 = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
-    shape = _classify_shape(region[y0:y1, x0:x1])
+    overlaps = _overlaps(region[y0:y1, x0:x1])
+    shape = _classify_shape(region[y0:y1, x0:x1], overlaps)
     area = int(region.sum())
     radius = float(np.sqrt(area / _AREA_OF_RADIUS.get(shape, 3.0))) / min(width, height)
     size = "small" if radius < _SIZE_LIMITS[0] else "medium" if radius < _SIZE_LIMITS[1] else "large"
     color = _nearest(np.median(pixels[region], 0), COLORS)  # an object inside covers less than half of this one
     center_x, center_y = (columns.mean() + 0.5) / width, (rows.mean() + 0.5) / height
-    return FoundObject(color, shape, size, float(center_x), float(center_y), (x0, y0, x1, y1), area)
+    return FoundObject(color, shape, size, float(center_x), float(center_y), (x0, y0, x1, y1), area, overlaps)
 
 
 def _outlines() -> dict[str, np.ndarray]:
@@ -155,17 +158,22 @@ def _outlines() -> dict[str, np.ndarray]:
     return {name: masks[name] for name in SHAPES}
 
 
-def _classify_shape(cropped: np.ndarray) -> str:
-    """The outline with the largest intersection over union, after stretching the region to the grid."""
+def _overlaps(cropped: np.ndarray) -> dict[str, float]:
+    """Intersection over union with each outline, after stretching the region to the grid."""
+    height, width = cropped.shape
+    rows = ((np.arange(_GRID) + 0.5) * height / _GRID).astype(int)
+    columns = ((np.arange(_GRID) + 0.5) * width / _GRID).astype(int)
+    grid = cropped[rows][:, columns]
+    return {name: float((grid & mask).sum() / (grid | mask).sum()) for name, mask in _outlines().items()}
+
+
+def _classify_shape(cropped: np.ndarray, overlaps: dict[str, float]) -> str:
+    """The outline with the largest overlap."""
     height, width = cropped.shape
     if _BAR_STRETCH / _LARGEST_STRETCH <= width / height <= _BAR_STRETCH * _LARGEST_STRETCH:
         return NEW_SHAPE if cropped.mean() >= _LEAST_OVERLAP_OF_BAR else UNKNOWN
     if max(height, width) > _LARGEST_STRETCH * min(height, width):
         return UNKNOWN
-    rows = ((np.arange(_GRID) + 0.5) * height / _GRID).astype(int)
-    columns = ((np.arange(_GRID) + 0.5) * width / _GRID).astype(int)
-    grid = cropped[rows][:, columns]
-    overlaps = {name: float((grid & mask).sum() / (grid | mask).sum()) for name, mask in _outlines().items()}
     best = max(overlaps, key=overlaps.__getitem__)
     return best if overlaps[best] >= _LEAST_OVERLAP else UNKNOWN
 
@@ -217,6 +225,7 @@ def check(scene: Scene, picture: np.ndarray, stated: Collection[str] | None = No
         size=all(f"size{i}" not in said or wanted.size == found.size for i, (wanted, found) in enumerate(pairs, 1)),
         background=background,
         reading=reading,
+        found=pairing,
     )
 
 

@@ -92,6 +92,17 @@ def summarise(verdicts: Sequence[Verdict]) -> dict:
     return {"pictures": count, "correct": round(right / count, 4), "interval": [low, high], "parts": parts}
 
 
+def outlines(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Mean overlap (intersection over union) of what was drawn with the ideal shape in the same box: of all objects, and by shape."""
+    found: dict[str, list[float]] = {}
+    for scene, verdict in zip(scenes, verdicts, strict=True):
+        drawn = [each.overlaps for each in verdict.found] or [{}] * len(scene.objects)  # what is missing overlaps with nothing
+        for wanted, overlaps in zip(scene.objects, drawn, strict=True):
+            found.setdefault(wanted.shape, []).append(overlaps.get(wanted.shape, 0.0))
+    every = [value for values in found.values() for value in values]
+    return {"all": round(float(np.mean(every)), 4)} | {name: round(float(np.mean(found[name])), 4) for name in sorted(found)}
+
+
 def wilson_interval(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a share (Wilson 1927)."""
     share, spread = right / count, z * z / count
@@ -112,7 +123,7 @@ def measure(sampler: Sampler, run: Run, seed: int, batch: int) -> tuple[dict, li
         questions = make_questions(run, objects, seed)
         pictures = draw(sampler, questions, run, seed, batch)
         verdicts = [check(q.scene, p, q.caption.stated) for q, p in zip(questions, pictures)]
-        figures[kind] = summarise(verdicts)
+        figures[kind] = summarise(verdicts) | {"outlines": outlines([q.scene for q in questions], verdicts)}
         others = [check(q.scene, p, q.caption.stated) for q, p in zip(shift_questions(questions), pictures)]
         wrong[kind] = summarise(others)
         entries += [Entry(p, q.caption.text, v.correct) for q, p, v in zip(questions, pictures, verdicts)]

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from demo.data.scenes import is_heldout, render
+from demo.data.reader import check
+from demo.data.scenes import is_heldout, render, single_scene
 from demo.evaluation import prompts as evaluation
 from demo.evaluation.contact_sheet import Entry, make_contact_sheet
 from demo.evaluation.prompts import Run, format_report, make_questions, measure, plan_runs, wilson_interval
@@ -43,6 +44,17 @@ def test_measure_counts_right_and_wrong_pictures() -> None:
     assert wrong["two_objects"]["correct"] < 0.1
     assert [entry.correct for entry in entries[:6]] == [True, True, False] * 2
     assert oracle.calls == [(5, 4.5), (5, 4.5), (2, 4.5)] * 2
+
+
+def test_outlines_are_measured_by_shape_and_what_is_missing_has_none() -> None:
+    rng = np.random.default_rng(0)
+    circle, square = (single_scene(rng, "red", shape, "large", "center") for shape in ("circle", "square"))
+    pictures = [render(circle, 256, 256), render(square, 256, 256)]
+    drawn = evaluation.outlines([circle, square], [check(circle, pictures[0]), check(square, pictures[1])])
+    assert drawn["circle"] > 0.97 and drawn["square"] > 0.97 and drawn["all"] == pytest.approx((drawn["circle"] + drawn["square"]) / 2, abs=1e-4)
+    other = evaluation.outlines([circle], [check(circle, pictures[1])])["circle"]
+    assert other == pytest.approx(np.pi / 4, abs=0.02)  # of a square's area
+    assert evaluation.outlines([circle], [check(circle, np.ones((256, 256, 3)))]) == {"all": 0, "circle": 0}
 
 
 def test_questions_are_held_out_state_the_place_and_repeat() -> None:
