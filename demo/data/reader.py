@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from .scenes import BACKGROUNDS, COLORS, NEW_SHAPE, SHAPES, Scene
+from .scenes import BACKGROUNDS, COLORS, NEW_SHAPE, SHAPES, Scene, signed_distance
 
 UNKNOWN = "unknown"
 _COLOR_TOLERANCE = 0.33  # farthest that a colour may lie from its palette entry, in RGB
@@ -38,7 +38,7 @@ class FoundObject:
     center_y: float
     box: tuple[int, int, int, int]
     area: int
-    overlaps: dict[str, float] = field(default_factory=dict, compare=False)  # with the outline of each shape in the same box
+    region: np.ndarray = field(compare=False)  # (height, width), true where it is; holes filled
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,13 @@ def _describe(pixels: np.ndarray, region: np.ndarray) -> FoundObject:
     height, width = region.shape
     rows, columns = np.nonzero(region)
     x0, y0, x1, y1 = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
-    overlaps = _overlaps(region[y0:y1, x0:x1])
-    shape = _classify_shape(region[y0:y1, x0:x1], overlaps)
+    shape = _classify_shape(region[y0:y1, x0:x1])
     area = int(region.sum())
     radius = float(np.sqrt(area / _AREA_OF_RADIUS.get(shape, 3.0))) / min(width, height)
     size = "small" if radius < _SIZE_LIMITS[0] else "medium" if radius < _SIZE_LIMITS[1] else "large"
     color = _nearest(np.median(pixels[region], 0), COLORS)  # an object inside covers less than half of this one
     center_x, center_y = (columns.mean() + 0.5) / width, (rows.mean() + 0.5) / height
-    return FoundObject(color, shape, size, float(center_x), float(center_y), (x0, y0, x1, y1), area, overlaps)
+    return FoundObject(color, shape, size, float(center_x), float(center_y), (x0, y0, x1, y1), area, region)
 
 
 def _outlines() -> dict[str, np.ndarray]:
@@ -158,24 +157,31 @@ def _outlines() -> dict[str, np.ndarray]:
     return {name: masks[name] for name in SHAPES}
 
 
-def _overlaps(cropped: np.ndarray) -> dict[str, float]:
-    """Intersection over union with each outline, after stretching the region to the grid."""
-    height, width = cropped.shape
-    rows = ((np.arange(_GRID) + 0.5) * height / _GRID).astype(int)
-    columns = ((np.arange(_GRID) + 0.5) * width / _GRID).astype(int)
-    grid = cropped[rows][:, columns]
-    return {name: float((grid & mask).sum() / (grid | mask).sum()) for name, mask in _outlines().items()}
-
-
-def _classify_shape(cropped: np.ndarray, overlaps: dict[str, float]) -> str:
-    """The outline with the largest overlap."""
+def _classify_shape(cropped: np.ndarray) -> str:
+    """The outline with the largest intersection over union, after stretching the region to the grid."""
     height, width = cropped.shape
     if _BAR_STRETCH / _LARGEST_STRETCH <= width / height <= _BAR_STRETCH * _LARGEST_STRETCH:
         return NEW_SHAPE if cropped.mean() >= _LEAST_OVERLAP_OF_BAR else UNKNOWN
     if max(height, width) > _LARGEST_STRETCH * min(height, width):
         return UNKNOWN
+    rows = ((np.arange(_GRID) + 0.5) * height / _GRID).astype(int)
+    columns = ((np.arange(_GRID) + 0.5) * width / _GRID).astype(int)
+    grid = cropped[rows][:, columns]
+    overlaps = {name: float((grid & mask).sum() / (grid | mask).sum()) for name, mask in _outlines().items()}
     best = max(overlaps, key=overlaps.__getitem__)
     return best if overlaps[best] >= _LEAST_OVERLAP else UNKNOWN
+
+
+def overlap_with_ideal(found: FoundObject, shape: str) -> float:
+    """Intersection over union of what was found with the ideal shape of the same area around the same centroid."""
+    rows, columns = np.nonzero(found.region)
+    y, x = (np.arange(length, dtype=np.float32) for length in found.region.shape)
+    radius, center_x, center_y = np.float32(np.sqrt(found.area / _AREA_OF_RADIUS[shape])), columns.mean(), rows.mean()
+    for _ in range(2):  # a triangle's centroid isn't its middle: drawn once, then moved
+        ideal = signed_distance(shape, (x - np.float32(center_x))[None], (y - np.float32(center_y))[:, None], radius) < 0
+        ideal_rows, ideal_columns = np.nonzero(ideal)
+        center_x, center_y = center_x + columns.mean() - ideal_columns.mean(), center_y + rows.mean() - ideal_rows.mean()
+    return float((ideal & found.region).sum() / (ideal | found.region).sum())
 
 
 def read_place(center_x: float, center_y: float) -> str:

@@ -23,7 +23,7 @@ from pixart.training.initialize import initialize_weights
 
 from .. import RESULTS, WEIGHTS
 from ..data.captions import Caption, caption
-from ..data.reader import Verdict, check
+from ..data.reader import Verdict, check, overlap_with_ideal
 from ..data.scenes import Scene, Split, sample_scene
 from .contact_sheet import Entry, make_contact_sheet
 
@@ -93,12 +93,12 @@ def summarise(verdicts: Sequence[Verdict]) -> dict:
 
 
 def outlines(scenes: Sequence[Scene], verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Mean overlap (intersection over union) of what was drawn with the ideal shape in the same box: of all objects, and by shape."""
+    """Mean overlap (intersection over union) of what was drawn with the ideal shape at its place and size: of all, and by shape."""
     found: dict[str, list[float]] = {}
     for scene, verdict in zip(scenes, verdicts, strict=True):
-        drawn = [each.overlaps for each in verdict.found] or [{}] * len(scene.objects)  # what is missing overlaps with nothing
-        for wanted, overlaps in zip(scene.objects, drawn, strict=True):
-            found.setdefault(wanted.shape, []).append(overlaps.get(wanted.shape, 0.0))
+        drawn = verdict.found or [None] * len(scene.objects)  # what is missing overlaps with nothing
+        for wanted, seen in zip(scene.objects, drawn, strict=True):
+            found.setdefault(wanted.shape, []).append(0.0 if seen is None else overlap_with_ideal(seen, wanted.shape))
     every = [value for values in found.values() for value in values]
     return {"all": round(float(np.mean(every)), 4)} | {name: round(float(np.mean(found[name])), 4) for name in sorted(found)}
 

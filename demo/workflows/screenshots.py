@@ -39,7 +39,15 @@ FRAME = """([scale, x, y]) => {
     view.scale = scale; view.offset[0] = x; view.offset[1] = y;
     window.app.canvas.setDirty(true, true);
 }"""
-HIDE_MINIMAP = "async () => { await window.app.extensionManager.setting.set('Comfy.Minimap.Visible', false); }"
+# Banners, messages, bars: all but the canvas and the text fields that lie on it
+ONLY_THE_GRAPH = """() => {
+    const canvas = window.app.canvas.canvas;
+    window.app.canvas.show_info = false;
+    for (const each of document.querySelectorAll("body *"))
+        if (!each.contains(canvas) && !each.closest(".dom-widget") && !each.querySelector(".dom-widget")) each.style.visibility = "hidden";
+    const place = canvas.getBoundingClientRect();
+    return [place.left, place.top];
+}"""
 # Messages at the upper right, e.g. that a newer frontend exists, lie over the Run button
 CLOSE_MESSAGES = "() => document.querySelectorAll('.p-toast button').forEach(each => each.click())"
 RUN_BUTTON = "[data-testid='queue-button'], .comfyui-queue-button button"
@@ -95,17 +103,18 @@ def click_run(page: Page, client: ComfyClient, seconds: float = 300) -> dict[str
 
 
 def screenshot(page: Page, graph: dict[str, Any], width: int = 2400) -> bytes:
-    """PNG of the page with the whole graph in view, as high as the graph needs."""
+    """PNG of the graph alone, without the frontend around it."""
+    margin, title, edges = 30, 40, 300  # pixels around the graph, a node's title in its units, room for the frontend's bars
     left, top = (min(node["pos"][axis] for node in graph["nodes"]) for axis in (0, 1))
     right, bottom = (max(node["pos"][axis] + node["size"][axis] for node in graph["nodes"]) for axis in (0, 1))
-    bar, tabs, margin, title = 60, 90, 60, 40  # the frontend's own edges, then ours
-    scale = (width - bar - margin) / (right - left)
-    page.set_viewport_size({"width": width, "height": round((bottom - top + title) * scale) + tabs + margin})
-    page.evaluate(HIDE_MINIMAP)
+    scale = (width - 2 * margin) / (right - left)
+    height = round((bottom - top + title) * scale) + 2 * margin
+    page.set_viewport_size({"width": width + edges, "height": height + edges})
     page.wait_for_timeout(500)
-    page.evaluate(FRAME, [scale, -left + (bar + margin / 2) / scale, -top + tabs / scale + title])
+    x, y = page.evaluate(ONLY_THE_GRAPH)
+    page.evaluate(FRAME, [scale, margin / scale - left, margin / scale + title - top])
     page.wait_for_timeout(1500)
-    return page.screenshot()
+    return page.screenshot(clip={"x": x, "y": y, "width": width, "height": height})
 
 
 def draw(server: host.Host, file: Path) -> None:
