@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from demo import DISTILLED
 from launch import checkout, host
 from launch.client import ComfyClient
 from launch.environment import BROWSERS
@@ -56,6 +57,7 @@ PATIENCE = 300_000  # milliseconds; the page loads hundreds of scripts from a ho
 WITH_WEIGHTS = (
     "demo", "img2img", "inpaint", "batch", "controlnet-demo", "lora-stack", "pag", "regional-prompts", "sa-solver", "lcm-demo", "dmd-demo",
 )  # fmt: skip
+NEEDED = {f"{kind}-demo": path for kind, path in DISTILLED.items()}  # made by training
 
 
 def find_browser() -> str | None:
@@ -122,7 +124,7 @@ def draw(server: host.Host, file: Path) -> None:
     graph = json.loads(file.read_text(encoding="utf-8"))
     with frontend(server.url, 2400, 1200) as page:
         page.evaluate(LOAD, graph)
-        if file.stem in WITH_WEIGHTS:
+        if file.stem in WITH_WEIGHTS and NEEDED.get(file.stem, file).is_file():
             click_run(page, server.client)
         image = Image.open(io.BytesIO(screenshot(page, graph))).convert("RGB")
     height = round(image.height * PICTURE_WIDTH / image.width)
