@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from demo import DISTILLED
 from launch import checkout, host
 from launch.client import ComfyClient
 from launch.environment import BROWSERS
 from launch.errors import LaunchError
+
+from .. import DISTILLED
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -70,6 +70,7 @@ def both(tmp_path_factory):
         pytest.skip("this host carries no T5 tokenizer")
     folder = shutil.copytree(files, tmp_path_factory.mktemp("t5") / "t5")
     sizes = {"vocab_size": 32128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    torch.manual_seed(0)
     model = transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")).eval()
     model.save_pretrained(folder)
     tokenizer = transformers.T5TokenizerFast.from_pretrained(str(folder))
@@ -90,5 +91,5 @@ def test_states_and_masks_are_those_of_diffusers(both, clean, limit):
         length = int(mask.sum())
         assert mask.shape == (1, limit) and mask[0, :length].all(), caption[:60]
         assert found.mask.shape == (1, length) and found.mask.all(), caption[:60]
-        assert torch.allclose(found.states, states[:, :length], atol=1e-5), caption[:60]
+        assert torch.allclose(found.states, states[:, :length], atol=2e-5), caption[:60]
     assert encoder.encode([prepare("word " * 5000, clean)], limit).states.shape[1] == limit
