@@ -206,7 +206,7 @@ def train(steps: int, out: Path, state: Path, seed: int = 0, batch: int = 8, lea
             curve.append([step + 1, round(float(np.mean(recent)), 5)])
             bar.set_postfix(loss=curve[-1][1])
             recent = []
-            _save_state(state, decoder, optimizer, step + 1, curve)
+            save_state(state, {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "curve": curve})
             save_autoencoder(decoder, out)
     curve_file = RESULTS / "autoencoder-curve.json"
     curve_file.parent.mkdir(parents=True, exist_ok=True)
@@ -220,6 +220,11 @@ def _train_step(
     latents = encode(pictures)
     sigma = torch.from_numpy(rng.uniform(0, 0.1, (count, 1, 1, 1)).astype(np.float32))
     latents = latents + sigma * torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+    return descend(decoder, optimizer, latents, pictures)
+
+
+def descend(decoder: nn.Module, optimizer: torch.optim.Optimizer, latents: Tensor, pictures: Tensor) -> float:
+    """One step of the decoder towards the pictures; the loss before it."""
     with autocast("cpu", torch.bfloat16):
         decoded = decoder(latents.to(memory_format=torch.channels_last))
     loss = reconstruction_loss(decoded.float(), pictures)
@@ -230,12 +235,11 @@ def _train_step(
     return float(loss.detach())
 
 
-def _save_state(path: Path, decoder: nn.Module, optimizer: torch.optim.Optimizer, step: int, curve: list) -> None:
+def save_state(path: Path, content: dict) -> None:
+    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    torch.save(
-        {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "curve": curve}, part
-    )
+    torch.save(content, part)
     part.replace(path)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, autocast, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pixart import load_text_encoder
@@ -25,7 +25,7 @@ from .. import WEIGHTS
 from ..data.captions import caption
 from ..data.layout import arrange
 from ..data.scenes import render, sample_scene
-from .autoencoder import encode, load_decoder, reconstruction_loss, save_autoencoder
+from .autoencoder import descend, encode, load_decoder, save_autoencoder, save_state
 
 TIMESTEPS, STEPS = (250, 650), 5  # from where scenes are drawn again, and how often the transformer looks
 GUIDANCE = (1.0, 4.5)
@@ -99,31 +99,13 @@ def train(source: Redrawn, steps: int, out: Path, state: Path, learning_rate: fl
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / WARMUP, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
-        losses.append(_step(decoder, optimizer, *source.draw(np.random.default_rng((seed, step)))))
+        losses.append(descend(decoder, optimizer, *source.draw(np.random.default_rng((seed, step)))))
         for name, value in decoder.state_dict().items():
             average[name].lerp_(value, 0.01)
         bar.set_postfix(loss=round(float(np.mean(losses[-SAVE_EVERY:])), 5))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            _save(state, {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1})
+            save_state(state, {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1})
             _save_average(average, out)
-
-
-def _step(decoder: nn.Module, optimizer: torch.optim.Optimizer, latents: Tensor, pictures: Tensor) -> float:
-    with autocast("cpu", torch.bfloat16):
-        decoded = decoder(latents.to(memory_format=torch.channels_last))
-    loss = reconstruction_loss(decoded.float(), pictures)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-    optimizer.step()
-    return float(loss.detach())
-
-
-def _save(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save(content, part)
-    part.replace(path)
 
 
 def _save_average(average: dict[str, Tensor], out: Path) -> None:
