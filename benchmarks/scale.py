@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 CASES = ((LOCAL, 1), (TORCHRUN, 1), (TORCHRUN, 2), (RAY, 1), (RAY, 2))
 SECOND = 1.0  # of the items that Ray's overhead is measured on
 LOG = "times.jsonl"
+NEVER_TOGETHER = "{} workers were not at work together for long enough; give more --items."
 MORE = (1, 4, 16)  # times --items, until all workers were at work together
 
 
@@ -149,16 +151,13 @@ def rates(items: int, rounds: int, steps: int) -> list[dict[str, Any]]:
 
 def rate(makers: Sequence[Callable[[Path], Stage]], on: str, workers: int) -> float:
     """Of one run in a folder of its own; of a longer one where a worker was done before another had begun."""
-    for number, make in enumerate(makers, 1):
+    for make in makers:
         with tempfile.TemporaryDirectory(prefix="pixart-scale-") as folder:
             stage = Timed(make(Path(folder)))
             run([stage], Where(on, workers))
-            try:
+            with suppress(NeverTogether):
                 return steady_rate(read_log(stage.place), workers)
-            except NeverTogether:
-                if number == len(makers):
-                    raise
-    raise ValueError("no stage was given")
+    raise NeverTogether(NEVER_TOGETHER.format(workers))
 
 
 def read_log(place: Path) -> list[dict[str, Any]]:
@@ -177,7 +176,7 @@ def steady_rate(rows: Sequence[dict[str, Any]], workers: int) -> float:
     begin, end = max(min(times) for times in ends.values()), min(max(times) for times in ends.values())
     inside = sum(row["items"] for row in rows if begin < row["end"] <= end)
     if len(ends) != workers or end <= begin or not inside:
-        raise NeverTogether(f"{workers} workers were not at work together for long enough; give more --items.")
+        raise NeverTogether(NEVER_TOGETHER.format(workers))
     return inside / (end - begin)
 
 
