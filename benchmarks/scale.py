@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--note", default="", help="what else the reader must know of this machine")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    report: dict[str, Any] = {"machine": machine(), "note": given.note, "settings": {"items": given.items, "rounds": given.rounds}}
+    report = begun(given.out / "scale.json", {"machine": machine(), "note": given.note, "settings": {"items": given.items, "rounds": given.rounds}})
     if "rates" in given.only:
         report["rates"] = rates(given.items, given.rounds, given.steps)
     if "ray" in given.only:
@@ -58,6 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (given.out / "scale.json").write_text(json.dumps(rounded_more(report), indent=1) + "\n", encoding="utf-8")
     (given.out / "scale.md").write_text(markdown(report) + "\n", encoding="utf-8")
     print(markdown(report))
+
+
+def begun(kept: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """A report with the parts that were measured on the same machine before; `--only` adds to them or replaces them."""
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    if before.get("machine") != json.loads(json.dumps(rounded_more(facts["machine"]))):
+        before = {}
+    return {**facts, **{part: before[part] for part in ("rates", "ray", "paper") if part in before}}
 
 
 class Timed:

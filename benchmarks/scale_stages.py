@@ -25,6 +25,8 @@ from pixart.training.data.item import File
 
 BATCH, SIDE, ANSWER = 2, 256, 32  # items, pixels, tokens
 TEXTS_A_PICTURE = 16  # T5 is so much faster than the rest that it gets more items
+ENCODED_A_PICTURE = 2  # the VAE's batches are long: with two workers each needs several
+PICTURES_A_DRAWN = 4  # drawing is so much slower that it gets fewer
 DEMO = "demo"
 
 
@@ -33,8 +35,8 @@ def stages(items: int, steps: int) -> dict[str, Callable[[Path], Stage]]:
     return {
         "captions (random model of 0.1 M)": lambda folder: _captions(folder, items),
         "T5 (demo)": lambda folder: EncodeStage(folder, _text_settings(), _prompts(items * TEXTS_A_PICTURE)),
-        "VAE (demo)": lambda folder: _latents(folder, items),
-        f"drawing (demo, {steps} steps)": lambda folder: _drawing(folder, items, steps),
+        "VAE (demo)": lambda folder: _latents(folder, items * ENCODED_A_PICTURE),
+        f"drawing (demo, {steps} steps)": lambda folder: _drawing(folder, -(-items // PICTURES_A_DRAWN), steps),
     }
 
 

@@ -33,6 +33,7 @@ def test_every_stage_runs_and_is_timed(tmp_path: Path, monkeypatch: pytest.Monke
     pytest.importorskip("transformers")
     monkeypatch.setattr("benchmarks.scale_stages.TEXTS_A_PICTURE", 12)
     monkeypatch.setattr("pixart.scale.extract_stage.PICTURES_AT_ONCE", 2)
+    monkeypatch.setattr("benchmarks.scale_stages.PICTURES_A_DRAWN", 1)
     for name, make in stages(4, 1).items():
         assert scale.rate([make], "local", 1) > 0, name
 
@@ -66,3 +67,12 @@ def test_the_report_has_a_table_for_each_part(tmp_path: Path) -> None:
     assert "| T5 | 10.00 | 10.00 | 20.00 (2.00 x) | 10.00 | 20.00 (2.00 x) |" in text
     assert "Overhead of Ray: 5.0%" in text and "## On paper" in text
     assert json.dumps(scale.rounded_more({"a": [1.23456, 2]})) == '{"a": [1.235, 2]}'
+
+
+def test_a_part_measured_alone_is_added_to_what_the_same_machine_measured_before(tmp_path: Path) -> None:
+    kept, facts = tmp_path / "scale.json", {"machine": {"cores": 2, "memory_gib": 23.5}, "note": "quiet"}
+    assert scale.begun(kept, facts) == facts
+    kept.write_text(json.dumps({**facts, "note": "before", "rates": [1], "ray": {"overhead": 0.5}}), encoding="utf-8")
+    assert scale.begun(kept, facts) == {**facts, "rates": [1], "ray": {"overhead": 0.5}}
+    other = {**facts, "machine": {"cores": 64, "memory_gib": 23.5}}
+    assert scale.begun(kept, other) == other

@@ -18,7 +18,8 @@ def add_many_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts", type=Path, metavar="FILE",
         help="instead of --prompt: text with one a line, or csv or jsonl with prompt, negative, seed, width, height, steps, guidance, "
-        "images. --output is a folder then; run the command again to go on where it stopped. What a row leaves out, the options say",
+        "images. --output is a folder then; run the command again to go on where it stopped. What a row leaves out, the options say. "
+        "T5 states are kept in the folder's .pixart-work (T5-XXL: about 0.5 MB a prompt)",
     )  # fmt: skip
     group.add_argument("--batch-size", type=int, default=4, help="pictures that are drawn together (default: 4)")
     group.add_argument("--overwrite", action="store_true", help="draw anew what other prompts or settings drew into the folder")
@@ -47,7 +48,7 @@ def run_many(given: argparse.Namespace, parts: dict[str, Path], dtype: str | Non
         rows = generate_many(encode, draw, chosen, given.overwrite)
     if not leads():
         return
-    sys.stdout.write(summary(rows, draw.place) + "\n")
+    sys.stdout.write(summary(rows, draw.place, encode) + "\n")
     failed = sum(row["status"] != "drawn" for row in rows)
     if failed:
         raise PixArtError(f"{failed} of {len(rows)} pictures failed. Run the command again to try them once more.")

@@ -18,6 +18,7 @@ from .where import Where, leads, run
 INDEX = "index.jsonl"
 MISSING = "missing"  # status of what a run that ended early has not come to
 SHOWN = 3
+WORTH_A_WORD = 100_000_000  # bytes of T5 states
 
 
 def generate_many(encode: EncodeStage, draw: DrawStage, chosen: Where, overwrite: bool = False) -> list[Row]:
@@ -100,12 +101,17 @@ def write_index(draw: DrawStage) -> list[Row]:
     return rows
 
 
-def summary(rows: Sequence[Row], place: Path) -> str:
-    """What the command says at its end."""
+def summary(rows: Sequence[Row], place: Path, encode: EncodeStage | None = None) -> str:
+    """What the command says at its end; with `encode` also what its states take of the disk, if that is much."""
     failed = [row for row in rows if row["status"] == FAILED]
     lines = [f"{sum(row['status'] == DRAWN for row in rows)} of {len(rows)} pictures are in {place}; {INDEX} lists them."]
     lines += [f"failed: {row['file']}, row {row['row']}: {row['error']}" for row in failed]
     cut = sum("cut" in row for row in rows)
     if cut:
         lines.append(f"{cut} prompts were longer than the model reads; the index says what was left out.")
+    size = encode.kept_bytes() if encode else 0
+    if size >= WORTH_A_WORD:
+        lines.append(
+            f"T5 states for further pictures of these prompts take {size / 1e9:.1f} GB in {encode.folder}; delete it when you are done."
+        )
     return "\n".join(lines)

@@ -18,8 +18,9 @@ import pixart
 from pixart import cli
 from pixart.app.settings import from_text
 from pixart.errors import UnsupportedError
-from pixart.scale import draw_stage, encode_stage, on_ray
+from pixart.scale import draw_stage, encode_stage, many, on_ray
 from pixart.scale.book import FOLDER
+from pixart.scale.encode_stage import EncodeStage, TextSettings
 from pixart.scale.graph import GraphModels, picture_graph
 from pixart.scale.many import summary
 from pixart.scale.prompt_rows import Picture
@@ -190,6 +191,18 @@ def test_a_picture_that_other_prompts_drew_since_is_not_taken_for_the_first_ones
 def test_the_summary_counts_what_is_there() -> None:
     rows = [{"status": status, "file": "a.png", "row": 1, "error": "no memory"} for status in ("drawn", "failed", "missing")]
     assert summary(rows, Path("out")).startswith("1 of 3 pictures are in out;")
+
+
+def test_the_summary_says_where_much_of_the_disk_went(tmp_path, monkeypatch) -> None:
+    encode = EncodeStage(tmp_path, TextSettings(Path("t5.safetensors")), ["a cube", "a ball"])
+    for prompt, size in (("a cube", 70), ("a ball", 40)):
+        encode.file_of(prompt).parent.mkdir(parents=True)
+        encode.file_of(prompt).write_bytes(bytes(size))
+    assert len(summary([], tmp_path, encode).splitlines()) == 1
+    monkeypatch.setattr(many, "WORTH_A_WORD", 110)
+    assert summary([], tmp_path, encode).splitlines()[1] == (
+        f"T5 states for further pictures of these prompts take 0.0 GB in {encode.folder}; delete it when you are done."
+    )
 
 
 def test_a_file_that_is_no_picture_of_ours_is_never_replaced_unasked(generate, tmp_path, capsys) -> None:
