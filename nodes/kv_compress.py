@@ -31,7 +31,7 @@ class PixArtKVCompress(io.ComfyNode):
                 io.Model.Input("model", tooltip="A PixArt model, from PixArtModelLoader."),
                 io.Int.Input(
                     "ratio", default=DEFAULTS.ratio, min=2, max=MAX_RATIO,
-                    tooltip="Cells of ratio x ratio tokens share one key and value. Attention gets 4 times cheaper with 2, 16 times with 4.",
+                    tooltip="ratio x ratio tokens share one key and value. Attention gets 4 times cheaper with 2, 16 times with 4.",
                 ),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=DEFAULTS.method,
