@@ -20,7 +20,7 @@ def add_merge_command(commands: argparse._SubParsersAction) -> None:
     merge.add_argument("--to", choices=("original", "diffusers"), default="original", help="names of the weights")
     merge.add_argument("--dtype", choices=tuple(DTYPES), help="default: as the transformer is stored; of fp8 bf16")
     merge.add_argument("--leave-text", action="store_true", help="leave a LoRA's layers of T5 out, which this file has no place for")
-    merge.add_argument("--variant", choices=("auto", *variant_names()), default="auto", help="what weights can't tell")
+    merge.add_argument("--variant", choices=("auto", *variant_names()), default="auto", help="the variant, if the weights can't tell")
     merge.add_argument("--ema", action="store_true", help="take state_dict_ema from an original .pth")
     merge.set_defaults(run=_merge)
 

@@ -159,7 +159,7 @@ def _not_found(kind: str, name: Any, menu: list[str], vanished: bool) -> str:
             "for T5, UnetLoaderGGUF), whose CLIP and MODEL fit here, or choose a .safetensors file."
         )
     if vanished:
-        return f"{name!r} was in the folder {kind} and is gone, or its link leads nowhere; expected under {places}. Put it back."
+        return f"{name!r} was in the folder {kind} and is gone, or its link is broken; expected under {places}. Put it back."
     wanted = _posix(str(name)).lower()
     near = [entry for entry in menu if _posix(entry).lower().rpartition("/")[2] == wanted.rpartition("/")[2]]
     near = near or difflib.get_close_matches(str(name), menu[:2000], n=3)

@@ -64,7 +64,7 @@ class WarnOfIdleness:
         elif all(one.start_percent > last for one in self.compressions):
             advice = "It ends early: set start_percent to 0 for it."
         else:
-            advice = "Choose percents that hold one of its steps."
+            advice = "Choose a range that contains one of its steps."
         return f"{parts}: this run's steps lie from {first:.2f} to {last:.2f} of the noise schedule. {advice}"
 
 

@@ -38,7 +38,7 @@ def _sample(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = Non
     if getattr(guider, "cfg", 1.0) != 1.0:
         log.warning("PixArt: one-step models were distilled without guidance; set cfg to 1 (it is %g).", guider.cfg)
     if len(sigmas) != 2:
-        log.warning("PixArt: the one-step sampler does the first of these %d steps and leaves out the rest.", len(sigmas) - 1)
+        log.warning("PixArt: the one-step sampler runs only the first of these %d steps.", len(sigmas) - 1)
     if not model.latent_image.any():
         x = unit_variance_start(model.noise, sigmas[0])
     denoised = model(x, sigmas[0] * x.new_ones(x.shape[0]), **(extra_args or {}))

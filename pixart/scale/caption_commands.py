@@ -22,7 +22,7 @@ PREVIEWED = 10
 def add_caption_command(commands: argparse._SubParsersAction) -> None:
     """Adds it to the command line."""
     parser = commands.add_parser("caption", help="caption a folder of pictures by a vision-language model")
-    parser.add_argument("folder", type=Path, help="pictures, in folders too; run again to go on where it stopped")
+    parser.add_argument("folder", type=Path, help="pictures, in folders too; run again to resume")
     parser.add_argument(
         "--model", default=MODEL,
         help=f"any of transformers' image-text-to-text: folder, or name on the Hugging Face Hub (default: {MODEL}; small: {SMALL_MODEL})",
@@ -43,9 +43,9 @@ def add_caption_command(commands: argparse._SubParsersAction) -> None:
         "--preview", nargs="?", type=Path, const=Path("caption-preview.png"), metavar="FILE",
         help=f"caption {PREVIEWED} pictures onto one contact sheet (default: caption-preview.png) and write nothing else",
     )  # fmt: skip
-    parser.add_argument("--report", action="store_true", help="only measure the captions that are there")
+    parser.add_argument("--report", action="store_true", help="only measure the existing captions")
     parser.add_argument("--text-encoder", type=Path, help="T5 whose tokens the report counts: folder or file")
-    parser.add_argument("--tokenizer", type=Path, help="its tokenizer alone suffices: folder, tokenizer.json or spiece.model")
+    parser.add_argument("--tokenizer", type=Path, help="its tokenizer alone is enough: folder, tokenizer.json or spiece.model")
     parser.add_argument("--clip", metavar="PLACE", help="a CLIP of transformers, for the report's CLIP score")
     add_where_options(parser)
     parser.set_defaults(run=_caption)

@@ -102,7 +102,7 @@ def test_a_text_that_unpacks_to_much_more_is_refused(tmp_path):
         ({"style": "nonsense"}, "style is 'nonsense'; this page has none, photograph"),
         ({"sampler": "lcm"}, "sampler is 'lcm'; this page has dpm\\+\\+, sa-solver"),
         ({"lora": "../secret"}, "lora is '../secret'; this page has none, style.safetensors"),
-        ({"width": 255}, "255 x 256 is no size this model was trained at"),
+        ({"width": 255}, "255 x 256 is not a size this model was trained at"),
     ],
 )
 def test_what_the_model_does_not_offer_is_refused(changes, message):

@@ -50,7 +50,7 @@ def test_names_are_as_long_as_the_largest_number(tmp_path: Path) -> None:
         ("a.csv", "prompt,seed\nred, blue,1\n", "line 2: 3 values for 2 columns; put texts with commas in double quotes"),
         ("a.csv", 'prompt\n"red\n', "no csv"),
         ("a.csv", "prompt,seed\nred,one\n", "line 2: seed is 'one'; expected a whole number"),
-        ("a.jsonl", "{'prompt': 1}", "line 1: no JSON"),
+        ("a.jsonl", "{'prompt': 1}", "line 1: not JSON"),
         ("a.jsonl", "[1]", "line 1: a list; expected an object or a string"),
         ("a.jsonl", '{"prompt": 3}', "line 1: prompt is 3; expected a text"),
         ("a.jsonl", '{"prompt": "a", "cfg": 2}', "line 1: unknown field 'cfg'; expected prompt, negative"),

@@ -18,7 +18,7 @@ PLACES = {
 def add_data_commands(commands: argparse._SubParsersAction) -> None:
     """Adds `extract` to the command line."""
     extract = commands.add_parser(
-        "extract", help="compute the T5 states and latents that a recipe trains on; run again to go on where it stopped",
+        "extract", help="compute the T5 states and latents that a recipe trains on; run again to resume",
         description="Fills the cache that `train` reads, so that training needs neither T5 nor VAE at once. With --on "
         "several cards or machines that share the cache compute it together.",
     )  # fmt: skip
