@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", choices=("original", "diffusers"), required=True)
     convert.add_argument(
         "--kv-compression", metavar="MODE:RATIO:FIRST-LAST",
-        help="for weights trained with compression that leaves no trace in them, e.g. uniform:2:14-27; noted in the new file",
+        help="for weights trained with a compression that doesn't show in them, e.g. uniform:2:14-27; recorded in the new file",
     )  # fmt: skip
     _add_reading_options(convert)
     convert.set_defaults(run=_convert)

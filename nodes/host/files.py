@@ -165,6 +165,6 @@ def _not_found(kind: str, name: Any, menu: list[str], vanished: bool) -> str:
     near = near or difflib.get_close_matches(str(name), menu[:2000], n=3)
     return (
         f"{name!r} is not in the folder {kind}: expected one of the files or Hugging Face folders under {places}. "
-        + (f"Near it: {', '.join(map(repr, near[:3]))}. " if near else "")
+        + (f"Similar: {', '.join(map(repr, near[:3]))}. " if near else "")
         + "Put it there and refresh the page (key R)."
     )

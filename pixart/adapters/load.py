@@ -186,9 +186,9 @@ def _unclear(module: str, layer: Layer, entries: Entries, settings: Settings | N
     if not 0 < alpha < norm:
         return []
     return [
-        f"{module}: OFT whose alpha of {alpha:g} bounds either a norm, here {norm:.3g}, as ComfyUI's trainer has it, or the norm for each "
-        f"row, as LyCORIS and kohya have it. ComfyUI's trainer makes no {blocks.shape[0]} blocks of {blocks.shape[-1]} rows, the others no "
-        "such names"
+        f"{module}: OFT whose alpha of {alpha:g} limits either the whole norm, here {norm:.3g}, as in ComfyUI's trainer, or the norm per "
+        f"row, as in LyCORIS and kohya. ComfyUI's trainer never makes {blocks.shape[0]} blocks of {blocks.shape[-1]} rows, the others "
+        "never use such names"
     ]
 
 

@@ -30,7 +30,7 @@ def add_app_command(commands: argparse._SubParsersAction, parts: Parts, demo_lor
     )  # fmt: skip
     app.add_argument(
         "--few-steps", choices=("auto", "lcm", "one-step", "no"), default="auto",
-        help="what the transformer was distilled for (auto: as its name says)",
+        help="what the transformer was distilled for (auto: guessed from its name)",
     )  # fmt: skip
     app.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     app.add_argument("--output", type=Path, default=Path("output"), help="folder for pictures; the page can read only this one")

@@ -21,7 +21,7 @@ def add_many_options(parser: argparse.ArgumentParser) -> None:
         "images. --output is a folder then; run the command again to resume. The options fill in what a row leaves out. "
         "T5 states are kept in the folder's .pixart-work (T5-XXL: about 0.5 MB per prompt)",
     )  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=4, help="pictures that are drawn together (default: 4)")
+    group.add_argument("--batch-size", type=int, default=4, help="pictures drawn together (default: 4)")
     group.add_argument("--overwrite", action="store_true", help="replace pictures that other prompts or settings drew into the folder")
     group.add_argument("--hosts", nargs="+", metavar="HOST", help="for --on comfy: running ComfyUIs with this pack, e.g. 10.0.0.5:8188")
     group.add_argument("--graph", type=Path, help="for --on comfy: a workflow in API format, instead of the plain one")

@@ -34,15 +34,15 @@ def add_where_options(parser: argparse.ArgumentParser, *others: str) -> None:
     group.add_argument(
         "--on", choices=(LOCAL, TORCHRUN, RAY, *others), default=LOCAL,
         help="local: this process (default). torchrun: one process per GPU of this machine, or of several if torchrun started this "
-        "command there. ray: a cluster by Ray Data (`pip install \".[scale]\"`). The results are the same. All machines "
+        "command there. ray: a Ray cluster (`pip install \".[scale]\"`). The results are the same. All machines "
         "need this package, and the same paths to the models and folders",
     )  # fmt: skip
     group.add_argument("--workers", type=_count, metavar="N", help="for torchrun and ray (default: one per GPU, else one per core)")
     group.add_argument(
         "--threads", type=_count, default=1, metavar="N",
-        help="of each worker on a CPU (default: 1). Results are equal to the bit for the same number",
+        help="of each worker on a CPU (default: 1). The same number gives bit-identical results",
     )  # fmt: skip
-    group.add_argument("--address", help="of a Ray cluster that is there, e.g. auto or 10.0.0.5:6379 (default: one is started here)")
+    group.add_argument("--address", help="of a running Ray cluster, e.g. auto or 10.0.0.5:6379 (default: start one here)")
 
 
 def where(given: argparse.Namespace) -> Where:

@@ -33,7 +33,7 @@ def add_text_commands(commands: argparse._SubParsersAction, default_encoder: Pat
     quantize.add_argument("destination", type=Path, help="T5: a new folder; transformer: a .safetensors")
     quantize.add_argument(
         "--precision", choices=(*STORED_PRECISIONS, TRANSFORMER_PRECISION), required=True,
-        help=f"{TRANSFORMER_PRECISION} is of the transformer, in ComfyUI's scaled format; the others are T5's",
+        help=f"{TRANSFORMER_PRECISION} is for the transformer, in ComfyUI's scaled format; the others are for T5",
     )  # fmt: skip
     quantize.add_argument("--variant", choices=(AUTO, *variant_names()), default=AUTO, help="of the transformer, if the weights can't tell")
     quantize.add_argument("--device", default="auto", help="where to quantize: auto, cpu, cuda, ...")

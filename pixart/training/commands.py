@@ -24,15 +24,15 @@ def add_training_commands(commands: Any) -> None:
     train = commands.add_parser("train", help=says, description=TRAIN, formatter_class=raw)
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
     add_places(train)
-    train.add_argument("--transformer", metavar="PLACE", help="weights to begin from: a file or folder, in any format that loads")
+    train.add_argument("--transformer", metavar="PLACE", help="weights to start from: a file or folder, in any format that loads")
     train.add_argument("--output", metavar="FILE", help="where the weights go; states, log and samples go to a folder beside it, NAME-run")
     train.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
         help="change one field of the recipe, e.g. seed=1 or stages.0.steps=500; may be repeated",
     )  # fmt: skip
-    train.add_argument("--dry-run", action="store_true", help="say what would happen and what memory it takes, and stop")
+    train.add_argument("--dry-run", action="store_true", help="only say what would happen and how much memory it takes")
     train.add_argument("--overwrite", action="store_true", help="start over, replacing an earlier run and its output")
-    train.add_argument("--accept-changes", action="store_true", help="go on although recipe, base or pictures have changed since")
+    train.add_argument("--accept-changes", action="store_true", help="resume even if recipe, base or pictures have changed since")
     train.add_argument("--stop-after", type=float, metavar="SECONDS", help="save and stop after this long")
     train.set_defaults(run=_train)
 

@@ -335,7 +335,7 @@ def test_a_bound_of_oft_that_means_two_things_is_refused_where_it_counts(norm, m
     tensors["diffusion_model.blocks.0.attn.proj.diff_b"] = torch.randn(144)
     path = save(tensors, tmp_path)
     if norm > 1:
-        with pytest.raises(UnsupportedError, match="alpha of 1 bounds either a norm, here 3"):
+        with pytest.raises(UnsupportedError, match="alpha of 1 limits either the whole norm, here 3"):
             merge(path, model)
         assert_equal(model, weights)
     else:

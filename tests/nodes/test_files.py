@@ -125,7 +125,7 @@ class TestNames:
     @pytest.mark.parametrize("name", ["STYLE/A.safetensors", "A.safetensors", "a.safetensors", "style/a.safetensor"])
     def test_a_name_close_to_one_is_told_it(self, models: Path, name: str) -> None:
         put(models / "loras/style/a.safetensors")
-        with pytest.raises(errors.CheckpointError, match="not in the folder loras.*Near it: 'style/a.safetensors'"):
+        with pytest.raises(errors.CheckpointError, match="not in the folder loras.*Similar: 'style/a.safetensors'"):
             files.resolve("loras", "transformer", name)
 
     @pytest.mark.parametrize("name", ["..\\x.safetensors", "style/../../x.safetensors", "", 5, ["a"], {"a": 1}, True])
