@@ -81,7 +81,7 @@ def test_files_without_settings_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "jpeg.png", format="JPEG")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:30])
-    for name, message in {"plain": "no settings inside", "jpeg": "no PNG", "text": "no PNG", "cut": "no PNG|no settings", "absent": "no PNG"}.items():
+    for name, message in {"plain": "no settings inside", "jpeg": "not a PNG", "text": "not a PNG", "cut": "not a PNG|no settings", "absent": "not a PNG"}.items():
         with pytest.raises(InputError, match=message):
             read_settings(tmp_path / f"{name}.png")
 

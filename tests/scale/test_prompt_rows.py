@@ -48,7 +48,7 @@ def test_names_are_as_long_as_the_largest_number(tmp_path: Path) -> None:
         ("a.csv", "text,seed\nred,1\n", "begins with 'text', 'seed'; expected the names of its columns: prompt"),
         ("a.csv", "prompt,prompt\na,b\n", "expected the names of its columns"),
         ("a.csv", "prompt,seed\nred, blue,1\n", "line 2: 3 values for 2 columns; put texts with commas in double quotes"),
-        ("a.csv", 'prompt\n"red\n', "no csv"),
+        ("a.csv", 'prompt\n"red\n', "not csv"),
         ("a.csv", "prompt,seed\nred,one\n", "line 2: seed is 'one'; expected a whole number"),
         ("a.jsonl", "{'prompt': 1}", "line 1: not JSON"),
         ("a.jsonl", "[1]", "line 1: a list; expected an object or a string"),
