@@ -53,6 +53,6 @@ def many_step_warning(model: Any) -> str | None:
     if source is None or model.patches or any(seems_few_step(part) for part in Path(source).parts[-3:]) or read_note(source):
         return None
     return (
-        f"PixArt: {Path(source).name} looks like a model for many steps, from which one step makes a blurred picture. "
+        f"PixArt: {Path(source).name} looks like a model for many steps; after one step its picture is blurred. "
         "Use a one-step model (PixArt-Alpha-DMD-XL-2-512x512), or KSampler with 20 steps."
     )

@@ -292,4 +292,4 @@ def explain(error: BaseException, folders: Sequence[str] = ()) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
         return "The device ran out of memory; draw a smaller picture, or start the page with --t5 release or --t5-precision nf4."
     logger.log(logging.ERROR, "Drawing failed", exc_info=error)
-    return f"Drawing failed with an error that nobody foresaw, a {type(error).__name__}; the log of the page has the rest."
+    return f"Drawing failed with an unexpected error, a {type(error).__name__}; the log of the page has the rest."

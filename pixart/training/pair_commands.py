@@ -23,7 +23,7 @@ def add_pair_commands(commands: Any) -> None:
     pairs = commands.add_parser("pairs", help="draw pairs of noise and picture for DMD", description=PAIRS, formatter_class=raw)
     pairs.add_argument("recipe", type=Path, help="recipe of the DMD run, e.g. configs/train/demo-dmd.json")
     pairs.add_argument("out", type=Path, help="folder for the pairs")
-    pairs.add_argument("--count", type=int, required=True, help="pairs to have in the end; PixArt-DMD was made with 640,000")
+    pairs.add_argument("--count", type=int, required=True, help="how many pairs to end up with; PixArt-DMD was made with 640,000")
     pairs.add_argument("--steps", type=int, default=20, help="of DPM-Solver++")
     pairs.add_argument("--cfg", type=float, default=4.5, help="guidance of the teacher")
     pairs.add_argument("--batch-size", type=int, default=16, help="pairs per file")

@@ -297,7 +297,7 @@ def test_adapters_that_can_not_be(tmp_path: Path, base: Path, case: str) -> None
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("lora", {"initialize": None}, "Method lora is trained beside finished weights"),
+        ("lora", {"initialize": None}, "Method lora needs finished weights to start from"),
         ({"name": "full", "layout": "onnx"}, {}, "layout is 'onnx'; expected one of original, diffusers"),
         ({"name": "kv", "blocks": [[0, 2]], "layout": "diffusers"}, {}, "diffusers has no KV compression"),
         ({"name": "kv", "blocks": [[0, 2]], "mode": "mean"}, {}, "mode is 'mean'; expected one of conv, uniform"),
