@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="a red circle above a blue square", help="what to draw")
     parser.add_argument("--negative", default="", help="what not to draw")
-    parser.add_argument("--seed", type=int, default=0, help="number that decides the noise")
+    parser.add_argument("--seed", type=int, default=0, help="number that sets the noise")
     parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="sampling steps (default: 20; with --fast 4)")
     cfg = "how strictly the prompt is followed (default: 4.5; with --fast 1)"
     parser.add_argument("--cfg", type=float, default=argparse.SUPPRESS, help=cfg)
@@ -46,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256, help="wanted width; the nearest trained size is used")
     parser.add_argument("--height", type=int, default=256, help="wanted height")
     parser.add_argument("--output", type=png_file, help="PNG file to write (default: a new one in output/)")
-    parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
+    parser.add_argument("--cpu", action="store_true", help="don't use the GPU")
     parser.add_argument("--port", type=port_number, help="port of the ComfyUI that is started (default: a free one)")
     parser.add_argument("--serve", action="store_true", help="keep ComfyUI running, to open the graph in the browser")
     parser.add_argument("--standalone", action="store_true", help="draw with pixart.Pipeline, without ComfyUI")
@@ -60,7 +60,7 @@ def png_file(text: str) -> Path:
     """Of --output, refused before anything is installed or drawn."""
     path = Path(text).absolute()
     if path.suffix.lower() != ".png" or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a PNG file; expected one that ends in .png")
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a PNG file; expected one that ends in .png")
     return path
 
 
@@ -132,14 +132,14 @@ def draw_in_comfyui(given: argparse.Namespace) -> Path:
 
 def serve(server: host.Host, picture: Path, stem: str) -> None:
     """Keep the host running until Ctrl-C."""
-    say(f"Open {server.url} in the browser; the graph is in the Workflows panel (w) as {stem}. Ctrl-C ends ComfyUI.")
+    say(f"Open {server.url} in the browser; the graph is in the Workflows panel (w) as {stem}. Ctrl-C stops ComfyUI.")
     say(str(picture))
     try:
         while server.process is not None and server.process.poll() is None:
             time.sleep(0.5)
     except KeyboardInterrupt:
         return
-    raise LaunchError(f"ComfyUI ended by itself. The end of its log:\n{server.log_tail()}")
+    raise LaunchError(f"ComfyUI stopped by itself. The end of its log:\n{server.log_tail()}")
 
 
 def draw_standalone(given: argparse.Namespace) -> Path:

@@ -24,8 +24,8 @@ class PixArtControlNetLoader(io.ComfyNode):
             node_id="PixArtControlNetLoader",
             display_name="PixArt ControlNet Loader",
             category="PixArt",
-            description="Loads a ControlNet for PixArt: PixArt-delta's (.pth, with or without the base model inside) and adapters "
-            "trained by diffusers' example or SimpleTuner. Apply it with ControlNetApplyAdvanced and the model's VAE.",
+            description="Loads a ControlNet for PixArt: PixArt-delta's (.pth, with or without the base model inside), or an adapter "
+            "trained with diffusers' example or SimpleTuner. Apply it with ControlNetApplyAdvanced and the model's VAE.",
             search_aliases=["controlnet", "load controlnet", "pixart delta"],
             inputs=[
                 io.Combo.Input(
@@ -63,7 +63,7 @@ class PixArtHED(io.ComfyNode):
             node_id="PixArtHED",
             display_name="PixArt HED Edges",
             category="PixArt",
-            description="Soft edges of a picture by the HED network, the hint that PixArt-delta's ControlNet was trained on. "
+            description="Draws the soft edges of a picture with the HED network. PixArt-delta's ControlNet was trained on such edges. "
             "Needs ControlNetHED.pth in models/controlnet.",
             search_aliases=["hed", "soft edge", "edge map", "controlnet preprocessor"],
             inputs=[

@@ -26,18 +26,18 @@ class PixArtTimesteps(io.ComfyNode):
             node_id="PixArtTimesteps",
             display_name="PixArt Timesteps",
             category="PixArt",
-            description="Turns PixArt timesteps, 999 is pure noise, into SIGMAS for SamplerCustom; a last step to 0 is added. 999, 759, "
-            "499, 259 are those of LCM and Flash in four steps. The schedule optimized needs fewer steps for the same picture.",
+            description="Turns PixArt timesteps (999 is pure noise) into SIGMAS for SamplerCustom. A last step to 0 is added. LCM and "
+            "Flash use 999, 759, 499, 259 for four steps. The schedule optimized needs fewer steps for the same picture.",
             search_aliases=["sigmas", "manual sigmas", "custom timesteps", "lcm timesteps", "optimal steps", "align your steps", "gits"],
             inputs=[
-                io.Model.Input("model", tooltip="The model whose noise levels are meant; connect it after ModelSamplingDiscrete."),
-                io.String.Input("timesteps", default="999, 759, 499, 259", tooltip="Whole numbers 999 to 0, falling."),
+                io.Model.Input("model", tooltip="The model that gives the noise levels. Connect it after ModelSamplingDiscrete."),
+                io.String.Input("timesteps", default="999, 759, 499, 259", tooltip="Whole numbers from 999 down to 0."),
                 io.Combo.Input(
                     "schedule", options=list(SCHEDULES), default=LIST, optional=True,
-                    tooltip="list: the timesteps above. optimized: timesteps that were searched for few steps of a usual model, with "
-                    "the sampler dpmpp_2m; the list isn't used.",
+                    tooltip="list: the timesteps above. optimized: timesteps found by a search, for few steps of an ordinary model with "
+                    "the sampler dpmpp_2m; the list is ignored.",
                 ),
-                io.Int.Input("steps", default=8, min=FEWEST, max=MOST, optional=True, tooltip="Of the schedule optimized."),
+                io.Int.Input("steps", default=8, min=FEWEST, max=MOST, optional=True, tooltip="Only used by optimized."),
             ],
             outputs=[io.Sigmas.Output()],
         )
@@ -62,13 +62,14 @@ class PixArtOneStep(io.ComfyNode):
             node_id="PixArtOneStep",
             display_name="PixArt One Step",
             category="PixArt",
-            description="The sampler and the sigmas of PixArt-DMD, for SamplerCustom with cfg 1: one step from pure noise of unit "
-            "variance at timestep 400. The picture is the first output of SamplerCustom.",
+            description="The sampler and sigmas for PixArt-DMD, for SamplerCustom with cfg 1: one step from pure noise of unit "
+            "variance at timestep 400. Use the first output of SamplerCustom.",
             search_aliases=["dmd", "one step sampler", "distribution matching distillation"],
             inputs=[
                 io.Model.Input("model", tooltip="A one-step model, such as PixArt-Alpha-DMD-XL-2-512x512."),
                 io.Int.Input(
-                    "timestep", default=DMD_TIMESTEP, min=1, max=LAST_TIMESTEP, tooltip="Where the model was trained: 400 for PixArt-DMD."
+                    "timestep", default=DMD_TIMESTEP, min=1, max=LAST_TIMESTEP,
+                    tooltip="The timestep the model was trained at: 400 for PixArt-DMD.",
                 ),
             ],
             outputs=[io.Sampler.Output(), io.Sigmas.Output()],

@@ -23,8 +23,8 @@ class PixArtPAG(io.ComfyNode):
             node_id="PixArtPAG",
             display_name="PixArt Perturbed-Attention Guidance",
             category="PixArt",
-            description="Pushes each step away from a prediction whose structure was weakened in some blocks: clearer objects, "
-            "also without CFG. Costs one more forward pass per step. ComfyUI's own PAG node has no effect on PixArt.",
+            description="Makes objects clearer, with or without CFG: pushes each step away from a deliberately weakened prediction. "
+            "Costs one more forward pass per step. ComfyUI's own PAG node has no effect on PixArt.",
             search_aliases=["pag", "perturbed attention guidance", "slg", "skip layer guidance"],
             inputs=[
                 io.Model.Input("model", tooltip="From PixArtModelLoader."),
@@ -32,14 +32,14 @@ class PixArtPAG(io.ComfyNode):
                     "kind",
                     options=list(KINDS),
                     default=PERTURBED_ATTENTION,
-                    tooltip="What weakens the prediction: self-attention in which no token sees another, or no block at all.",
+                    tooltip="How the chosen blocks are weakened: each token sees only itself, or the blocks are skipped.",
                 ),
                 io.String.Input(
-                    "blocks", default="14", tooltip="Numbers of the blocks, from 0: 14, or 3, 10-12. PixArt has 0 to 27, the 900M 0 to 41."
+                    "blocks", default="14", tooltip="Block numbers, from 0: 14, or 3, 10-12. PixArt has 0 to 27, the 900M 0 to 41."
                 ),
                 io.Float.Input("scale", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="Strength; 0 is off."),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001, tooltip="Part of sampling where it begins."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001, tooltip="Part of sampling where it ends."),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001, tooltip="Where in sampling it starts."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001, tooltip="Where in sampling it ends."),
             ],
             outputs=[io.Model.Output()],
         )

@@ -23,15 +23,15 @@ class PixArtKVCompress(io.ComfyNode):
             node_id=NODE,
             display_name="PixArt KV Compress",
             category="PixArt",
-            description="Makes large pictures (2K, 4K) cheaper: picture tokens attend to merged keys and values. An "
-            "approximation that works with every PixArt model without training; the picture changes somewhat. The larger the "
-            "picture, the more it saves. For a second pass set end_percent to 1.",
+            description="Makes large pictures (2K, 4K) faster by merging keys and values of self-attention. It works with every "
+            "PixArt model without training, but is an approximation: the picture changes somewhat. The larger the picture, the "
+            "more it saves. For a second pass set end_percent to 1.",
             search_aliases=["kv compression", "token merging", "tome", "speed", "2k", "4k"],
             inputs=[
                 io.Model.Input("model", tooltip="A PixArt model, from PixArtModelLoader."),
                 io.Int.Input(
                     "ratio", default=DEFAULTS.ratio, min=2, max=MAX_RATIO,
-                    tooltip="Cells of ratio x ratio tokens share one key and value: 2 makes attention 4 times cheaper, 4 16 times.",
+                    tooltip="ratio x ratio tokens share one key and value. Attention gets 4 times cheaper with 2, 16 times with 4.",
                 ),
                 io.Combo.Input(
                     "method", options=list(METHODS), default=DEFAULTS.method,
@@ -47,13 +47,13 @@ class PixArtKVCompress(io.ComfyNode):
                 ),
                 _percent(
                     "start_percent", DEFAULTS.start_percent,
-                    "Part of the noise schedule from which it holds; 0 is the beginning. A second pass with denoise 0.4 lies "
-                    "wholly after 0.6.",
+                    "Where in the noise schedule compression starts; 0 is the beginning. A second pass with denoise 0.4 lies "
+                    "entirely after 0.6.",
                 ),
-                _percent("end_percent", DEFAULTS.end_percent, "Part of the noise schedule up to which it holds; 1 is the end."),
+                _percent("end_percent", DEFAULTS.end_percent, "Where in the noise schedule compression ends; 1 is the end."),
                 io.Int.Input(
                     "min_tokens", default=DEFAULTS.min_tokens, min=0, max=2**24,
-                    tooltip="Pictures of fewer tokens are left alone. A token is 16 x 16 pixels: 1024 px has 4096, 2048 px 16384.",
+                    tooltip="Pictures with fewer tokens are not compressed. A token is 16 x 16 pixels: 1024 px has 4096, 2048 px 16384.",
                 ),
             ],
             outputs=[io.Model.Output()],

@@ -30,8 +30,8 @@ class PixArtLoraLoader(io.ComfyNode):
             display_name="PixArt LoRA Loader",
             category="PixArt",
             description="Applies a LoRA, LoHa, LoKr, DoRA, OFT, BOFT or (IA)^3 trained on PixArt: files of diffusers, PEFT, kohya, "
-            "OneTrainer, SimpleTuner, LyCORIS and ComfyUI's TrainLoraNode, and PEFT folders. It is applied whole, or refused with "
-            "the list of what can't be.",
+            "OneTrainer, SimpleTuner, LyCORIS and ComfyUI's TrainLoraNode, and PEFT folders. It is applied in full, or refused "
+            "with a list of what doesn't fit.",
             search_aliases=["lora", "load lora", "lycoris", "dora", "oft", "peft", "onetrainer"],
             inputs=[
                 io.Model.Input("model", tooltip="From PixArtModelLoader, or another PixArt loader."),
@@ -42,15 +42,15 @@ class PixArtLoraLoader(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-LARGEST, max=LARGEST, step=0.01,
-                    tooltip="Of the change of the model: 0 is none, 1 as trained, negative the opposite.",
+                    tooltip="How strongly the model is changed: 0 is off, 1 is as trained, negative values do the opposite.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="Only for a LoRA with T5 layers (OneTrainer's lora_te)."),
                 io.Float.Input(
                     "strength_clip", default=1.0, min=-LARGEST, max=LARGEST, step=0.01, optional=True,
-                    tooltip="Of the change of T5. Without a CLIP, 0 leaves the T5 layers of a LoRA out.",
+                    tooltip="How strongly T5 is changed. Without a CLIP, set 0 to leave out a LoRA's T5 layers.",
                 ),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output(tooltip="Empty where no CLIP is connected.")],
+            outputs=[io.Model.Output(), io.Clip.Output(tooltip="Empty if no CLIP is connected.")],
         )  # fmt: skip
 
     @classmethod

@@ -27,7 +27,7 @@ class PixArtModelLoader(io.ComfyNode):
             display_name="PixArt Model Loader",
             category="PixArt",
             description="Loads PixArt-alpha or PixArt-Sigma from an original .pth, a safetensors file with original or diffusers "
-            "keys, or a diffusers folder. The log says what was detected, why, and which VAE belongs to it.",
+            "keys, or a diffusers folder. The log says what was detected, why, and which VAE it needs.",
             search_aliases=["pixart", "pixart sigma", "pixart alpha", "load diffusion model", "unet loader"],
             inputs=[
                 io.Combo.Input(
@@ -39,14 +39,14 @@ class PixArtModelLoader(io.ComfyNode):
                     "variant",
                     options=[AUTO, *variant_names()],
                     default=AUTO,
-                    tooltip="auto reads everything from the file. Choose one where weights can't tell: alpha-256 and alpha-512, or "
-                    "alpha and Sigma in files without y_embedding, look alike.",
+                    tooltip="auto reads everything from the file. Choose one where the weights can't tell: alpha-256 and alpha-512 look "
+                    "alike, and so do alpha and Sigma in files without y_embedding.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default=DEFAULT,
-                    tooltip="How weights are kept. default lets ComfyUI decide; fp8 halves the memory of fp16.",
+                    tooltip="How weights are stored. default lets ComfyUI decide; fp8 takes half the memory of fp16.",
                 ),
             ],
             outputs=[io.Model.Output()],

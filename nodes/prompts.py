@@ -27,7 +27,7 @@ class PixArtNegative(io.ComfyNode):
             node_id="PixArtNegative",
             display_name="PixArt Empty Negative",
             category="PixArt",
-            description="The empty negative prompt, in one of the three forms that PixArt's programs give it. Each moves the "
+            description="The empty negative prompt, in one of the three forms that PixArt implementations use. Each changes the "
             "picture a little; none is right or wrong.",
             search_aliases=["negative prompt", "unconditional", "null embedding", "empty prompt"],
             inputs=[
@@ -37,7 +37,7 @@ class PixArtNegative(io.ComfyNode):
                     default=DIFFUSERS,
                     tooltip="one token: the end token alone, as diffusers and ComfyUI do (needs clip). prompt length: padded to "
                     "the length of the positive prompt, as the Sigma repository does (needs clip and positive). null embedding: "
-                    "what dropped captions were in training, as the alpha repository does (needs model and positive).",
+                    "what replaced dropped captions in training, as the alpha repository does (needs model and positive).",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="From PixArtT5Loader, or CLIPLoader with type pixart."),
                 io.Conditioning.Input("positive", optional=True, tooltip="The positive prompt; its length is used."),
@@ -78,14 +78,14 @@ class PixArtSavePrompt(io.ComfyNode):
             node_id="PixArtSavePrompt",
             display_name="PixArt Save Prompt",
             category="PixArt",
-            description="Writes an encoded prompt to output/prompts: with PixArt Load Prompt it draws again without loading T5. "
+            description="Saves an encoded prompt to output/prompts. PixArt Load Prompt loads it again without T5. "
             "pixart.Pipeline reads the same files.",
             search_aliases=["cache prompt", "save conditioning", "prompt embeds"],
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="From PixArtTextEncode, or any T5 encoding; one prompt."),
+                io.Conditioning.Input("conditioning", tooltip="One prompt, from PixArtTextEncode or any T5 encoding."),
                 io.String.Input("filename_prefix", default=prompts.DEFAULT_NAME, tooltip="Name in output/prompts; a number is added."),
                 io.String.Input(
-                    "prompt", default="", multiline=True, tooltip="Kept in the file for you to read; empty takes PixArtTextEncode's."
+                    "prompt", default="", multiline=True, tooltip="Stored in the file for you to read; empty: PixArtTextEncode's text."
                 ),
             ],
             outputs=[],
@@ -109,13 +109,13 @@ class PixArtLoadPrompt(io.ComfyNode):
             node_id="PixArtLoadPrompt",
             display_name="PixArt Load Prompt",
             category="PixArt",
-            description="Reads a prompt that PixArt Save Prompt or `python -m pixart encode` wrote. No text encoder is loaded.",
+            description="Loads a prompt that PixArt Save Prompt or `python -m pixart encode` wrote. No text encoder is loaded.",
             search_aliases=["cached prompt", "load conditioning", "prompt embeds"],
             inputs=[
                 io.Combo.Input(
                     "prompt_file", options=prompts.choices(), tooltip="A .safetensors file in input/prompts or output/prompts."
                 ),
-                io.Model.Input("model", optional=True, tooltip="Connect it to have a file of another T5 refused right here."),
+                io.Model.Input("model", optional=True, tooltip="If connected, a file made with another T5 is refused right here."),
             ],
             outputs=[io.Conditioning.Output()],
         )

@@ -34,15 +34,15 @@ class PixArtResolution(io.ComfyNode):
             node_id="PixArtResolution",
             display_name="PixArt Resolution",
             category="PixArt",
-            description="Makes an empty latent in the trained size (aspect-ratio bin) nearest to the wanted one. "
-            "PixArtCropToSize brings the picture to exactly the wanted size.",
+            description="Makes an empty latent in the trained size (aspect-ratio bin) nearest to the size you want. "
+            "PixArtCropToSize then brings the picture to exactly your size.",
             search_aliases=["aspect ratio bins", "empty latent pixart", "resolution"],
             inputs=[
                 io.Combo.Input(
                     "base",
                     options=_bases(),
                     default=DEFAULT_BASE,
-                    tooltip="The model's size: 512 for Sigma-512 and alpha-512, 2048 for Sigma-2K, 256 for the demo ...",
+                    tooltip="The size the model was trained at: 512 for Sigma-512 and alpha-512, 2048 for Sigma-2K, 256 for the demo ...",
                 ),
                 _side("width", "Wanted width in pixels."),
                 _side("height", "Wanted height in pixels."),
@@ -78,7 +78,7 @@ class PixArtCropToSize(io.ComfyNode):
             node_id="PixArtCropToSize",
             display_name="PixArt Crop To Size",
             category="PixArt",
-            description="Scales the picture until it covers the wanted size and crops the centre, as the reference "
+            description="Scales the picture until it covers the size you want and crops the centre, as the reference "
             "pipeline does after sampling in a bin.",
             search_aliases=["resize and crop", "center crop"],
             inputs=[
@@ -106,13 +106,13 @@ class PixArtSizeCondition(io.ComfyNode):
             node_id="PixArtSizeCondition",
             display_name="PixArt Size Condition",
             category="PixArt",
-            description="Sets the picture size that PixArt-alpha 1024 is conditioned on. Without this node it is the size of "
+            description="Sets the picture size that PixArt-alpha 1024 is told. Without this node it is the size of "
             "the latent. Other PixArt models have no such input and ignore it.",
             search_aliases=["micro conditioning", "resolution conditioning"],
             inputs=[
                 io.Conditioning.Input("conditioning"),
-                _side("width", "Width in pixels that the model is told."),
-                _side("height", "Height in pixels that the model is told."),
+                _side("width", "The width, in pixels, to tell the model."),
+                _side("height", "The height, in pixels, to tell the model."),
             ],
             outputs=[io.Conditioning.Output()],
         )

@@ -31,26 +31,26 @@ class PixArtT5Loader(io.ComfyNode):
             display_name="PixArt T5 Loader",
             category="PixArt",
             description="Loads the T5 text encoder that PixArt reads prompts with: T5-v1.1-XXL for the released models, "
-            "as one file or as a Hugging Face folder with shards; smaller ones such as the demo's too.",
+            "as one file or as a Hugging Face folder with shards. Smaller T5s, such as the demo's, load too.",
             search_aliases=["t5", "load clip", "text encoder", "t5xxl"],
             inputs=[
                 io.Combo.Input(
                     "t5_name",
                     options=choices(FOLDER, COMPONENT),
-                    tooltip="A file or a Hugging Face folder under models/text_encoders; also one that was quantized.",
+                    tooltip="A file or a Hugging Face folder under models/text_encoders; may be quantized.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default=DEFAULT,
-                    tooltip="How weights are kept; default is as in the file. T5-XXL takes 9.5 GB in bf16 and fp16, 4.9 in fp8 "
+                    tooltip="How weights are stored; default is as in the file. T5-XXL takes 9.5 GB in bf16 and fp16, 4.9 in fp8 "
                     "and int8, 2.7 in nf4 and fp4. int8, nf4 and fp4 need: pip install bitsandbytes",
                 ),
                 io.Combo.Input(
                     "device",
                     options=list(DEVICES),
                     default=DEFAULT,
-                    tooltip="cpu keeps T5 off the graphics card: slower prompts, more memory for the model.",
+                    tooltip="cpu keeps T5 off the graphics card: prompts are slower, but more memory is left for the model.",
                 ),
             ],
             outputs=[io.Clip.Output()],
@@ -95,22 +95,22 @@ class PixArtTextEncode(io.ComfyNode):
                     "max_tokens",
                     options=[AUTO, "120", "300"],
                     default=AUTO,
-                    tooltip="Longest prompt: 300 for PixArt-Sigma, 120 for PixArt-alpha. auto asks the connected model, else it is 300.",
+                    tooltip="Token limit: 300 for PixArt-Sigma, 120 for PixArt-alpha. auto takes the connected model's limit, else 300.",
                 ),
                 io.Boolean.Input(  # optional, as all that came later: graphs in API format don't name it
                     "clean_caption",
                     optional=True,
                     default=False,
-                    tooltip="Cleans as the reference cleans captions (HTML, addresses, brackets; lower case). It takes (word:1.2) "
-                    "weights away. Needs: pip install ftfy beautifulsoup4",
+                    tooltip="Cleans the prompt as the reference cleans captions: no HTML, web addresses or brackets, all lower case. "
+                    "Weights such as (word:1.2) are lost. Needs: pip install ftfy beautifulsoup4",
                 ),
                 io.Boolean.Input(
                     "lower_case",
                     optional=True,
                     default=False,
-                    tooltip="Encodes in lower case, as diffusers does; the Sigma repository doesn't.",
+                    tooltip="Makes the prompt lower case, as diffusers does; the Sigma repository doesn't.",
                 ),
-                io.Model.Input("model", optional=True, tooltip="The model to draw with; max_tokens auto reads its limit."),
+                io.Model.Input("model", optional=True, tooltip="The model you will draw with; max_tokens auto takes its limit."),
             ],
             outputs=[io.Conditioning.Output()],
         )

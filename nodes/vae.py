@@ -23,7 +23,7 @@ class PixArtConsistencyDecoder(io.ComfyNode):
             display_name="PixArt Consistency Decoder",
             category="PixArt",
             description="Loads the DALL-E 3 consistency decoder as VAE for PixArt-alpha: better faces and lettering than SD1's decoder, "
-            "and slower. Not for Sigma, whose latents are SDXL's. Needs the Python package diffusers.",
+            "but slower. Not for Sigma, which uses SDXL's latents. Needs the Python package diffusers.",
             search_aliases=["dall-e 3 decoder", "consistency vae", "load vae"],
             inputs=[
                 io.Combo.Input(

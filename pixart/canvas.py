@@ -52,7 +52,7 @@ def _warn_if_far(width: int, height: int, size: Bin, use_bins: bool) -> None:
     if 0.8 <= ratio <= 1.25 and (0.5 <= area or use_bins) and area <= (4 if use_bins else 2):
         return
     if use_bins:
-        remedy = "it is drawn at that size, enlarged and cropped; ask for a size nearer to it to keep it whole and sharp."
+        remedy = "it is drawn at that size, enlarged and cropped; ask for a size closer to it to keep the picture whole and sharp."
     else:
         remedy = "use_bins=True draws it at that size."
     logger.warning(

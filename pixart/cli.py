@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", choices=("original", "diffusers"), required=True)
     convert.add_argument(
         "--kv-compression", metavar="MODE:RATIO:FIRST-LAST",
-        help="for weights trained with compression that leaves no trace in them, e.g. uniform:2:14-27; noted in the new file",
+        help="for weights trained with a compression that doesn't show in them, e.g. uniform:2:14-27; recorded in the new file",
     )  # fmt: skip
     _add_reading_options(convert)
     convert.set_defaults(run=_convert)
@@ -92,14 +92,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_reading_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--variant", choices=("auto", *variant_names()), default="auto", help="what weights can't tell")
+    parser.add_argument("--variant", choices=("auto", *variant_names()), default="auto", help="the variant, if the weights can't tell")
     parser.add_argument("--ema", action="store_true", help="take state_dict_ema from an original .pth")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", nargs="+", help="one or more, each in quotes")
     parser.add_argument("--negative", default="", help="what the picture should not show")
-    parser.add_argument("--transformer", type=Path, help="file or folder; a diffusers pipeline's folder suffices alone")
+    parser.add_argument("--transformer", type=Path, help="file or folder; a diffusers pipeline's folder is enough on its own")
     parser.add_argument("--text-encoder", type=Path, help="T5: Hugging Face folder or .safetensors")
     parser.add_argument("--tokenizer", type=Path, help="folder, tokenizer.json or spiece.model, if not beside the T5")
     parser.add_argument("--vae", type=Path, help="diffusers folder or .safetensors")
@@ -110,13 +110,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", type=float, help="guidance scale; 1 turns guidance off (default: the sampler's, 4.5 for dpm++)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's base size)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's base size)")
-    parser.add_argument("--no-bins", action="store_true", help="draw the very size asked for, not the nearest trained one")
+    parser.add_argument("--no-bins", action="store_true", help="draw exactly the size asked for, not the nearest trained one")
     parser.add_argument("--images", type=int, default=1, help="pictures for each prompt")
-    parser.add_argument("--seed", type=int, help="default: a new one, which is printed; of --prompts: 0, and the next for each picture")
-    parser.add_argument("--output", type=Path, help="picture (default: pixart.png); several get a number. Of --prompts: a folder")
+    parser.add_argument("--seed", type=int, help="default: a random one, which is printed; with --prompts: 0, then one more per picture")
+    parser.add_argument("--output", type=Path, help="picture (default: pixart.png); several get a number. With --prompts: a folder")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as the weights are stored")
-    parser.add_argument("--t5-precision", choices=PRECISIONS, help="of T5's linear layers; int8, nf4, fp4 need bitsandbytes")
-    parser.add_argument("--clean-caption", action="store_true", help="clean prompts by the reference's rules")
+    parser.add_argument("--t5-precision", choices=PRECISIONS, help="for T5's linear layers; int8, nf4, fp4 need bitsandbytes")
+    parser.add_argument("--clean-caption", action="store_true", help="clean prompts as the reference cleans captions")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add_many_options(parser)
     parser.set_defaults(run=_generate)
@@ -221,5 +221,5 @@ def _parts(given: argparse.Namespace) -> dict[str, Path]:
         if path is None and (given.transformer / name).is_dir():
             parts[name] = given.transformer
         elif path is None:
-            raise InputError(f"--{name.replace('_', '-')} is needed beside --transformer {given.transformer}.")
+            raise InputError(f"--{name.replace('_', '-')} is needed with --transformer {given.transformer}.")
     return parts

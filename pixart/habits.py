@@ -41,7 +41,7 @@ def unknown_arguments(names: Iterable[str], known: Iterable[str] = ()) -> str:
     for name in names:
         near = difflib.get_close_matches(name, [*known], n=1)
         ours = DIFFUSERS.get(name) or (near[0] if near else None)
-        said.append(f"{name} is no argument here{f'; use {ours}' if ours else ''}")
+        said.append(f"{name} is not an argument here{f'; use {ours}' if ours else ''}")
     return ". ".join(said) + ". See help(pixart.Pipeline.__call__)."
 
 

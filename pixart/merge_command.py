@@ -14,13 +14,13 @@ def add_merge_command(commands: argparse._SubParsersAction) -> None:
     """Adds it to the command line."""
     merge = commands.add_parser("merge", help="write a model with LoRAs in its weights")
     merge.add_argument("base", type=Path, help="the transformer that the LoRAs were trained on: file or folder")
-    merge.add_argument("lora", type=Path, nargs="+", help="LoRA, LoHa, LoKr, DoRA, ... of any trainer: files or PEFT folders")
+    merge.add_argument("lora", type=Path, nargs="+", help="LoRA, LoHa, LoKr, DoRA, ... from any trainer: files or PEFT folders")
     merge.add_argument("--output", type=Path, required=True, help="a .safetensors or .pth; with --to diffusers a folder or .safetensors")
     merge.add_argument("--strength", type=float, nargs="+", default=[1.0], help="one for all LoRAs, or one each (default: 1)")
     merge.add_argument("--to", choices=("original", "diffusers"), default="original", help="names of the weights")
-    merge.add_argument("--dtype", choices=tuple(DTYPES), help="default: as the transformer is stored; of fp8 bf16")
-    merge.add_argument("--leave-text", action="store_true", help="leave a LoRA's layers of T5 out, which this file has no place for")
-    merge.add_argument("--variant", choices=("auto", *variant_names()), default="auto", help="what weights can't tell")
+    merge.add_argument("--dtype", choices=tuple(DTYPES), help="default: as the transformer is stored; bf16 for fp8")
+    merge.add_argument("--leave-text", action="store_true", help="leave out a LoRA's T5 layers, which this file can't hold")
+    merge.add_argument("--variant", choices=("auto", *variant_names()), default="auto", help="the variant, if the weights can't tell")
     merge.add_argument("--ema", action="store_true", help="take state_dict_ema from an original .pth")
     merge.set_defaults(run=_merge)
 

@@ -203,7 +203,7 @@ class PixArtTransformer(nn.Module):
         if one_token is not None and not 0 <= one_token.start < one_token.stop <= batch:
             raise InputError(f"one_token names captions {one_token.start} to {one_token.stop - 1}; expected some of 0 to {batch - 1}.")
         if size is not None and not config.micro_condition:
-            raise InputError("size was given, but this model has no size conditioning (only alpha-1024 has); leave it out.")
+            raise InputError("size was given, but this model has no size conditioning (only alpha-1024 has it); leave it out.")
         if size is not None and size.shape != (batch, 2):
             raise InputError(f"size has shape {tuple(size.shape)}; expected ({batch}, 2): height and width in pixels.")
         for name, hooks in (("block_wrappers", wrappers), ("block_residuals", residuals)):

@@ -38,7 +38,7 @@ class Sampler:
             raise InputError(f"The sampler {self.name} was given {steps} steps; expected {expected}.")
         if self.guidance <= 1 < guidance:
             logger.warning(
-                "Models for the sampler %s were distilled without guidance; give guidance=1 (it is %g), or the picture is burnt.",
+                "Models for the sampler %s were distilled without guidance; give guidance=1 (it is %g), or the picture comes out burnt.",
                 self.name, guidance,
             )  # fmt: skip
 

@@ -262,7 +262,7 @@ def _build(name: str, config: dict, tensors: dict[str, Tensor], path: Path, sour
         import diffusers
     except ImportError as error:
         raise UnsupportedError(f"Decoding pictures needs the diffusers library ({error}): `pip install diffusers`.") from None
-    remedy = "Download the VAE again" + (", or choose its weight file: the shapes tell then." if source.name == "config.json" else ".")
+    remedy = "Download the VAE again" + (", or choose its weight file, which needs no config." if source.name == "config.json" else ".")
     with torch.device("meta"):
         module = build_autoencoder(getattr(diffusers, name), config, source, name, remedy)
     expected = {key: value.shape for key, value in module.state_dict().items()}

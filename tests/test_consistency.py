@@ -107,8 +107,8 @@ def test_a_lack_of_memory_is_no_fault_of_the_config(folder, monkeypatch):
 
 
 DAMAGED = {  # more entries of the state dict, and what the error says
-    "no tensor": ({"epoch": "three"}, r"1 entries are no tensors \(epoch\)"),
-    "no name": ({7: torch.zeros(1)}, r"1 entries are no tensors \(7\)"),
+    "no tensor": ({"epoch": "three"}, r"1 entries are not tensors \(epoch\)"),
+    "no name": ({7: torch.zeros(1)}, r"1 entries are not tensors \(7\)"),
     "NaN": ({"encoder.conv_out.bias": torch.full((8,), torch.nan)}, "encoder.conv_out.bias has 8 NaN or infinite values of 8"),
     "integers": ({"encoder.conv_out.bias": torch.zeros(8, dtype=torch.int64)}, "encoder.conv_out.bias holds torch.int64"),
 }

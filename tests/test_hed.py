@@ -63,8 +63,8 @@ def test_other_files_are_refused(tmp_path):
 
 
 DAMAGED = {  # change of the state dict, and what the error says
-    "no tensor": (lambda w: {**w, "epoch": 3}, r"1 entries are no tensors \(epoch\)"),
-    "no name": (lambda w: {**w, 7: torch.zeros(1)}, r"1 entries are no tensors \(7\)"),
+    "no tensor": (lambda w: {**w, "epoch": 3}, r"1 entries are not tensors \(epoch\)"),
+    "no name": (lambda w: {**w, 7: torch.zeros(1)}, r"1 entries are not tensors \(7\)"),
     "NaN": (lambda w: {**w, "norm": torch.full((1, 3, 1, 1), torch.nan)}, "norm has 3 NaN or infinite values of 3"),
     "NaN in fp8": (lambda w: {**w, "norm": torch.full((1, 3, 1, 1), torch.nan).to(torch.float8_e4m3fn)}, "norm has 3 NaN"),
     "integers": (lambda w: {**w, "norm": torch.zeros(1, 3, 1, 1, dtype=torch.int8)}, "norm holds torch.int8; expected floating-point"),

@@ -14,7 +14,7 @@ T5_XXL = "t5xxl_fp16.safetensors"
 T5_URL = f"{HUGGING_FACE}/comfyanonymous/flux_text_encoders/resolve/main/{T5_XXL}"
 PROMPT = "a lighthouse on a cliff at dusk, warm light in its windows, waves below, oil painting"
 DEMO_NOTE = """The demo models of this pack, small and trained from scratch on coloured shapes.
-They lie in its folder demo/weights, which it offers to ComfyUI; nothing has to be moved:
+They are in its folder demo/weights, where ComfyUI finds them; nothing has to be moved:
 
 pixart-demo-transformer.safetensors -> demo/weights/diffusion_models
 pixart-demo-t5.safetensors -> demo/weights/text_encoders
@@ -22,14 +22,15 @@ pixart-demo-vae.safetensors -> demo/weights/vae
 """
 TILES = {"tile_size": 1024, "overlap": 128, "temporal_size": 64, "temporal_overlap": 8}
 KV_NOTE = """
-PixArt KV Compress makes attention cheaper by an approximation: bypass it for the exact picture. These settings are a
-beginning; higher ratio and more blocks are faster, and change more of the picture.
+
+PixArt KV Compress makes attention cheaper by an approximation. Bypass it for the exact picture. These settings are a
+starting point: a higher ratio or more blocks are faster, but change the picture more.
 """
 COMPILE_NOTE = """
 
-TorchCompileModel makes one program of all steps. The first step takes long; later ones may be faster on a card, on a CPU hardly.
-Other prompts, sizes and seeds use the same program; KV compression and guidance add one each. Put all that changes the model in
-front of it. It needs a C++ compiler, and Triton on a card. Bypass it for a single picture.
+TorchCompileModel compiles the model once for all steps. The first step takes long. Later ones may be faster on a GPU, but hardly
+on a CPU. Other prompts, sizes and seeds need no new compilation; KV compression and guidance add one each. Put everything that
+changes the model before it. It needs a C++ compiler, and Triton on a GPU. Bypass it for a single picture.
 """
 
 

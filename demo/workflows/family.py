@@ -13,16 +13,16 @@ from .builder import DEMO, DEMO_NOTE, HUGGING_FACE, PROMPT, Weights, Workflow, a
 
 LCM_NOTE = """
 
-LCM needs no negative prompt: with cfg 1 each step is one forward. The scheduler "simple" gives LCM's own timesteps
-(999, 759, 499, 259 in four steps). LCM-LoRA and Flash: load their base model, add PixArtLoraLoader before LCM sampling;
-put adapter_config.json beside the LoRA file, since its lora_alpha / r decides how strong it is."""
+LCM needs no negative prompt: with cfg 1 each step is one forward pass. The scheduler "simple" gives LCM's own timesteps
+(999, 759, 499, 259 in four steps). For LCM-LoRA and Flash, load their base model and add PixArtLoraLoader before LCM sampling.
+Put adapter_config.json beside the LoRA file: its lora_alpha / r decides how strong the LoRA is."""
 SA_SOLVER_NOTE = """
 SA-Solver with the settings of the PixArt-alpha paper: predictor and corrector of order 2, 25 steps, cfg 3, noise (tau 1) for
-0.2 <= t <= 0.8. The 0.001 beside them keeps the steps at the borders on the same side as in the paper's code."""
+0.2 <= t <= 0.8. The extra 0.001 in both percents keeps the steps at the borders on the same side as in the paper's code."""
 TWO_STAGE_NOTE = """
 
-Stage 1 was trained for timesteps 999 to 400, stage 2 for 400 to 0. Of 20 steps with sgm_uniform, step 12 is timestep 400:
-for other numbers of steps hand over at 0.6 of them."""
+Stage 1 was trained for timesteps 999 to 400, stage 2 for 400 to 0. With 20 steps of sgm_uniform, step 12 is timestep 400.
+With another number of steps, hand over after 0.6 of them."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,9 @@ def one_step() -> Workflow:
 
 DISTILLED_NOTE = """
 {file} -> demo/weights/loras
-It is made by: python -m pixart train configs/train/{recipe}.json
+Make it with: python -m pixart train configs/train/{recipe}.json
 
-{advice} Bypass the LoRA to see what the model does so soon without it.
+{advice} Bypass the LoRA to see what the model draws in so few steps without it.
 """
 
 
@@ -211,7 +211,7 @@ def demo_controlnet() -> Workflow:
     """The same with the demo's own ControlNet, which reads the host's Canny edges."""
     note = (
         "\npixart-demo-controlnet.safetensors -> demo/weights/controlnet\n"
-        "It is made by: python -m pixart train configs/train/demo-controlnet.json\n"
+        "Make it with: python -m pixart train configs/train/demo-controlnet.json\n"
         "\nOutlines come from the picture, colours from the prompt.\n"
     )
     flow = FamilyWorkflow(

@@ -10,8 +10,8 @@ from .builder import DEMO, DEMO_NOTE, Workflow
 def lora_stack() -> Workflow:
     """Two LoRA, one after the other; each can be bypassed."""
     names = ("pixart-demo-red-blue.safetensors", "pixart-demo-green-yellow.safetensors")
-    note = "\nTwo LoRA that swap words, red with blue and green with yellow: the prompt's red and green come out as blue and yellow. "
-    note += "Bypass one (Ctrl+B) to take it off.\n\n" + "\n".join(f"{name} -> demo/weights/loras" for name in names)
+    note = "\nTwo LoRAs that swap colours: red with blue, and green with yellow. The prompt's red and green come out as blue and yellow. "
+    note += "Bypass one (Ctrl+B) to turn it off.\n\n" + "\n".join(f"{name} -> demo/weights/loras" for name in names)
     flow = Workflow(DEMO, DEMO_NOTE + note)
     model, t5, vae = flow.loaders("demo")
     for row, name in enumerate(names):
@@ -25,7 +25,7 @@ def lora_stack() -> Workflow:
 
 def perturbed_attention() -> Workflow:
     """Perturbed-attention guidance on top of CFG, and the same picture without it."""
-    note = "\nThe upper sampler is guided by PixArtPAG, the lower one is not. For PixArt XL: block 14, scale 3 to 5."
+    note = "\nThe upper sampler uses PixArtPAG, the lower one doesn't. For PixArt XL use block 14 and scale 3 to 5."
     flow = Workflow(DEMO, DEMO_NOTE + note)
     model, t5, vae = flow.loaders("demo")
     guided = flow.add(
@@ -42,7 +42,7 @@ def perturbed_attention() -> Workflow:
 
 def regional_prompts() -> Workflow:
     """One prompt for each half of a wide picture; each half has a size that the model was trained at."""
-    note = "\nEach half has its own prompt (x, y, width and height in pixels), and a size that the model was trained at."
+    note = "\nEach half has its own prompt, and a size that the model was trained at. x, y, width and height are in pixels."
     flow = Workflow(DEMO, DEMO_NOTE + note)
     model, t5, vae = flow.loaders("demo")
     areas = []

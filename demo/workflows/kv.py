@@ -23,7 +23,7 @@ def hires_fix(scale: int, denoise: float, compress: Sequence[KVCompression]) -> 
     flow.note = flow.weights.note()
     model, t5, vae = flow.loaders("sigma-1024")
     large = flow.second_model(SIGMA_2K, "sigma-2k", "PixArt model of the second pass", 3)
-    flow.note += "\n" + KV_NOTE + f"\nThe first pass draws 1024 px, the second {size} px; its denoise is how much may change."
+    flow.note += KV_NOTE + f"\nThe first pass draws 1024 px, the second {size} px. The second pass's denoise sets how much may change."
     positive = flow.text("Prompt", t5, PROMPT, 300, 0)
     negative = flow.text("Negative prompt", t5, "", 300, 1)
     latent = flow.add("PixArtResolution", "Size", 1, 2, base="1024", width=1024, height=1024, batch_size=1)

@@ -124,7 +124,7 @@ def _or_in_tiles(what: str, whole: Callable[[], Tensor], in_tiles: Callable[[int
         if not _is_out_of_memory(error):
             raise
     # Out of the except block, so that the error no longer holds what filled the memory.
-    log.warning("PixArt consistency decoder: no memory left for %s the whole picture, going on in tiles.", what)
+    log.warning("PixArt consistency decoder: not enough memory for %s the whole picture, continuing in tiles.", what)
     management.soft_empty_cache()
     *larger, smallest = TILES
     for tile in larger:

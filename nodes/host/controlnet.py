@@ -203,7 +203,7 @@ class PixArtControl(comfy.controlnet.ControlNet):
         expected = (self._base.config.in_channels, rows, columns)
         if tuple(latent.shape[1:]) != expected:
             raise InputError(
-                f"The VAE made a latent of shape {tuple(latent.shape[1:])} of the ControlNet's hint; expected {expected}. "
+                f"The VAE turned the ControlNet's hint into a latent of shape {tuple(latent.shape[1:])}; expected {expected}. "
                 "Connect the model's own VAE to `vae` of ControlNetApplyAdvanced."
             )
         return self._model.latent_format.process_in(latent)

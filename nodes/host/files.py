@@ -159,12 +159,12 @@ def _not_found(kind: str, name: Any, menu: list[str], vanished: bool) -> str:
             "for T5, UnetLoaderGGUF), whose CLIP and MODEL fit here, or choose a .safetensors file."
         )
     if vanished:
-        return f"{name!r} was in the folder {kind} and is gone, or its link leads nowhere; expected under {places}. Put it back."
+        return f"{name!r} was in the folder {kind} and is gone, or its link is broken; expected under {places}. Put it back."
     wanted = _posix(str(name)).lower()
     near = [entry for entry in menu if _posix(entry).lower().rpartition("/")[2] == wanted.rpartition("/")[2]]
     near = near or difflib.get_close_matches(str(name), menu[:2000], n=3)
     return (
         f"{name!r} is not in the folder {kind}: expected one of the files or Hugging Face folders under {places}. "
-        + (f"Near it: {', '.join(map(repr, near[:3]))}. " if near else "")
+        + (f"Similar: {', '.join(map(repr, near[:3]))}. " if near else "")
         + "Put it there and refresh the page (key R)."
     )

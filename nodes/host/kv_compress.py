@@ -64,7 +64,7 @@ class WarnOfIdleness:
         elif all(one.start_percent > last for one in self.compressions):
             advice = "It ends early: set start_percent to 0 for it."
         else:
-            advice = "Choose percents that hold one of its steps."
+            advice = "Choose a range that contains one of its steps."
         return f"{parts}: this run's steps lie from {first:.2f} to {last:.2f} of the noise schedule. {advice}"
 
 
@@ -88,7 +88,7 @@ def compress_model(model: Any, compression: KVCompression) -> Any:
 def _stranger(model: Any) -> str:
     if isinstance(model, comfy.model_base.PixArt):
         return (
-            "this PixArt was loaded by ComfyUI's own loader, whose attention has no place for the patch; "
+            "this PixArt was loaded by ComfyUI's own loader, whose attention can't be patched; "
             "expected a MODEL of PixArtModelLoader. Load the same file with that node."
         )
-    return f"this model is a {type(model).__name__}; expected a PixArt, from PixArtModelLoader. Take the node out for other models."
+    return f"this model is a {type(model).__name__}; expected a PixArt, from PixArtModelLoader. Remove the node for other models."

@@ -32,7 +32,7 @@ def apply_lora(model: Any, clip: Any, path: Path, strength_model: float, strengt
     whole, InputError for a MODEL that is no PixArt.
     """
     if not isinstance(model.model, comfy.model_base.PixArt):
-        raise InputError(f"This MODEL is {type(model.model).__name__}, no PixArt. Use LoraLoaderModelOnly for it.")
+        raise InputError(f"This MODEL is {type(model.model).__name__}, not a PixArt. Use LoraLoaderModelOnly for it.")
     shapes = _shapes(model.model, MODEL_PREFIX)
     text_shapes = {} if clip is None else _shapes(clip.cond_stage_model, T5_PREFIX)
     fit = fit_adapter(load_adapter(path), shapes, None if clip is None else text_shapes, leave_text=strength_clip == 0)

@@ -38,7 +38,7 @@ def _sample(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = Non
     if getattr(guider, "cfg", 1.0) != 1.0:
         log.warning("PixArt: one-step models were distilled without guidance; set cfg to 1 (it is %g).", guider.cfg)
     if len(sigmas) != 2:
-        log.warning("PixArt: the one-step sampler does the first of these %d steps and leaves out the rest.", len(sigmas) - 1)
+        log.warning("PixArt: the one-step sampler runs only the first of these %d steps.", len(sigmas) - 1)
     if not model.latent_image.any():
         x = unit_variance_start(model.noise, sigmas[0])
     denoised = model(x, sigmas[0] * x.new_ones(x.shape[0]), **(extra_args or {}))
@@ -53,6 +53,6 @@ def many_step_warning(model: Any) -> str | None:
     if source is None or model.patches or any(seems_few_step(part) for part in Path(source).parts[-3:]) or read_note(source):
         return None
     return (
-        f"PixArt: {Path(source).name} looks like a model for many steps, from which one step makes a blurred picture. "
+        f"PixArt: {Path(source).name} looks like a model for many steps; after one step its picture is blurred. "
         "Use a one-step model (PixArt-Alpha-DMD-XL-2-512x512), or KSampler with 20 steps."
     )

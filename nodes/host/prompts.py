@@ -33,7 +33,7 @@ def resolve(name: str) -> Path:
     name = name.replace("\\", "/") if isinstance(name, str) else name
     if not isinstance(name, str) or name not in found:
         raise InputError(
-            f"{name!r} is no prompt file: expected a {ENDING} file in the folder {FOLDER} of ComfyUI's input or output. "
+            f"{name!r} is not a prompt file: expected a {ENDING} file in the folder {FOLDER} of ComfyUI's input or output. "
             "Put it there and refresh the page (key R)."
         )
     return found[name]

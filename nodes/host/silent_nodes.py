@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from .vae_hint import Graph, running_graphs, sources
 
 LOADER = "PixArtModelLoader"
-_UNET = "it patches a UNet's layers, which PixArt hasn't"
+_UNET = "it patches a UNet's layers, which PixArt doesn't have"
 # Class of a node -> why it has no effect on PixArt, and what to use instead
 WITHOUT_EFFECT = {
     "PerturbedAttentionGuidance": f"{_UNET}; use PixArtPAG",
@@ -20,11 +20,11 @@ WITHOUT_EFFECT = {
     "UNetSelfAttentionMultiply": _UNET,
     "UNetCrossAttentionMultiply": _UNET,
     "UNetTemporalAttentionMultiply": _UNET,
-    "ScaleROPE": "PixArt's positions are no rotary ones",
+    "ScaleROPE": "PixArt doesn't use rotary positions",
     "FluxKVCache": "it is for Flux",
     "ModelSamplingFlux": "PixArt is trained on noise levels of its own; leave it out",
     "ModelSamplingSD3": "PixArt is trained on noise levels of its own; leave it out",
-    "ModelMergeBlocks": "it knows a UNet's blocks alone: its first ratio, `input`, holds for all of PixArt's. Use ModelMergeSimple",
+    "ModelMergeBlocks": "it only knows a UNet's blocks: its first ratio, `input`, applies to all of PixArt's. Use ModelMergeSimple",
 }
 ON_CONDITIONING = {
     "FluxGuidance": "PixArt has no such input; set cfg on the sampler",

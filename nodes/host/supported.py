@@ -74,7 +74,7 @@ class PixArtModel(comfy.model_base.PixArt):
             out["size"] = comfy.conds.CONDRegular(torch.tensor([wanted], dtype=torch.int32, device=device))
         elif wanted != (height, width):
             self._warn_once(
-                "This PixArt has no size conditioning (only alpha-1024 has): width and height of the conditioning are not "
+                "This PixArt has no size conditioning (only alpha-1024 has it): width and height of the conditioning are not "
                 "used. Set the picture's size on the latent."
             )
         return out
@@ -124,7 +124,7 @@ class PixArtModel(comfy.model_base.PixArt):
         else:
             bases = _bases_of(family)
             shown = ", ".join(map(str, bases))
-            trained = f"any PixArt of family {family} was trained at (bases {shown}; this file doesn't tell its own)"
+            trained = f"any PixArt of family {family} was trained at (bases {shown}; this file doesn't say which is its own)"
         bins = [nearest_bin(each, min(width, MAX_SIDE), min(height, MAX_SIDE)) for each in bases]
         if all(_is_far(width, height, fit) for fit in bins):
             fit = min(bins, key=lambda fit: abs(math.log(width * height / (fit.width * fit.height))))

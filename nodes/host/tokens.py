@@ -93,11 +93,11 @@ def _tokenize(clip: Any, text: str) -> dict[str, list]:
     tokens = clip.tokenize(text)
     if STREAM not in tokens:
         raise TextEncoderError(
-            f"This CLIP has the token streams {', '.join(tokens)}; expected a T5 ({STREAM}), by which PixArt reads "
+            f"This CLIP has the token streams {', '.join(tokens)}; expected a T5 ({STREAM}), with which PixArt reads "
             "captions. Load T5-v1.1-XXL with PixArtT5Loader, or CLIPLoader with type pixart."
         )
     if getattr(clip.cond_stage_model, STREAM, True) is None:
-        raise TextEncoderError("This CLIP was loaded without its T5, by which PixArt reads captions. Use PixArtT5Loader.")
+        raise TextEncoderError("This CLIP was loaded without its T5, with which PixArt reads captions. Use PixArtT5Loader.")
     return tokens
 
 

@@ -78,7 +78,7 @@ def fit_adapter(adapter: Adapter, transformer: Shapes, text_encoder: Shapes | No
     name = PurePath(adapter.source).name
     if problems:
         raise CheckpointError(
-            f"{name}: made for another model, {len(problems)} layer(s) have another size than this model's. LTX-Video and Sana "
+            f"{name}: made for another model, {len(problems)} layer(s) differ in size from this model's. LTX-Video and Sana "
             "share layer names with PixArt. Choose a LoRA that was trained on this model:\n  " + "\n  ".join(problems[:5])
         )
     if not fitting[TRANSFORMER] and not fitting[TEXT]:

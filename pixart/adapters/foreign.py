@@ -63,6 +63,6 @@ def no_adapter(source: str, keys: list[str]) -> str:
         )
     kind = foreign.kind if foreign else "a whole PixArt transformer" if pixart else f"a file with the keys {shown}"
     return (
-        f"{source}: this is {kind}, no LoRA; expected lora_A / lora_B, lora_up / lora_down, hada_ or lokr_ matrices. "
+        f"{source}: this is {kind}, not a LoRA; expected lora_A / lora_B, lora_up / lora_down, hada_ or lokr_ matrices. "
         "Choose another file."
     )

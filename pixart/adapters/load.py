@@ -91,8 +91,8 @@ def build_adapter(tensors: Mapping[str, Any], source: str, settings: Mapping[str
     problems += _twice(layers)
     if unclear:
         raise UnsupportedError(
-            f"{source}: what {len(unclear)} layer(s) mean can't be told, so nothing was applied:\n  " + "\n  ".join(unclear[:5]) + "\n"
-            "Merge it with the program that trained it, or save it anew from there."
+            f"{source}: what {len(unclear)} layer(s) mean is not clear, so nothing was applied:\n  " + "\n  ".join(unclear[:5]) + "\n"
+            "Merge it with the program that trained it, or save it again from there."
         )
     if problems:
         raise CheckpointError(f"{source}: damaged, {len(problems)} problem(s); download it again:\n  " + "\n  ".join(problems))
@@ -186,9 +186,9 @@ def _unclear(module: str, layer: Layer, entries: Entries, settings: Settings | N
     if not 0 < alpha < norm:
         return []
     return [
-        f"{module}: OFT whose alpha of {alpha:g} bounds either a norm, here {norm:.3g}, as ComfyUI's trainer has it, or the norm for each "
-        f"row, as LyCORIS and kohya have it. ComfyUI's trainer makes no {blocks.shape[0]} blocks of {blocks.shape[-1]} rows, the others no "
-        "such names"
+        f"{module}: OFT whose alpha of {alpha:g} limits either the whole norm, here {norm:.3g}, as in ComfyUI's trainer, or the norm per "
+        f"row, as in LyCORIS and kohya. ComfyUI's trainer never makes {blocks.shape[0]} blocks of {blocks.shape[-1]} rows, the others "
+        "never use such names"
     ]
 
 
@@ -201,7 +201,7 @@ def _problems(module: str, layer: Layer, settings: Settings | None) -> list[str]
     if empty:
         return [f"{module}: rank 0, or no values: {', '.join(empty)}; it would change nothing"]
     if not math.isfinite(layer.scale):
-        return [f"{module}: alpha is no finite number"]
+        return [f"{module}: alpha is not a finite number"]
     if settings is not None and settings.dora and layer.rank and not layer.is_dora:
         return [f"{module}: its settings say DoRA, but the magnitude is missing"]
     if not layer.has_weight and not layer.has_bias:

@@ -28,7 +28,7 @@ def rotated(weight: Tensor, tensors: Mapping[str, Tensor], rotation: Rotation) -
     if "oft_blocks" in tensors or "rescale" in tensors:
         blocks = tensors["oft_blocks"]
         if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
-            raise RuntimeError(f"oft_blocks {tuple(blocks.shape)} are no square blocks")
+            raise RuntimeError(f"oft_blocks {tuple(blocks.shape)} are not square blocks")
         turn = _turn_rows if blocks.ndim == 3 else _turn_rows_in_stages
         turned = turn(flat, _cayley(_bounded(blocks - blocks.mT, rotation.bound)))
         if "rescale" in tensors:
@@ -115,7 +115,7 @@ def _peft_rotations(numbers: Tensor, rotation: Rotation) -> Tensor:
     """PEFT's OFT keeps the numbers above the diagonal, (n, b (b - 1) / 2); its series leaves out terms on purpose."""
     size = block_size(numbers.shape[1])
     if size is None:
-        raise RuntimeError(f"{numbers.shape[1]} numbers for each rotation, which is no triangle")
+        raise RuntimeError(f"{numbers.shape[1]} numbers for each rotation, which make no triangle")
     rows, columns = torch.triu_indices(size, size, 1, device=numbers.device)
     generators = numbers.new_zeros(numbers.shape[0], size, size)
     generators[:, rows, columns] = numbers

@@ -81,7 +81,7 @@ def _rotation(config: Mapping[str, Any], source: str) -> Rotation:
     terms = 5 if terms is None else terms
     version = tuple(map(int, re.findall(r"\d+", str(config.get("peft_version")))[:2]))
     if "oft_block_size" not in config or series and version < SERIES_SINCE:
-        raise UnsupportedError(f"{source}: OFT of a PEFT before 0.18, which computed it otherwise. Merge it with the PEFT that trained it.")
+        raise UnsupportedError(f"{source}: OFT of a PEFT before 0.18, which computed it differently. Merge it with that PEFT.")
     if series and not 1 <= terms <= MOST_TERMS:
         raise CheckpointError(f"{source}: num_cayley_neumann_terms is {terms!r}; expected 1 to {MOST_TERMS}.")
     return Rotation(None, int(terms) if series else None, (6e-5 if radius is None else float(radius)) if bounded else None)

@@ -208,7 +208,7 @@ class Model:
             restore_weights(self.pipe.text_encoder.model, self._plain_text)
         self._worn, self.pipe.note = None, self._own_note
         if lora is not None:
-            reports.say(f"Putting on {lora.path.name}")
+            reports.say(f"Applying {lora.path.name}")
             reports.note(self.pipe.load_lora(lora.path, lora.strength, lora.strength if text_needs_it else 0.0))
             self._worn = lora
 
@@ -266,7 +266,7 @@ def _loras_in(folder: Path | None) -> tuple[str, ...]:
     if folder is None:
         return ()
     if not folder.is_dir():
-        raise InputError(f"--loras is {folder}, which is no folder; give the one that your LoRA files are in.")
+        raise InputError(f"--loras is {folder}, which is not a folder; give the one with your LoRA files.")
     return tuple(sorted(
         each.name for each in folder.iterdir() if each.suffix in LORA_SUFFIXES or (each / "adapter_config.json").is_file()
     ))  # fmt: skip
@@ -290,6 +290,6 @@ def explain(error: BaseException, folders: Sequence[str] = ()) -> str:
         logger.error("%s", error)
         return f"A file could not be read or written: {error.strerror or type(error).__name__}."
     if isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
-        return "The memory of the device was not enough; draw a smaller picture, or start the page with --t5 release or --t5-precision nf4."
+        return "The device ran out of memory; draw a smaller picture, or start the page with --t5 release or --t5-precision nf4."
     logger.log(logging.ERROR, "Drawing failed", exc_info=error)
-    return f"Drawing failed with an error that nobody foresaw, a {type(error).__name__}; the log of the page has the rest."
+    return f"Drawing failed with an unexpected error, a {type(error).__name__}; the log of the page has the rest."

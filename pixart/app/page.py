@@ -100,7 +100,7 @@ class _Page:
             titles = [(SAMPLERS[name].title, name) for name in offer.samplers]
             form["sampler"] = gr.Dropdown(titles, value=sampler.name, label="Sampler")
             form["steps"] = gr.Slider(*LIMITS["steps"], value=sampler.steps, step=1, label="Steps")
-            form["guidance"] = gr.Slider(*LIMITS["guidance"], value=sampler.guidance, step=0.1, label="Guidance", info="1 and less: none")
+            form["guidance"] = gr.Slider(*LIMITS["guidance"], value=sampler.guidance, step=0.1, label="Guidance", info="1 or less: off")
             with gr.Group(visible=sampler is SASolver) as self.sa_group:
                 usual = SASolver()
                 for name, label in zip(SA_FIELDS, ("SA-Solver: predictor order", "SA-Solver: corrector order", "SA-Solver: noise")):

@@ -30,7 +30,7 @@ def read_settings(path: Path) -> tuple[Settings, str]:
         with Image.open(path, formats=["PNG"]) as picture:  # reads what stands before the pixels, and these never
             text = picture.info.get(KEY)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise InputError("This file is no PNG picture; drop one that this page has drawn.") from None
+        raise InputError("This file is not a PNG picture; drop one that this page has drawn.") from None
     if not isinstance(text, str):
         raise InputError("This picture has no settings inside; drop one that this page has drawn, as it was downloaded.")
     return from_text(text)

@@ -84,7 +84,7 @@ def serving(line: Any, folder: Path, address: Address) -> Iterator[str]:
 def serve(line: Any, folder: Path, address: Address) -> None:
     """Until it is interrupted; says where the page is, and who can reach it."""
     with serving(line, folder, address) as url:
-        sys.stdout.write(f"The page is at {url}\nPictures go to {folder}\nCtrl-C ends it.\n{warning(folder, address)}")
+        sys.stdout.write(f"The page is at {url}\nPictures go to {folder}\nCtrl-C stops it.\n{warning(folder, address)}")
         sys.stdout.flush()
         _until_interrupted()
 
@@ -97,7 +97,7 @@ def warning(folder: Path, address: Address) -> str:
         who = f"every machine that reaches port {address.port} of this one"
     else:
         return ""
-    return f"Not for this machine alone: {who} can draw here and see pictures in {folder}. There is no password.\n"
+    return f"Open to more than this machine: {who} can draw here and see pictures in {folder}. There is no password.\n"
 
 
 def _until_interrupted() -> None:

@@ -71,7 +71,7 @@ class Settings:
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)[:100]!r}; this page has {', '.join(known)}.")
         if (self.width, self.height) not in offer.sizes:
-            raise InputError(f"{self.width} x {self.height} is no size this model was trained at; choose one of the list.")
+            raise InputError(f"{self.width} x {self.height} is not a size this model was trained at; choose one from the list.")
         self.chosen_sampler().check(self.steps, 1)
 
     def chosen_sampler(self) -> Sampler:

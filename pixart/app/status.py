@@ -27,7 +27,7 @@ def describe(job: Job, preview: LatentPreview) -> str:
         return _ending(job) + notes
     progress, settings = job.progress, job.settings
     if job.is_cancelled:  # a step of a large model takes long
-        return message("Cancelling: the step at hand is the last.") + notes
+        return message("Cancelling after this step.") + notes
     if progress.ahead:
         before = "1 is before you" if progress.ahead == 1 else f"{progress.ahead} are before you"
         return message(f"Waiting in line: {before}.")

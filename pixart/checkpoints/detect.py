@@ -132,7 +132,7 @@ def examine(
     heads = _heads(sizes["hidden_size"], chosen, hints, reasons)
     if heads is None:
         problems.append(
-            f"hidden size {sizes['hidden_size']} is not a multiple of {HEAD_DIM}: the number of heads can't be told; "
+            f"hidden size {sizes['hidden_size']} is not a multiple of {HEAD_DIM}: the number of heads is unknown; "
             "give the diffusers folder with its config.json"
         )
         heads = 1
@@ -193,7 +193,7 @@ def _choose(
     by_base = {v.base_size: v for v in released}
     if base is None:
         reasons.append(
-            "the base size is not in the weights and every Sigma has the same layers: 1024 px is assumed (variant= says otherwise)."
+            "the base size is not in the weights and every Sigma has the same layers: 1024 px is assumed (variant= changes that)."
         )
     return by_base.get(base or 1024, by_base[1024]), base, known
 
@@ -256,11 +256,11 @@ def _choose_alpha(base: int | None, table: StoredPositions | None, hints: Hints,
         return get_variant("alpha-256"), 256
     if base == 256:
         reasons.append(
-            "that pos_embed does not count to 16 as alpha-256's does: alpha-512 with range 32 is kept; variant=alpha-256 says otherwise."
+            "that pos_embed does not count to 16 as alpha-256's does: alpha-512 with range 32 is kept; variant=alpha-256 changes that."
         )
         base = None
     elif base is None:
-        reasons.append("alpha-256 and alpha-512 have the same layers: alpha-512 is the default; variant=alpha-256 says otherwise.")
+        reasons.append("alpha-256 and alpha-512 have the same layers: alpha-512 is the default; variant=alpha-256 changes that.")
     return get_variant("alpha-512"), base
 
 
@@ -286,7 +286,7 @@ def _contradictions(chosen: Variant, sizes: dict, rows: int | None, reasons: lis
         problems.append(f"the file reads latents of {sizes['in_channels']} channels; {chosen.name} has {want.in_channels}")
     for name in ("hidden_size", "depth", "caption_channels", "out_channels"):
         if sizes[name] != getattr(want, name):
-            reasons.append(f"{name} is {sizes[name]}, not the {getattr(want, name)} of {chosen.name}: the weights' is used.")
+            reasons.append(f"{name} is {sizes[name]}, not the {getattr(want, name)} of {chosen.name}: the weights' value is used.")
     return [f"{problem}. Choose another variant, or auto." for problem in problems]
 
 

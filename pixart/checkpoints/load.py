@@ -63,7 +63,7 @@ def prepare(
     if layout == "diffusers":
         tensors, unjoined = gather_native(tensors)
     if prefix and not is_known_prefix(prefix):
-        notes += (f"the keys stand under {prefix!r}, an unusual prefix; it was taken off.",)
+        notes += (f"the keys have an unusual prefix, {prefix!r}; it was removed.",)
     if dropped:
         notes += (f"left out, as it is not the transformer: {some_names(dropped)}.",)
     if POSITION_KEY in tensors:

@@ -67,7 +67,7 @@ def require_tensors(state_dict: Mapping[Any, Any], source: str) -> None:
     others = [str(key) for key, value in state_dict.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
     if others:
         shown = ", ".join(others[:10])
-        raise CheckpointError(f"{source}: {len(others)} entries are no tensors ({shown}); expected a state dict of tensors.")
+        raise CheckpointError(f"{source}: {len(others)} entries are not tensors ({shown}); expected a state dict of tensors.")
 
 
 def choose_prefix(count: Mapping[str, int], source: str, kind: str, error: type[PixArtError] = CheckpointError) -> str:

@@ -21,19 +21,19 @@ PREVIEWED = 10
 
 def add_caption_command(commands: argparse._SubParsersAction) -> None:
     """Adds it to the command line."""
-    parser = commands.add_parser("caption", help="caption a folder of pictures by a vision-language model")
-    parser.add_argument("folder", type=Path, help="pictures, in folders too; run again to go on where it stopped")
+    parser = commands.add_parser("caption", help="caption a folder of pictures with a vision-language model")
+    parser.add_argument("folder", type=Path, help="folder of pictures, subfolders too; run again to resume")
     parser.add_argument(
         "--model", default=MODEL,
-        help=f"any of transformers' image-text-to-text: folder, or name on the Hugging Face Hub (default: {MODEL}; small: {SMALL_MODEL})",
+        help=f"transformers' image-text-to-text model: folder, or name on the Hugging Face Hub (default: {MODEL}; small: {SMALL_MODEL})",
     )  # fmt: skip
-    parser.add_argument("--prompt", help="what to ask; {alt} stands for the text the picture came with (default: one of ours)")
+    parser.add_argument("--prompt", help="what to ask; {alt} stands for the text the picture came with (default: a built-in one)")
     parser.add_argument("--alt-text", metavar="PLACE", help="where such texts are: an ending such as .alt, or a field of metadata.jsonl")
     parser.add_argument("--to", default=".txt", metavar="PLACE", help="where captions go, likewise (default: .txt, so name.txt)")
-    parser.add_argument("--overwrite", action="store_true", help="caption pictures that have captions too")
-    parser.add_argument("--captions", type=int, default=1, metavar="N", help="of each picture; equal ones are kept once")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0: always the likeliest word (default: 0.2)")
-    parser.add_argument("--max-tokens", type=int, default=256, help="length of a caption in the model's tokens (default: 256)")
+    parser.add_argument("--overwrite", action="store_true", help="also caption pictures that already have captions")
+    parser.add_argument("--captions", type=int, default=1, metavar="N", help="captions per picture; equal ones are kept once")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0: always the most likely word (default: 0.2)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="maximum length of a caption, in the model's tokens (default: 256)")
     parser.add_argument("--max-side", type=int, default=1024, help="pixels; larger pictures are shrunk first (default: 1024)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -43,9 +43,9 @@ def add_caption_command(commands: argparse._SubParsersAction) -> None:
         "--preview", nargs="?", type=Path, const=Path("caption-preview.png"), metavar="FILE",
         help=f"caption {PREVIEWED} pictures onto one contact sheet (default: caption-preview.png) and write nothing else",
     )  # fmt: skip
-    parser.add_argument("--report", action="store_true", help="only measure the captions that are there")
-    parser.add_argument("--text-encoder", type=Path, help="T5 whose tokens the report counts: folder or file")
-    parser.add_argument("--tokenizer", type=Path, help="its tokenizer alone suffices: folder, tokenizer.json or spiece.model")
+    parser.add_argument("--report", action="store_true", help="only measure the existing captions")
+    parser.add_argument("--text-encoder", type=Path, help="T5 whose tokenizer counts tokens for the report: folder or file")
+    parser.add_argument("--tokenizer", type=Path, help="its tokenizer alone is enough: folder, tokenizer.json or spiece.model")
     parser.add_argument("--clip", metavar="PLACE", help="a CLIP of transformers, for the report's CLIP score")
     add_where_options(parser)
     parser.set_defaults(run=_caption)

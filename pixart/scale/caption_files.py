@@ -19,13 +19,13 @@ METADATA, NAME_FIELD = "metadata.jsonl", "file_name"
 def picture_names(folder: Path) -> list[str]:
     """Pictures below a folder, as paths from it with /, sorted; raises InputError for none."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; expected one with pictures.")
+        raise InputError(f"{folder} is not a folder; expected one with pictures.")
     found = [path.relative_to(folder).as_posix() for path in visible_files(folder) if path.suffix.lower() in PICTURES]
     if not found:
         raise InputError(f"{folder} holds no picture; expected files that end in {', '.join(PICTURES)}, in it or in its folders.")
     strange = [os.fsencode(name) for name in found if os.fsencode(name).decode(errors="replace") != name]
     if strange:
-        raise InputError(f"{len(strange)} pictures in {folder} have names that are no UTF-8, such as {strange[0]!r}; rename them.")
+        raise InputError(f"{len(strange)} pictures in {folder} have names that are not UTF-8, such as {strange[0]!r}; rename them.")
     return sorted(found)
 
 
@@ -102,7 +102,7 @@ class Field:
         try:
             lines = self.path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.path} is no UTF-8 text ({error}).") from None
+            raise InputError(f"{self.path} is not UTF-8 text ({error}).") from None
         rows = []
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -110,7 +110,7 @@ class Field:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{self.path}, line {number}: no JSON ({error}).") from None
+                raise InputError(f"{self.path}, line {number}: not JSON ({error}).") from None
             if not isinstance(row, dict) or not isinstance(row.get(NAME_FIELD), str):
                 raise InputError(f"{self.path}, line {number}: expected an object with a {NAME_FIELD}.")
             rows.append(row)
@@ -121,7 +121,7 @@ def texts_at(folder: Path, place: str, names: Sequence[str] = ()) -> Texts:
     """`.txt` and other endings are files beside the pictures, any other word is a field of metadata.jsonl; raises InputError."""
     if place.startswith("."):
         if Path(f"x{place}").suffix != place or place.lower() in PICTURES or "/" in place:
-            raise InputError(f"{place!r} is no ending of a text file; expected one like .txt, or the name of a field.")
+            raise InputError(f"{place!r} is not the ending of a text file; expected one like .txt, or the name of a field.")
         return TextFiles(folder, place, names)
     if not place or place == NAME_FIELD:
         raise InputError(f"{place!r} can't hold captions; expected the name of a field, or an ending like .txt.")

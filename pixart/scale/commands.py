@@ -17,14 +17,14 @@ def add_many_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("many prompts")
     group.add_argument(
         "--prompts", type=Path, metavar="FILE",
-        help="instead of --prompt: text with one a line, or csv or jsonl with prompt, negative, seed, width, height, steps, guidance, "
-        "images. --output is a folder then; run the command again to go on where it stopped. What a row leaves out, the options say. "
-        "T5 states are kept in the folder's .pixart-work (T5-XXL: about 0.5 MB a prompt)",
+        help="instead of --prompt: text with one per line, or csv or jsonl with prompt, negative, seed, width, height, steps, guidance, "
+        "images. --output is a folder then; run the command again to resume. The options fill in what a row leaves out. "
+        "T5 states are kept in the folder's .pixart-work (T5-XXL: about 0.5 MB per prompt)",
     )  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=4, help="pictures that are drawn together (default: 4)")
-    group.add_argument("--overwrite", action="store_true", help="draw anew what other prompts or settings drew into the folder")
-    group.add_argument("--hosts", nargs="+", metavar="HOST", help="of --on comfy: running ComfyUIs with this pack, e.g. 10.0.0.5:8188")
-    group.add_argument("--graph", type=Path, help="of --on comfy: a workflow in API format, instead of the plain one")
+    group.add_argument("--batch-size", type=int, default=4, help="pictures drawn together (default: 4)")
+    group.add_argument("--overwrite", action="store_true", help="replace pictures that other prompts or settings drew into the folder")
+    group.add_argument("--hosts", nargs="+", metavar="HOST", help="for --on comfy: running ComfyUIs with this pack, e.g. 10.0.0.5:8188")
+    group.add_argument("--graph", type=Path, help="for --on comfy: a workflow in API format, instead of the plain one")
     add_where_options(parser, COMFY)
 
 
@@ -36,7 +36,7 @@ def run_many(given: argparse.Namespace, parts: dict[str, Path], dtype: str | Non
     if given.batch_size < 1:
         raise InputError(f"--batch-size is {given.batch_size}; expected at least 1.")
     if given.on != COMFY and (given.hosts or given.graph):
-        raise InputError(f"--hosts and --graph are of --on comfy, but --on is {given.on}.")
+        raise InputError(f"--hosts and --graph are for --on comfy, but --on is {given.on}.")
     if given.on == COMFY:
         from .on_comfy import generate_on_comfy
 

@@ -47,7 +47,7 @@ class Opened:
             self._worker = self.stage.open(self.device)
         self._worker.prepare(chunk.items)
         if self.book.begin(chunk) > DEATHS:
-            rows = [self.stage.failed(item, f"{DEATHS} workers died at its batch; was memory short?") for item in chunk.items]
+            rows = [self.stage.failed(item, f"{DEATHS} workers died on its batch; was memory short?") for item in chunk.items]
         else:
             rows = attempt(self.stage, self._worker, chunk.items)
         self.book.write(chunk, rows)

@@ -54,7 +54,7 @@ def prepare(draw: DrawStage, overwrite: bool) -> None:
         more = "" if len(others) <= SHOWN else f" and {len(others) - SHOWN} more"
         raise InputError(
             f"{place} holds {', '.join(others[:SHOWN])}{more}, drawn from other prompts, settings or models. Choose another --output, or "
-            "add --overwrite to draw them anew."
+            "add --overwrite to redraw them."
         )
     if others:
         shutil.rmtree(place / FOLDER / draw.name, ignore_errors=True)  # records of pictures that are overwritten

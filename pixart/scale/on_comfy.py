@@ -75,7 +75,7 @@ class Graphs:
         except RuntimeError as error:
             raise InputError(str(error)) from None
         if not isinstance(found, dict) or not all(isinstance(node, dict) and "class_type" in node for node in found.values()) or not found:
-            raise InputError(f"{path} is no workflow in API format; export it in ComfyUI with Workflow, Export (API).")
+            raise InputError(f"{path} is not a workflow in API format; export it in ComfyUI with Workflow, Export (API).")
         return found
 
 
@@ -190,7 +190,7 @@ class Fleet:
         try:
             return Image.open(io.BytesIO(content)).convert("RGB")
         except (OSError, SyntaxError) as error:
-            raise self.client.QueueError(f"the host's file is no picture ({error})", {}) from None
+            raise self.client.QueueError(f"the host's file is not a picture ({error})", {}) from None
 
     def _picture(self, client: Any, graph: Graph) -> bytes:
         """The file that the host saved; QueueError if the graph failed, HostError if the host went away with it."""
@@ -203,7 +203,7 @@ class Fleet:
                     raise
                 except self.client.LaunchError:  # not done yet
                     if not self._knows(client, number):
-                        raise HostError("it was started anew and has forgotten the picture") from None
+                        raise HostError("it was restarted and has lost the picture") from None
                     continue
                 shown = [image for node in outputs.values() for image in node.get("images", []) if image.get("type") == "output"]
                 if not shown:

@@ -176,7 +176,7 @@ def _check_address(address: str) -> None:
             connection.sendall(GREETING)
             answer = connection.recv(9)
         if answer[3:4] != bytes([SETTINGS]):
-            raise ValueError("what listens there is no Ray")
+            raise ValueError("what listens there is not Ray")
     except (OSError, ValueError, OverflowError) as error:
         raise UnsupportedError(_no_cluster(address, error)) from None
 

@@ -67,7 +67,7 @@ def read_pictures(path: Path, defaults: Defaults) -> list[Picture]:
         more = f" And {len(problems) - SHOWN} more." if len(problems) > SHOWN else ""
         raise InputError(f"{path}: " + " ".join(problems[:SHOWN]) + more)
     if not rows:
-        raise InputError(f"{path} holds no prompt; expected one a line, or a csv or jsonl with the field prompt.")
+        raise InputError(f"{path} holds no prompt; expected one per line, or a csv or jsonl with the field prompt.")
     return list(_pictures(rows, defaults.seed))
 
 
@@ -109,7 +109,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if any(value.strip() for value in values):
                 yield reader.line_num, _named(header, values)
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: no csv ({error}); put texts with commas or quotes in double quotes.") from None
+        raise InputError(f"{path}, line {reader.line_num}: not csv ({error}); put texts with commas or quotes in double quotes.") from None
 
 
 def _check_header(path: Path, header: list[str]) -> None:
@@ -131,7 +131,7 @@ def _json_row(line: str) -> Mapping[str, Any]:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return {"": f"no JSON ({error})."}
+        return {"": f"not JSON ({error})."}
     if isinstance(found, str):
         return {"prompt": found}
     return found if isinstance(found, dict) else {"": f"a {type(found).__name__}; expected an object or a string."}

@@ -33,22 +33,22 @@ def add_where_options(parser: argparse.ArgumentParser, *others: str) -> None:
     group = parser.add_argument_group("where it runs")
     group.add_argument(
         "--on", choices=(LOCAL, TORCHRUN, RAY, *others), default=LOCAL,
-        help="local: this process (default). torchrun: one process a card of this machine, or of several if torchrun started this "
-        "command there. ray: a cluster by Ray Data (`pip install \".[scale]\"`). The results are the same. All machines "
+        help="local: this process (default). torchrun: one process per GPU of this machine, or of several if torchrun started this "
+        "command there. ray: a Ray cluster (`pip install \".[scale]\"`). The results are the same. All machines "
         "need this package, and the same paths to the models and folders",
     )  # fmt: skip
-    group.add_argument("--workers", type=_count, metavar="N", help="of torchrun and ray (default: one a card, else one a core)")
+    group.add_argument("--workers", type=_count, metavar="N", help="for torchrun and ray (default: one per GPU, else one per core)")
     group.add_argument(
         "--threads", type=_count, default=1, metavar="N",
-        help="of each worker on a CPU (default: 1). Results are equal to the bit for the same number",
+        help="of each worker on a CPU (default: 1). The same number gives bit-identical results",
     )  # fmt: skip
-    group.add_argument("--address", help="of a Ray cluster that is there, e.g. auto or 10.0.0.5:6379 (default: one is started here)")
+    group.add_argument("--address", help="of a running Ray cluster, e.g. auto or 10.0.0.5:6379 (default: start one here)")
 
 
 def where(given: argparse.Namespace) -> Where:
     """What was chosen; raises InputError for options that contradict each other, UnsupportedError for a device that isn't there."""
     if given.on != RAY and given.address:
-        raise InputError(f"--address is of a Ray cluster, but --on is {given.on}; add --on ray.")
+        raise InputError(f"--address is for a Ray cluster, but --on is {given.on}; add --on ray.")
     if given.on == LOCAL and given.workers not in (None, 1):
         raise InputError(f"--workers is {given.workers}, but --on local is one process; add --on torchrun or --on ray.")
     remote = given.on == RAY and given.address is not None  # this machine may have no card while the cluster's do

@@ -56,11 +56,11 @@ def _lines(path: Path) -> dict[int, str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read as UTF-8 text ({error}); expected one prompt a line.") from None
+        raise InputError(f"{path} can't be read as UTF-8 text ({error}); expected one prompt per line.") from None
     # Not splitlines(): it also breaks at form feeds and other signs that may stand in a prompt
     found = {number: line.strip() for number, line in enumerate(text.split("\n"), start=1) if line.strip()}
     if not found:
-        raise InputError(f"{path} holds no prompt; expected one a line.")
+        raise InputError(f"{path} holds no prompt; expected one per line.")
     return found
 
 

@@ -15,27 +15,27 @@ AUTO, TRANSFORMER_PRECISION = "auto", "fp8"
 
 def add_text_commands(commands: argparse._SubParsersAction, default_encoder: Path) -> None:
     """Adds both to the command line. default_encoder: the demo's T5."""
-    encode = commands.add_parser("encode", help="encode prompts once: a text file with one a line -> prompt files")
-    encode.add_argument("prompts", type=Path, help="UTF-8 text, one prompt a line")
-    encode.add_argument("out", type=Path, help="folder for 00001.safetensors, ...; run again to go on where it stopped")
+    encode = commands.add_parser("encode", help="encode prompts once: a text file with one per line -> prompt files")
+    encode.add_argument("prompts", type=Path, help="UTF-8 text, one prompt per line")
+    encode.add_argument("out", type=Path, help="folder for 00001.safetensors, ...; run again to resume")
     encode.add_argument("--text-encoder", type=Path, default=default_encoder, help="T5: folder or file (default: the demo's)")
     encode.add_argument("--tokenizer", type=Path, help="folder, tokenizer.json or spiece.model, if not beside the T5")
     encode.add_argument("--precision", choices=PRECISIONS, help="default: as the weights are stored")
     encode.add_argument("--max-tokens", type=int, default=300, help="300 for Sigma, 120 for alpha")
     encode.add_argument("--batch-size", type=int, default=8)
-    encode.add_argument("--clean-caption", action="store_true", help="clean prompts by the reference's rules")
+    encode.add_argument("--clean-caption", action="store_true", help="clean prompts as the reference cleans captions")
     encode.add_argument("--keep-case", action="store_true", help="don't lower-case prompts")
     encode.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     encode.set_defaults(run=_encode)
 
-    quantize = commands.add_parser("quantize", help="write a T5 in 8 or 4 bits, which loads fast ever after, or a transformer in fp8")
+    quantize = commands.add_parser("quantize", help="save a T5 in 8 or 4 bits, so that it loads fast, or a transformer in fp8")
     quantize.add_argument("source", type=Path, help="T5 or transformer: folder or weight file")
     quantize.add_argument("destination", type=Path, help="T5: a new folder; transformer: a .safetensors")
     quantize.add_argument(
         "--precision", choices=(*STORED_PRECISIONS, TRANSFORMER_PRECISION), required=True,
-        help=f"{TRANSFORMER_PRECISION} is of the transformer, in ComfyUI's scaled format; the others are T5's",
+        help=f"{TRANSFORMER_PRECISION} is for the transformer, in ComfyUI's scaled format; the others are for T5",
     )  # fmt: skip
-    quantize.add_argument("--variant", choices=(AUTO, *variant_names()), default=AUTO, help="of the transformer: what weights can't tell")
+    quantize.add_argument("--variant", choices=(AUTO, *variant_names()), default=AUTO, help="of the transformer, if the weights can't tell")
     quantize.add_argument("--device", default="auto", help="where to quantize: auto, cpu, cuda, ...")
     quantize.set_defaults(run=_quantize)
 

@@ -173,5 +173,5 @@ def _finish(model: nn.Module, weights: T5Weights) -> nn.Module:
     model.set_input_embeddings(model.shared)
     empty = [name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta]
     if empty:  # `read_t5` has checked the names: only an unknown transformers can get here
-        raise TextEncoderError(f"{weights.path}: this transformers wants weights that no T5 has: {', '.join(empty[:6])}.")
+        raise TextEncoderError(f"{weights.path}: this version of transformers expects weights that no T5 has: {', '.join(empty[:6])}.")
     return model.eval().requires_grad_(False)

@@ -129,8 +129,8 @@ def _tensors_only(path: Path, loaded: object) -> list[tuple[str, Tensor]]:
         loaded = {key: value for key, value in loaded.items() if isinstance(value, Tensor) or has_own_name(str(key))}
     strangers = [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
     if strangers:
-        raise TextEncoderError(f"{path}: {', '.join(strangers[:6])} is no tensor; expected T5 weights only.")
+        raise TextEncoderError(f"{path}: {', '.join(strangers[:6])} is not a tensor; expected T5 weights only.")
     nameless = [repr(key) for key in loaded if not isinstance(key, str)]
     if nameless:
-        raise TextEncoderError(f"{path}: the keys {', '.join(nameless[:6])} are no names; expected T5 weights by name.")
+        raise TextEncoderError(f"{path}: the keys {', '.join(nameless[:6])} are not names; expected T5 weights by name.")
     return list(loaded.items())

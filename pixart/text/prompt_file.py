@@ -112,7 +112,7 @@ def _read(path: Path) -> tuple[dict[str, str], set[str], dict[str, Tensor]]:
     except Exception as error:
         if is_out_of_memory(error):
             raise reading_error(path, error, InputError) from None
-        raise InputError(f"{path} is no prompt file, or is damaged ({error}). Write it again.") from None
+        raise InputError(f"{path} is not a prompt file, or is damaged ({error}). Write it again.") from None
 
 
 def _assemble(path: Path, states: Tensor, mask: Tensor, metadata: dict[str, str]) -> PromptFile:

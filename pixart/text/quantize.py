@@ -213,7 +213,7 @@ def fill_layers(
     home = device if home is None else home
     for name, parts in weights.stream_packed():
         if name not in layers:
-            raise TextEncoderError(f"{weights.path}: {name} is quantized, but is no linear layer. Quantize the original again.")
+            raise TextEncoderError(f"{weights.path}: {name} is quantized, but is not a linear layer. Quantize the original again.")
         layers[name].fill(parts, home, f"{weights.path}: {name}")
     others = {}
     for name, tensor in weights.raw():

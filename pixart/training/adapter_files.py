@@ -85,4 +85,4 @@ def write_peft_folder(layers: Layers, adaptation: Adaptation, folder: Path, base
 def check_peft_folder(kind: str) -> None:
     """Raises ConfigError for a kind that diffusers' split layers can't take."""
     if kind == "lokr":
-        raise ConfigError("peft_folder is asked for a LoKr, whose products don't split into diffusers' layers; write the file alone.")
+        raise ConfigError("peft_folder is asked for a LoKr, whose products don't split into diffusers' layers; write the file only.")

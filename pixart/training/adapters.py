@@ -72,7 +72,7 @@ def choose_layers(network: nn.Module, targets: str | Sequence[str], blocks: Sequ
     unknown = [] if isinstance(targets, str) else [end for end in ends if not any(_ends(name, (end,)) for name in names)]
     if unknown:
         known = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in names))
-        raise ConfigError(f"targets names {', '.join(unknown)}, which no linear layer of this model is called; expected some of {known}.")
+        raise ConfigError(f"targets names {', '.join(unknown)}, but this model has no linear layer of that name; expected some of {known}.")
     if blocks is not None:
         count = 1 + max((int(match[1]) for name in names if (match := re.search(r"(?:^|\.)blocks?\.(\d+)\.", name))), default=-1)
         outside = [block for block in blocks if not 0 <= block < count]

@@ -9,30 +9,30 @@ from typing import Any
 
 from .data.commands import add_places, place_changes
 
-TRAIN = """Trains by a recipe (configs/train/*.json), going on from where it stopped.
+TRAIN = """Trains by a recipe (configs/train/*.json), and resumes a stopped run.
 
-A recipe leaves to the command line what is yours: pictures, weights, output. Everything else can be changed by --set.
-Stop with Ctrl-C and start again with the same command. On many cards: torchrun --nproc-per-node 8 -m pixart train ...
+Pictures, weights and output are given on the command line. --set changes any other field of the recipe.
+Stop with Ctrl-C and resume with the same command. On several GPUs: torchrun --nproc-per-node 8 -m pixart train ...
 """
-SCORE = """Scores pictures: FID beside a folder of real ones (--reference), CLIP score by their captions (NAME.txt beside each)."""
+SCORE = """Scores pictures: FID against a folder of real ones (--reference), CLIP score with their captions (NAME.txt beside each)."""
 
 
 def add_training_commands(commands: Any) -> None:
     """Adds them to a parser's subcommands."""
     raw = argparse.RawDescriptionHelpFormatter
-    says = "train a model by a recipe, going on from where it stopped"
+    says = "train a model by a recipe, or resume a stopped run"
     train = commands.add_parser("train", help=says, description=TRAIN, formatter_class=raw)
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
     add_places(train)
-    train.add_argument("--transformer", metavar="PLACE", help="weights to begin from: a file or folder, in any format that loads")
+    train.add_argument("--transformer", metavar="PLACE", help="weights to start from: a file or folder, in any format that loads")
     train.add_argument("--output", metavar="FILE", help="where the weights go; states, log and samples go to a folder beside it, NAME-run")
     train.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
         help="change one field of the recipe, e.g. seed=1 or stages.0.steps=500; may be repeated",
     )  # fmt: skip
-    train.add_argument("--dry-run", action="store_true", help="say what would happen and what memory it takes, and stop")
-    train.add_argument("--overwrite", action="store_true", help="begin anew, over a former run and its output")
-    train.add_argument("--accept-changes", action="store_true", help="go on although recipe, base or pictures have changed since")
+    train.add_argument("--dry-run", action="store_true", help="only say what would happen and how much memory it takes")
+    train.add_argument("--overwrite", action="store_true", help="start over, replacing an earlier run and its output")
+    train.add_argument("--accept-changes", action="store_true", help="resume even if recipe, base or pictures have changed since")
     train.add_argument("--stop-after", type=float, metavar="SECONDS", help="save and stop after this long")
     train.set_defaults(run=_train)
 

@@ -29,8 +29,8 @@ def check_contents(run_dir: Path, then: str | None, lines: Sequence[str]) -> Non
     file = run_dir / NAME
     before = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     raise ConfigError(
-        f"The pictures of the run in {run_dir} are not those it was begun with: {_difference(before, lines) or 'their order'}. "
-        "Bring them back, go on with these by --accept-changes, or begin anew with --overwrite."
+        f"The pictures of the run in {run_dir} are not the ones it started with: {_difference(before, lines) or 'their order'}. "
+        "Put them back, continue with these by --accept-changes, or start over with --overwrite."
     )
 
 

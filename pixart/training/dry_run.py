@@ -73,7 +73,7 @@ def _companion_lines(recipe: Recipe, method: Method, network: nn.Module, source:
         trained = [parameter for parameter in beside.parameters() if parameter.requires_grad]
         states = state_bytes(recipe.optimizer, trained, block_matrices(method.blocks(beside))) / shares if trained else 0
         more = f", gradients {_gib(_bytes(trained) / shares)}, optimizer {_gib(states)}" if trained else ""
-        lines.append(f"objective {recipe.objective.name} has beside it: {name}, weights of its own {_gib(own)}{more}")
+        lines.append(f"objective {recipe.objective.name} also keeps: {name}, weights of its own {_gib(own)}{more}")
     return lines
 
 

@@ -52,7 +52,7 @@ def train(
     state = None if overwrite else newest_state(run_dir)
     if output.exists() and not overwrite and (state is None or not _wrote(state, output)):
         raise ConfigError(
-            f"{output} exists, and {run_dir} has no state of its run to go on from. --overwrite replaces it, --output writes elsewhere."
+            f"{output} exists, and {run_dir} has no saved state to resume from. --overwrite replaces it, --output writes elsewhere."
         )
     loop = Loop(recipe)
     if state is not None:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 PAIRS = """Draws noise and the pictures that a recipe's first weights make of it, for DMD with regression (objective.pairs).
 
-Captions and sizes are those of the recipe's source. Files of a batch each appear in OUT; started again with the same command, it
-goes on where it stopped. On several cards: torchrun --nproc-per-node 8 -m pixart pairs ...
+Captions and sizes come from the recipe's source. OUT gets one file per batch. The same command resumes a stopped run. On several
+GPUs: torchrun --nproc-per-node 8 -m pixart pairs ...
 """
 DRAWS_STAGE = 2**31 - 3  # no stage of a recipe has this number: training draws other pictures
 
@@ -21,18 +21,18 @@ def add_pair_commands(commands: Any) -> None:
     """Adds it to a parser's subcommands."""
     raw = argparse.RawDescriptionHelpFormatter
     pairs = commands.add_parser("pairs", help="draw pairs of noise and picture for DMD", description=PAIRS, formatter_class=raw)
-    pairs.add_argument("recipe", type=Path, help="of the DMD run, e.g. configs/train/demo-dmd.json")
+    pairs.add_argument("recipe", type=Path, help="recipe of the DMD run, e.g. configs/train/demo-dmd.json")
     pairs.add_argument("out", type=Path, help="folder for the pairs")
-    pairs.add_argument("--count", type=int, required=True, help="pairs to have in the end; PixArt-DMD was made with 640,000")
+    pairs.add_argument("--count", type=int, required=True, help="how many pairs to end up with; PixArt-DMD was made with 640,000")
     pairs.add_argument("--steps", type=int, default=20, help="of DPM-Solver++")
     pairs.add_argument("--cfg", type=float, default=4.5, help="guidance of the teacher")
-    pairs.add_argument("--batch-size", type=int, default=16, help="pairs in a file")
+    pairs.add_argument("--batch-size", type=int, default=16, help="pairs per file")
     pairs.add_argument("--seed", type=int, default=0)
-    pairs.add_argument("--data", help="as of train")
-    pairs.add_argument("--transformer", help="the teacher, as of train")
-    pairs.add_argument("--text-encoder", help="as of train")
-    pairs.add_argument("--vae", help="as of train")
-    pairs.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help="as of train")
+    pairs.add_argument("--data", help="as for train")
+    pairs.add_argument("--transformer", help="the teacher, as for train")
+    pairs.add_argument("--text-encoder", help="as for train")
+    pairs.add_argument("--vae", help="as for train")
+    pairs.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help="as for train")
     pairs.set_defaults(run=_pairs, output=None)
 
 

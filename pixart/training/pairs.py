@@ -92,7 +92,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
         return {**info, "probe": [float(value) for value in info["probe"]], "latent_scale": float(info["latent_scale"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder} is no folder of pairs ({error}). Draw some: python -m pixart pairs RECIPE {folder}") from None
+        raise ConfigError(f"{folder} is not a folder of pairs ({error}). Draw some: python -m pixart pairs RECIPE {folder}") from None
 
 
 @torch.no_grad()

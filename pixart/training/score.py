@@ -152,7 +152,7 @@ def _made(metric: Any, what: str, flag: str, **settings: Any) -> Any:
 def _pictures_of(folder: Path) -> list[Path]:
     """All pictures in a folder and those below, in order."""
     if not Path(folder).is_dir():
-        raise InputError(f"{folder} is no folder; expected one with pictures.")
+        raise InputError(f"{folder} is not a folder; expected one with pictures.")
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise InputError(f"{folder} has no pictures; expected files ending in {', '.join(SUFFIXES)}.")

@@ -92,7 +92,7 @@ def read_info(folder: Path) -> dict[str, Any]:
         info = json.loads((folder / INFO).read_text(encoding="utf-8"))
         return {**info, "step": int(info["step"]), "recipe": dict(info["recipe"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / INFO} is damaged ({error}). Remove this folder, or begin anew with --overwrite.") from None
+        raise CheckpointError(f"{folder / INFO} is damaged ({error}). Remove this folder, or start over with --overwrite.") from None
 
 
 def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -101,7 +101,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     wrong = [name for name, value in tensors.items() if name not in stored or stored[name].shape != value.shape]
     wrong = [f"{name} {tuple(stored[name].shape) if name in stored else 'missing'}" for name in wrong]
     if wrong:
-        raise CheckpointError(f"{folder} belongs to another model: found {', '.join(wrong[:4])}. Begin anew with --overwrite.")
+        raise CheckpointError(f"{folder} belongs to another model: found {', '.join(wrong[:4])}. Start over with --overwrite.")
     with _damage(folder):
         checkpoint.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
 
@@ -121,7 +121,7 @@ def _damage(folder: Path) -> Iterator[None]:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
             yield
     except Exception as error:
-        raise CheckpointError(f"{folder} is damaged ({error}). Remove it, or begin anew with --overwrite.") from None
+        raise CheckpointError(f"{folder} is damaged ({error}). Remove it, or start over with --overwrite.") from None
 
 
 def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -129,8 +129,8 @@ def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) ->
     changed = [text for text in differences(then, now) if not set(text.partition(":")[0].split(".")) & set(FREE)]
     if changed:
         raise ConfigError(
-            f"The run in {folder.parent.parent} was trained with another recipe: {'; '.join(changed[:6])}. Go on with the changes by "
-            "--accept-changes, begin anew with --overwrite, or give another run_dir."
+            f"The run in {folder.parent.parent} was trained with another recipe: {'; '.join(changed[:6])}. Continue with the changes by "
+            "--accept-changes, start over with --overwrite, or give another run_dir."
         )
 
 

@@ -29,7 +29,7 @@ class Watch:
         self.rows: list[dict[str, float]] = []
         self.quiet = False  # the log can't be written, which was said
         if self.shown and first:
-            self.note(f"going on at step {first}")
+            self.note(f"resuming at step {first}")
             self._forget_after(first)
 
     @property

@@ -81,5 +81,5 @@ def test_what_may_count_is_refused(name, sample, file, tmp_path):
 
 
 def test_counters_alone_are_no_lora(tmp_path):
-    with pytest.raises(CheckpointError, match="no LoRA"):
+    with pytest.raises(CheckpointError, match="not a LoRA"):
         load_adapter(save({"global_step": torch.tensor(3), "logit_scale": torch.ones(1)}, tmp_path))

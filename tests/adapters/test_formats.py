@@ -281,7 +281,7 @@ BROKEN = {
             "blocks.0.attn.proj.lora_down.weight": torch.randn(2, 144), "blocks.0.attn.proj.lora_up.weight": torch.randn(144, 2),
             "blocks.0.attn.proj.alpha": torch.tensor(torch.nan),
         },
-        "alpha is no finite number",
+        "alpha is not a finite number",
     ),
     "rank 0": (
         {"blocks.0.attn.proj.lora_down.weight": torch.zeros(0, 144), "blocks.0.attn.proj.lora_up.weight": torch.zeros(144, 0)},
@@ -335,7 +335,7 @@ def test_a_bound_of_oft_that_means_two_things_is_refused_where_it_counts(norm, m
     tensors["diffusion_model.blocks.0.attn.proj.diff_b"] = torch.randn(144)
     path = save(tensors, tmp_path)
     if norm > 1:
-        with pytest.raises(UnsupportedError, match="alpha of 1 bounds either a norm, here 3"):
+        with pytest.raises(UnsupportedError, match="alpha of 1 limits either the whole norm, here 3"):
             merge(path, model)
         assert_equal(model, weights)
     else:
@@ -369,9 +369,9 @@ def test_integers_without_a_scale_are_refused(tmp_path):
 
 
 def test_whole_checkpoints_are_no_lora(file, tmp_path):
-    with pytest.raises(CheckpointError, match="a whole PixArt transformer, no LoRA"):
+    with pytest.raises(CheckpointError, match="a whole PixArt transformer, not a LoRA"):
         load_adapter(file)
-    with pytest.raises(CheckpointError, match="VAE.*no LoRA"):
+    with pytest.raises(CheckpointError, match="VAE.*not a LoRA"):
         load_adapter(save({"decoder.conv_in.weight": torch.randn(2)}, tmp_path))
 
 

@@ -118,7 +118,7 @@ def test_bad_orders_are_sentences_and_write_nothing(tmp_path: Path, capsys: pyte
     with pytest.raises(CheckpointError, match=r"blocks.0.attn.qkv.weight would hold numbers beyond torch.float16; choose --dtype bf16 or fp32"):
         merge_into_file(base, [huge], out)
     assert cli.main(["merge", str(base), str(base), "--output", str(out)]) == 2
-    assert "no LoRA" in capsys.readouterr().err
+    assert "not a LoRA" in capsys.readouterr().err
     other, _ = write_lora(tmp_path / "other.safetensors", 1, "blocks.0.mlp.fc1", rows=99)
     with pytest.raises(CheckpointError, match="made for another model"):
         merge_into_file(base, [lora, other], out)

@@ -28,7 +28,7 @@ def test_loopback_is_the_default_and_says_nothing():
 @pytest.mark.parametrize("address", [Address("0.0.0.0"), Address("::"), Address("192.168.1.5"), Address("my.host"), Address(share=True)])
 def test_beyond_loopback_a_sentence_says_who_sees_what(address, tmp_path):
     said = warning(tmp_path, address)
-    assert "Not for this machine alone" in said and str(tmp_path) in said and "no password" in said and said.count("\n") == 1
+    assert "Open to more than this machine" in said and str(tmp_path) in said and "no password" in said and said.count("\n") == 1
 
 
 def test_nothing_is_asked_of_other_machines(tmp_path):

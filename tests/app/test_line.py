@@ -108,7 +108,7 @@ def test_cancelling_ends_a_job_at_its_step_and_frees_a_waiting_one_at_once(line,
     until(lambda: third.progress.ahead == 1)
     line.leave(first)
     line.leave(first)  # harmless
-    assert first.outcome is None and "Cancelling: the step at hand is the last." in describe(first, None)
+    assert first.outcome is None and "Cancelling after this step." in describe(first, None)
     [model.gate.release() for _ in range(10)]
     until(lambda: third.outcome)
     assert (first.outcome, third.outcome, model.order) == (CANCELLED, DRAWN, ["one", "three"])
@@ -146,7 +146,7 @@ def test_closing_ends_what_waits_and_what_is_drawn(model, tmp_path):
 
 
 def test_what_is_not_offered_and_a_full_line_are_refused_at_the_door(line, monkeypatch):
-    with pytest.raises(InputError, match="no size"):
+    with pytest.raises(InputError, match="not a size"):
         line.join(Settings("x", width=1, height=1))
     monkeypatch.setattr(line_module, "LONGEST_LINE", 2)
     jobs = [line.join(wish())]

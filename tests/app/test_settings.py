@@ -81,7 +81,7 @@ def test_files_without_settings_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "jpeg.png", format="JPEG")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:30])
-    for name, message in {"plain": "no settings inside", "jpeg": "no PNG", "text": "no PNG", "cut": "no PNG|no settings", "absent": "no PNG"}.items():
+    for name, message in {"plain": "no settings inside", "jpeg": "not a PNG", "text": "not a PNG", "cut": "not a PNG|no settings", "absent": "not a PNG"}.items():
         with pytest.raises(InputError, match=message):
             read_settings(tmp_path / f"{name}.png")
 
@@ -102,7 +102,7 @@ def test_a_text_that_unpacks_to_much_more_is_refused(tmp_path):
         ({"style": "nonsense"}, "style is 'nonsense'; this page has none, photograph"),
         ({"sampler": "lcm"}, "sampler is 'lcm'; this page has dpm\\+\\+, sa-solver"),
         ({"lora": "../secret"}, "lora is '../secret'; this page has none, style.safetensors"),
-        ({"width": 255}, "255 x 256 is no size this model was trained at"),
+        ({"width": 255}, "255 x 256 is not a size this model was trained at"),
     ],
 )
 def test_what_the_model_does_not_offer_is_refused(changes, message):

@@ -86,7 +86,7 @@ WRONG = {  # changes of a whole PixArt -> what the error says
     "an adapter's parts inside": ({"blocks.0.attn.qkv.lora_A.weight": SMALL, "blocks.0.attn.qkv.lora_B.weight": SMALL}, "a LoRA"),
     "a ControlNet that has all layers": ({"controlnet_blocks.0.weight": SMALL}, "a ControlNet for another model"),
     "a PixArt ControlNet": ({"controlnet.0.copied_block.attn.qkv.weight": SMALL}, "a PixArt ControlNet"),
-    "no numbers where a weight should be": ({"blocks.0.attn.qkv.weight": "text"}, "1 entries are no tensors"),
+    "no numbers where a weight should be": ({"blocks.0.attn.qkv.weight": "text"}, "1 entries are not tensors"),
     "packed weights": ({"blocks.0.attn.qkv.SCB": SMALL}, "quantized by bitsandbytes"),
 }
 

@@ -56,7 +56,7 @@ def test_prompt_file_instead_of_t5(client: ComfyClient, demo_graph: Graph, base:
 def test_prompt_files_elsewhere_are_refused(client: ComfyClient, demo_graph: Graph, name: str) -> None:
     number = next(n for n, node in demo_graph.items() if node["class_type"] == "PixArtTextEncode")
     demo_graph[number] = {"class_type": "PixArtLoadPrompt", "inputs": {"prompt_file": name}}
-    with pytest.raises(QueueError, match="no prompt file"):
+    with pytest.raises(QueueError, match="not a prompt file"):
         picture(client, demo_graph)
 
 

@@ -124,7 +124,7 @@ class TestBadFiles:
 
     def test_pickle_with_keys_that_are_no_names(self, tmp_path: Path) -> None:
         torch.save({0: torch.zeros(2), ("a",): torch.zeros(2)}, tmp_path / "t5.bin")
-        assert "the keys 0, ('a',) are no names" in self.refused(tmp_path / "t5.bin")
+        assert "the keys 0, ('a',) are not names" in self.refused(tmp_path / "t5.bin")
 
     @pytest.mark.parametrize("keep", [100, 5000, -50])
     def test_truncated_xxl(self, keep: int, slim: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_linked_limits_prompts_and_sizes() -> None:
     assert problems("PixArtTextEncode", **conditioning, max_tokens=120) == ""
     assert "max_tokens is 0" in problems("PixArtTextEncode", **conditioning, max_tokens=0)
     assert problems("PixArtLoadPrompt", prompt_file=["3", 0]) == ""
-    assert "is no prompt file" in problems("PixArtLoadPrompt", prompt_file="absent")
+    assert "is not a prompt file" in problems("PixArtLoadPrompt", prompt_file="absent")
     for base in ("1024", 1024, ["3", 0]):
         assert problems("PixArtResolution", base=base, width="512", height=512, batch_size=1) == ""
     for base in (1000, "1k", True, 1024.0, {"__value__": []}):

@@ -156,7 +156,7 @@ class TestPatch:
         with caplog.at_level(logging.WARNING):
             sample(parts, captions(5), captions(2, seed=1), steps=4, denoise=0.5, last_step=3)
         (text,) = [text for text in caplog.messages if "PixArtKVCompress" in text]
-        assert "Choose percents that hold one of its steps" in text
+        assert "Choose a range that contains one of its steps" in text
 
     def test_a_part_that_holds_is_enough(self, sigma, caplog) -> None:
         """As in the workflow for 4096 px: a second pass lies in the second part alone."""

@@ -246,7 +246,7 @@ class TestFiles:
             model = Linear(1, 1)
 
         save_file({"a.lora_up.weight": torch.randn(2)}, str(models / "loras" / "a.safetensors"))
-        with pytest.raises(errors.InputError, match="Linear, no PixArt.*LoraLoaderModelOnly"):
+        with pytest.raises(errors.InputError, match="Linear, not a PixArt.*LoraLoaderModelOnly"):
             apply(Other(), "a.safetensors")
 
 

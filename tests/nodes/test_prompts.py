@@ -234,8 +234,8 @@ class TestFiles:
         for where in (places / "secret.safetensors", places / "input/secret.safetensors"):
             core.save_prompts(where, core.TextEmbeddings(torch.zeros(1, 1, 32), torch.ones(1, 1, dtype=torch.bool)))
         (places / "input/prompts/link.safetensors").symlink_to(places / "secret.safetensors")
-        assert "is no prompt file" in nodes.PixArtLoadPrompt.validate_inputs(name)
-        with pytest.raises(errors.InputError, match="is no prompt file"):
+        assert "is not a prompt file" in nodes.PixArtLoadPrompt.validate_inputs(name)
+        with pytest.raises(errors.InputError, match="is not a prompt file"):
             nodes.PixArtLoadPrompt.execute(name)
 
     @pytest.mark.parametrize("prefix", ["../../out", "/tmp/out"])

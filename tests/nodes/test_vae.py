@@ -120,7 +120,7 @@ class TestShortOfMemory:
             found = host_nodes.VAEDecode().decode(vae, {"samples": samples})[0]
         assert tried[0] == 6 * 12 and torch.equal(found, expected)
         assert [message for message in caplog.messages if "in tiles" in message] == [
-            "PixArt consistency decoder: no memory left for decoding the whole picture, going on in tiles."]  # fmt: skip
+            "PixArt consistency decoder: not enough memory for decoding the whole picture, continuing in tiles."]  # fmt: skip
 
     def test_encoding_too(self, vae, monkeypatch, caplog) -> None:
         monkeypatch.setattr(consistency, "TILES", (8, 4))

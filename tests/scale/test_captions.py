@@ -148,7 +148,7 @@ def test_unreadable_pictures_are_named_and_the_others_captioned(folder, asked, c
     (folder / "b.jpg").write_bytes(b"no picture")
     assert command(folder, "--model", "x") == 2
     shown = capsys.readouterr()
-    assert "failed: b.jpg: it is no JPEG" in shown.out and "1 of 3 pictures have no caption" in shown.err
+    assert "failed: b.jpg: it is not a JPEG" in shown.out and "1 of 3 pictures have no caption" in shown.err
     assert set(texts(folder)) == {"a.txt", "sub/c.txt"}
 
 
@@ -221,8 +221,8 @@ def clip_tokenizer(folder: Path) -> None:
         (["--prompt", "What is {alt}?"], "say where these texts are with --alt-text"),
         (["--batch-size", "0"], "--batch-size is 0; expected at least 1"),
         (["--temperature", "nan"], "--temperature is nan"),
-        (["--to", ".png"], "'.png' is no ending of a text file"),
-        (["--to", "../.txt"], "'../.txt' is no ending of a text file"),
+        (["--to", ".png"], "'.png' is not the ending of a text file"),
+        (["--to", "../.txt"], "'../.txt' is not the ending of a text file"),
         (["--to", "file_name"], "'file_name' can't hold captions"),
         (["--model", "absent/model"], "The model absent/model can't be loaded"),
         (["--tokenizer", "absent"], "absent: no tokenizer.json"),
@@ -238,8 +238,8 @@ def test_folders_that_can_not_be_captioned(tmp_path, folder, capsys) -> None:
     (tmp_path / "empty").mkdir()
     assert command(tmp_path / "empty") == 2 and "holds no picture; expected files that end in .jpg" in capsys.readouterr().err
     Path(os.fsdecode(os.fsencode(tmp_path / "empty") + b"/caf\xe9.png")).touch()
-    assert command(tmp_path / "empty") == 2 and "have names that are no UTF-8, such as b'caf\\xe9.png'; rename" in capsys.readouterr().err
-    assert command(tmp_path / "absent") == 2 and "is no folder; expected one with pictures" in capsys.readouterr().err
+    assert command(tmp_path / "empty") == 2 and "have names that are not UTF-8, such as b'caf\\xe9.png'; rename" in capsys.readouterr().err
+    assert command(tmp_path / "absent") == 2 and "is not a folder; expected one with pictures" in capsys.readouterr().err
     Image.new("RGB", (8, 8)).save(folder / "a.webp")
     with pytest.raises(InputError, match="Several pictures of one name share .*a.txt"):
         CaptionStage(folder, CaptionSettings("x"), picture_names(folder))

@@ -272,10 +272,10 @@ def test_other_samplers_have_another_graph_or_none() -> None:
         (["--prompt", "red"], "Give --prompt with one or more texts, or --prompts with a file"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--workers", "2"], "--workers is 2, but --on local is one process"),
-        (["--address", "auto"], "--address is of a Ray cluster, but --on is local"),
+        (["--address", "auto"], "--address is for a Ray cluster, but --on is local"),
         (["--seed", "-1"], "--seed is -1; expected 0 to 18446744073709551615"),
         (["--sampler", "one-step"], "The sampler one-step was given 2 steps; expected 1 step"),
-        (["--hosts", "a"], "--hosts and --graph are of --on comfy"),
+        (["--hosts", "a"], "--hosts and --graph are for --on comfy"),
         (["--text-encoder", "absent"], "absent does not exist"),
         (["--on", "ray", "--address", "127.0.0.1:9"], "No Ray cluster answers at 127.0.0.1:9"),
     ],
@@ -294,7 +294,7 @@ def test_a_width_of_nothing_is_not_the_usual_one(models, tmp_path, capsys) -> No
 
 
 def test_an_address_at_which_something_else_listens_is_no_cluster() -> None:
-    with queue_hosts("") as hosts, pytest.raises(UnsupportedError, match=r"No Ray cluster answers at .*what listens there is no Ray"):
+    with queue_hosts("") as hosts, pytest.raises(UnsupportedError, match=r"No Ray cluster answers at .*what listens there is not Ray"):
         on_ray._check_address(hosts[0].address)
     with pytest.raises(UnsupportedError, match="No Ray cluster answers at 127.0.0.1:99999"):
         on_ray._check_address("127.0.0.1:99999")

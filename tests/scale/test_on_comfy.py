@@ -103,7 +103,7 @@ def test_a_failure_is_tried_once_more_and_then_listed(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(
     "trouble, message",
-    [("refuses", "ComfyUI refused the graph: no such model"), ("empty", "the graph saves no picture"), ("damaged", "the host's file is no picture")],
+    [("refuses", "ComfyUI refused the graph: no such model"), ("empty", "the graph saves no picture"), ("damaged", "the host's file is not a picture")],
 )
 def test_what_a_host_says_no_to_is_in_the_index(tmp_path, trouble, message) -> None:
     with queue_hosts(trouble) as hosts:
@@ -135,7 +135,7 @@ def test_a_graph_of_ones_own_is_filled_in(tmp_path) -> None:
         (["https://a:1"], [], "--hosts has 'https://a:1'; expected a name and port"),
         (["a:b"], [], "--hosts has 'a:b'"),
         (["127.0.0.1:9"], ["--graph", "README.md"], "the workflow README.md can't be read"),
-        (["127.0.0.1:9"], ["--graph", "workflows/demo.json"], "is no workflow in API format"),
+        (["127.0.0.1:9"], ["--graph", "workflows/demo.json"], "is not a workflow in API format"),
         (["127.0.0.1:9"], ["--graph", "workflows/api/dmd.json"], "Give its nodes the titles Prompt"),
         (["127.0.0.1:9"], ["--sampler", "one-step"], "no graph for --sampler one-step"),
         (["127.0.0.1:9"], ["--transformer", "a.safetensors", "--text-encoder", "b", "--vae", "c"], "say with --variant what it is"),

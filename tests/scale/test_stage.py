@@ -132,7 +132,7 @@ def test_a_chunk_that_kills_every_worker_is_left_after_a_few(tmp_path: Path) -> 
         Book(stage).begin(stage.chunks[0])
     go(stage)
     assert stage.files() == {2, 3}
-    assert [row["error"] for row in rows(stage) if "error" in row] == [f"{DEATHS} workers died at its batch; was memory short?"] * 2
+    assert [row["error"] for row in rows(stage) if "error" in row] == [f"{DEATHS} workers died on its batch; was memory short?"] * 2
     forget_failures(stage)
     go(stage)
     assert stage.files() == set(range(4))

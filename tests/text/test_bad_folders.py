@@ -74,7 +74,7 @@ def test_pickle_of_the_old_kind_loads(folder):
     assert load_text_encoder(made).width == 32
 
 
-@pytest.mark.parametrize("content, found", [([1, 2], "holds a list"), ({"shared.weight": "text"}, "shared.weight is no tensor")])
+@pytest.mark.parametrize("content, found", [([1, 2], "holds a list"), ({"shared.weight": "text"}, "shared.weight is not a tensor")])
 def test_pickle_of_something_else(folder, content, found):
     made, _ = folder
     torch.save(content, made / "pytorch_model.bin")

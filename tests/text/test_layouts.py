@@ -111,5 +111,5 @@ def test_refusals_that_stay(tmp_path: Path, kind: str) -> None:
 
 def test_a_text_among_the_weights(tmp_path: Path) -> None:
     torch.save({"model": {**PLAIN, "encoder.final_layer_norm.weight": ["a"]}}, tmp_path / "t.pth")
-    with pytest.raises(TextEncoderError, match="encoder.final_layer_norm.weight is no tensor"):
+    with pytest.raises(TextEncoderError, match="encoder.final_layer_norm.weight is not a tensor"):
         read_t5(tmp_path / "t.pth")

@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_damaged_and_absent(tmp_path):
     path = written(tmp_path)
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(InputError, match="p.safetensors is no prompt file, or is damaged"):
+    with pytest.raises(InputError, match="p.safetensors is not a prompt file, or is damaged"):
         load_prompts(path)
     with pytest.raises(InputError, match="no such prompt file"):
         load_prompts(tmp_path / "absent.safetensors")

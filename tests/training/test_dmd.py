@@ -320,7 +320,7 @@ def test_pairs_of_another_model_are_refused(drawn: tuple[Path, Path], base: Path
     with pytest.raises(ConfigError, match="drawn by other weights than the teacher"):
         Loop(load_recipe(recipe_path(**run_changes(other, objective=settings))))
     info = json.loads((drawn[1] / "info.json").read_text())
-    for change, message in (({"caption_channels": 4096}, "made for another model: caption_channels 4096 instead of 8"), ({"probe": "x"}, "no folder of pairs")):
+    for change, message in (({"caption_channels": 4096}, "made for another model: caption_channels 4096 instead of 8"), ({"probe": "x"}, "not a folder of pairs")):
         (drawn[1] / "info.json").write_text(json.dumps({**info, **change}))
         with pytest.raises(ConfigError, match=message):
             Loop(load_recipe(recipe_path(**run_changes(base, objective=settings))))

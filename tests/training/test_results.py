@@ -271,7 +271,7 @@ BAD = {
     "rank 0": ({"rank": 0}, "rank is 0 and text_rank 0; expected 1 or more"),
     "alpha 0": ({"alpha": 0}, "alpha is 0; expected a number above 0, or null for the rank"),
     "an unknown preset": ({"targets": "everything"}, "targets is 'everything'; expected attention, attention.mlp, all, or a list"),
-    "a layer that isn't there": ({"targets": ["attn.to_q"]}, r"names attn.to_q, which no linear layer .* expected some of t_embedder.mlp.0, .*attn.qkv, attn.proj"),
+    "a layer that isn't there": ({"targets": ["attn.to_q"]}, r"names attn.to_q, but this model has no linear layer of that name; expected some of t_embedder.mlp.0, .*attn.qkv, attn.proj"),
     "a block that isn't there": ({"blocks": [0, 7]}, "blocks has 7; this model has the blocks 0 to 1"),
     "no block": ({"blocks": []}, "leave no layer to train"),
     "an unknown base": ({"base": "int8"}, "base is 'int8'; expected one of fp32, bf16, fp16, fp8, nf4, or null"),
@@ -297,11 +297,11 @@ def test_adapters_that_can_not_be(tmp_path: Path, base: Path, case: str) -> None
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("lora", {"initialize": None}, "Method lora is trained beside finished weights"),
+        ("lora", {"initialize": None}, "Method lora needs finished weights to start from"),
         ({"name": "full", "layout": "onnx"}, {}, "layout is 'onnx'; expected one of original, diffusers"),
         ({"name": "kv", "blocks": [[0, 2]], "layout": "diffusers"}, {}, "diffusers has no KV compression"),
         ({"name": "kv", "blocks": [[0, 2]], "mode": "mean"}, {}, "mode is 'mean'; expected one of conv, uniform"),
-        ({"name": "kv"}, {}, "there are no blocks; expected pairs"),
+        ({"name": "kv"}, {}, "blocks is empty; expected pairs"),
         ({"name": "controlnet", "blocks": 0}, {}, "blocks is 0; expected the number of blocks to copy"),
         ("full", {"objective": {"name": "denoise", "min_snr": 0}}, "min_snr is 0; expected a number above 0"),
         ("full", {"objective": {"name": "imitate", "imitate_weight": 0}}, "imitate_weight is 0 and denoise_weight 0.0; expected above 0"),

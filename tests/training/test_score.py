@@ -100,7 +100,7 @@ def test_bad_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     for arguments, message in (
         ([drawn], "give --reference"),
         ([drawn, "--clip", str(tmp_path)], "00.png has no caption"),
-        ([tmp_path / "gone", "--reference", drawn], "is no folder"),
+        ([tmp_path / "gone", "--reference", drawn], "is not a folder"),
         ([drawn, "--reference", tmp_path / "empty"], "has no pictures"),
         ([drawn, "--reference", drawn, "--batch-size", "0"], "batch_size is 0"),
         ([drawn, "--reference", drawn, "--inception", drawn / "00.png"], "Inception v3 can't be loaded.*--inception FILE"),

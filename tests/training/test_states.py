@@ -80,7 +80,7 @@ BAD = {
     "info without a step": (without_step, [], CheckpointError, "info.json is damaged.*step"),
     "info that is a list": (no_object, [], CheckpointError, "info.json is damaged"),
     "files that are gone": (with_files_gone, [], CheckpointError, "belongs to another model|is damaged"),
-    "an output without its run": (swapped_output, [], ConfigError, "out.safetensors exists.*no state of its run.*--overwrite"),
+    "an output without its run": (swapped_output, [], ConfigError, "out.safetensors exists.*no saved state.*--overwrite"),
     "another seed": (None, ["seed=9"], ConfigError, "seed: 0 -> 9.*--accept-changes"),
     "another optimizer": (None, ["optimizer=came"], ConfigError, 'optimizer: "adamw" -> "came"'),
     "another method": (None, ["method.name=kv", "method.blocks=[[1,2]]"], ConfigError, "method.name"),

@@ -40,7 +40,7 @@ class Cache:
         try:
             return {name: value.float() for name, value in load_file(path).items()}
         except (OSError, SafetensorError) as error:
-            raise DataError(f"The feature {path} can't be read ({error}). Remove it, and start again: it is computed anew.") from None
+            raise DataError(f"The feature {path} can't be read ({error}). Remove it and start again to recompute it.") from None
 
 
 def _smaller(value: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def captions_of_row(row: Mapping[str, Any], fields: Mapping[str, float] | None) 
         texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
         wrong = next((text for text in texts if not isinstance(text, str)), None)
         if wrong is not None:
-            raise DataError(f"its field {name} holds {wrong!r:.60}, which is no text")
+            raise DataError(f"its field {name} holds {wrong!r:.60}, which is not text")
         texts = [text.strip() for text in texts if text.strip()]
         found += [Caption(text, weight / len(texts)) for text in texts]
     return tuple(found)

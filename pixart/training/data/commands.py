@@ -18,17 +18,17 @@ PLACES = {
 def add_data_commands(commands: argparse._SubParsersAction) -> None:
     """Adds `extract` to the command line."""
     extract = commands.add_parser(
-        "extract", help="compute the T5 states and latents that a recipe trains on; run again to go on where it stopped",
-        description="Fills the cache that `train` reads, so that training needs neither T5 nor VAE at once. With --on "
-        "several cards or machines that share the cache compute it together.",
+        "extract", help="compute the T5 states and latents that a recipe trains on; run again to resume",
+        description="Fills the cache that `train` reads, so that training needn't hold T5 and VAE in memory. With --on, "
+        "several GPUs or machines that share the cache fill it together.",
     )  # fmt: skip
-    extract.add_argument("recipe", type=Path, help="the recipe that will be trained; its sizes and settings hold")
+    extract.add_argument("recipe", type=Path, help="the recipe that will be trained; its sizes and settings are used")
     add_places(extract)
-    extract.add_argument("--output", metavar="FILE", help="of the training; without --cache, features lie in cache beside its run")
+    extract.add_argument("--output", metavar="FILE", help="output of the training; without --cache, features go to cache beside its run")
     extract.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes", help="change one field of the recipe")
     extract.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     add_where_options(extract)
-    extract.add_argument("--dry-run", action="store_true", help="say what would be computed, and stop")
+    extract.add_argument("--dry-run", action="store_true", help="only say what would be computed")
     extract.set_defaults(run=_extract)
 
 

@@ -92,7 +92,7 @@ def _opened(data: bytes) -> Iterator[Image]:
         with Image.open(io.BytesIO(data), formats=_formats()) as picture:
             yield picture
     except UnidentifiedImageError:
-        raise DataError("it is no JPEG, PNG, WebP or AVIF that this Pillow can read") from None
+        raise DataError("it is not a JPEG, PNG, WebP or AVIF that this Pillow can read") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"it is too large ({error})") from None
     except Exception as error:  # damaged files make decoders raise nearly anything: SyntaxError, struct.error, ...

@@ -52,7 +52,7 @@ def _captions(album: Album) -> Iterator[str]:
         return
     counts = {entry.item.name: max(_tokens(tokenizer, each.text) for each in entry.captions) for entry in album.entries}
     long = [name for name, count in counts.items() if count > limit]
-    yield f"captions: {sum(counts.values()) / len(counts):.0f} tokens in the mean, {max(counts.values())} at most; the limit is {limit}"
+    yield f"captions: {sum(counts.values()) / len(counts):.0f} tokens on average, {max(counts.values())} at most; the limit is {limit}"
     if long:
         yield f"too long: {len(long)}, whose last words are lost: {_named(long)}"
 

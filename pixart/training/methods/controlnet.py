@@ -45,7 +45,7 @@ class Part(full.Part):
 
     def __init__(self, settings: Settings, recipe: Recipe) -> None:
         if not recipe.initialize:
-            raise ConfigError("Method controlnet is trained beside finished weights; set initialize to them.")
+            raise ConfigError("Method controlnet needs finished weights to start from; set initialize to them.")
         check_base(settings.base, recipe.precision)
         super().__init__(settings, recipe)
 

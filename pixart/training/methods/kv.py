@@ -36,7 +36,7 @@ def check(settings: Settings) -> None:
     """Raises ConfigError for what no run can have."""
     full.check(settings)
     if not settings.blocks:
-        raise ConfigError("there are no blocks; expected pairs [block, ratio], like [[14, 2], [15, 2]].")
+        raise ConfigError("blocks is empty; expected pairs [block, ratio], like [[14, 2], [15, 2]].")
     if settings.mode not in COMPRESSION_MODES:
         raise ConfigError(f"mode is {settings.mode!r}; expected one of {', '.join(COMPRESSION_MODES)}.")
     if settings.layout == "diffusers":

@@ -175,7 +175,7 @@ class Part:
 def cache_of(settings: Settings, recipe: Recipe) -> Path:
     """The folder of features: what was asked for, or one beside the run's folder, which its neighbours use too."""
     if not settings.cache and not recipe.run_dir:
-        raise ConfigError("Nothing says where features are kept: give --cache, or --output, beside which they lie.")
+        raise ConfigError("No place for the features: give --cache, or --output, beside which they are kept.")
     return Path(settings.cache) if settings.cache else Path(recipe.run_dir).parent / "cache"
 
 

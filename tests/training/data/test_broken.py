@@ -53,7 +53,7 @@ WHOLE: dict[str, tuple[Make, str]] = {  # a data set that can't be used at all -
     "metadata that is no JSON": (lambda root: metadata(root, '{"file_name": "p0.png", "text": "x"}\n{oops'), r"metadata.jsonl, line 2, is not JSON"),
     "metadata that is no object": (lambda root: metadata(root, "[1]"), r"metadata.jsonl, line 1, is \[1\]; expected an object"),
     "metadata without names": (lambda root: metadata(root, '{"text": "x"}'), r"metadata.jsonl, line 1, has no file_name"),
-    "metadata with numbers": (lambda root: metadata(root, '{"file_name": "p0.png", "text": 3}'), "field text holds 3, which is no text"),
+    "metadata with numbers": (lambda root: metadata(root, '{"file_name": "p0.png", "text": 3}'), "field text holds 3, which is not text"),
     "metadata that leaves the folder": (lambda root: metadata(root, '{"file_name": "../x.png", "text": "x"}'), "names the file '../x.png'; expected a path inside"),
     "metadata with an absolute path": (lambda root: metadata(root, '{"file_name": "/etc/x.png", "text": "x"}'), "'/etc/x.png'; expected a path inside"),
     "two kinds of metadata": (lambda root: (metadata(root, "x", "metadata.csv"), metadata(root, "{}")), "both metadata.jsonl and metadata.csv"),
@@ -130,8 +130,8 @@ def reference(root: Path, name: str, change: Callable[[Path], object]) -> None:
 
 LATENTS = "img_sdxl_vae_features_64resolution_ms_new/x_bad.npy"
 SINGLE: dict[str, tuple[Make, str]] = {  # a data set of which one picture can't be used -> what is said of it
-    "no picture": (lambda root: write(root, "bad.jpg", b"<html>404</html>"), "bad.jpg: it is no JPEG, PNG, WebP or AVIF"),
-    "an empty file": (lambda root: write(root, "bad.png", b""), "bad.png: it is no JPEG"),
+    "no picture": (lambda root: write(root, "bad.jpg", b"<html>404</html>"), "bad.jpg: it is not a JPEG, PNG, WebP or AVIF"),
+    "an empty file": (lambda root: write(root, "bad.png", b""), "bad.png: it is not a JPEG"),
     "a picture cut off": (lambda root: write(root, "bad.jpg", encoded(picture(256, 256), "JPEG")[:1500]), "bad.jpg: it is damaged"),
     "a caption in another encoding": (latin, "bad.png: its captions in bad.txt can't be read as UTF-8"),
     "a picture that metadata names and is gone": (one_gone, "bad.png: .*metadata.jsonl, line 5, names it, but it is not there"),

@@ -79,7 +79,7 @@ def test_a_hint_that_is_no_picture_is_named(tmp_path, source_of):
     folder(tmp_path / "hints", [(64, 64)] * 2, caption=None)
     (tmp_path / "hints/p1.png").write_bytes(b"no")
     assert list(source_of(hints=str(tmp_path / "hints")).album.broken) == ["p1.png"]
-    assert "its hint can't be used: it is no JPEG" in source_of(hints=str(tmp_path / "hints")).album.broken["p1.png"]
+    assert "its hint can't be used: it is not a JPEG" in source_of(hints=str(tmp_path / "hints")).album.broken["p1.png"]
 
 
 def test_hints_are_computed_beside_latents_that_are_there(tmp_path, source_of):

@@ -112,9 +112,9 @@ def test_nothing_is_squeezed():
 @pytest.mark.parametrize(
     "name, data, message",
     [
-        ("no picture", b"nope", "no JPEG, PNG, WebP or AVIF"),
-        ("nothing", b"", "no JPEG, PNG, WebP or AVIF"),
-        ("another kind", encoded(Image.new("RGB", (8, 8)), "BMP"), "no JPEG, PNG, WebP or AVIF"),
+        ("no picture", b"nope", "not a JPEG, PNG, WebP or AVIF"),
+        ("nothing", b"", "not a JPEG, PNG, WebP or AVIF"),
+        ("another kind", encoded(Image.new("RGB", (8, 8)), "BMP"), "not a JPEG, PNG, WebP or AVIF"),
         ("cut JPEG", encoded(picture(256, 256), "JPEG")[:2000], "damaged.*truncated"),
         ("cut PNG", encoded(picture(256, 256), "PNG")[:5000], "damaged"),
         ("cut WebP", encoded(picture(256, 256), "WEBP")[:300], "damaged"),
