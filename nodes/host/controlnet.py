@@ -44,11 +44,15 @@ def load_control(path: str) -> PixArtControl:
 
 
 def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in the dtype that the host keeps ControlNets in; no longer mapped to the file, so that it can be replaced."""
+    """Copies in the dtype that the host keeps ControlNets in; no longer mapped to the file, so that it can be replaced.
+
+    Of a file in fp8, what was left in 16 bits stays so.
+    """
     supported = list(comfy.supported_models.PixArtSigma.supported_inference_dtypes)
     stored = comfy.utils.weight_dtype(tensors)
     dtype = control_dtype(management.unet_dtype(model_params=-1, supported_dtypes=supported, weight_dtype=stored), stored)
-    return {key: tensor.to(dtype, copy=True) for key, tensor in tensors.items()}
+    whole = dtype if dtype.itemsize > 1 or dtype != stored else None
+    return {key: tensor.to(whole or tensor.dtype, copy=True) for key, tensor in tensors.items()}
 
 
 class PixArtControl(comfy.controlnet.ControlNet):

@@ -68,10 +68,14 @@ def prepare_controlnet(state_dict: Mapping[str, Tensor], source: str) -> Prepare
 def load_controlnet(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> PixArtControlNet:
-    """A ControlNet from a .pth, .safetensors or diffusers folder, in eval mode; dtype: default is the file's own."""
+    """A ControlNet from a .pth, .safetensors or diffusers folder, in eval mode.
+
+    dtype: default is the file's own (bfloat16 for fp8 files, which plain layers can't compute in).
+    """
     raw = read_tensors(path)
     prepared = prepare_controlnet(raw.state_dict, raw.source)
-    target = dtype or next(iter(prepared.state_dict.values())).dtype
+    stored = {tensor.dtype for tensor in prepared.state_dict.values()}
+    target = dtype or (torch.bfloat16 if any(each.itemsize == 1 for each in stored) else next(iter(prepared.state_dict.values())).dtype)
     model = PixArtControlNet(prepared.config, dtype=target, device="meta")
     model.load_state_dict({key: t.to(target) for key, t in prepared.state_dict.items()}, strict=True, assign=True)
     return model.requires_grad_(False).eval().to(device)

@@ -92,6 +92,18 @@ def test_control_changes_the_picture_and_is_gone_without_it(sigma, control) -> N
     assert torch.equal(sample(sigma, *applied(control, strength=0.0)), plain)
 
 
+def test_a_file_in_fp8_is_what_its_rounded_numbers_say(sigma, tmp_path) -> None:
+    """Matrices in e4m3 with the rest in 16 bits, as this pack's trainer writes them, and a file wholly in e4m3."""
+    native = {key: value.half() for key, value in original_keys(reference_control(144, 2)).items()}
+    files = {"mixed": lambda key: key.endswith("proj.weight") or ".mlp." in key and key.endswith("weight"), "whole": lambda key: True}
+    for name, narrow in files.items():
+        fp8 = {key: value.to(torch.float8_e4m3fn) if narrow(key) else value for key, value in native.items()}
+        save_file(fp8, tmp_path / f"{name}.safetensors")
+        save_file({key: value.float() for key, value in fp8.items()}, tmp_path / f"{name}-rounded.safetensors")
+        found, expected = (sample(sigma, *applied(loader.load_control(str(tmp_path / f"{name}{end}.safetensors")))) for end in ("", "-rounded"))
+        assert difference(found, expected) < 2e-3, name
+
+
 def test_with_kv_compression_of_the_model(sigma, control, monkeypatch) -> None:
     """The ControlNet branches off an uncompressed first block, and its residuals enter the compressed model."""
     seen = steps_of(sigma, monkeypatch)

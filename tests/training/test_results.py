@@ -151,6 +151,24 @@ def test_a_controlnet_names_the_range_of_its_hints(tmp_path: Path, base: Path) -
     assert facts["modelspec.architecture"] == "pixart-sigma/controlnet"
 
 
+@torch.no_grad()
+def test_a_controlnet_in_fp8_takes_half_the_bytes_and_computes_in_bf16(tmp_path: Path, base: Path) -> None:
+    outputs, hint = [], torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    for dtype in ("fp16", "fp8"):
+        recipe = recipe_of(tmp_path, base, {"name": "controlnet", "blocks": 1, "save_dtype": dtype}, source={"name": "scenes", "text_encoder": "", "hints": True})
+        method, network, averages = built(recipe)
+        method.write(network, averages, tmp_path / f"{dtype}.safetensors", {"step": "3"})
+        control = load_controlnet(tmp_path / f"{dtype}.safetensors")
+        assert {p.dtype for p in control.parameters()} == {torch.float16 if dtype == "fp16" else torch.bfloat16}
+        outputs.append(ControlledTransformer(load_transformer(base), control.float())(*inputs(), hint=hint))
+    with safe_open(tmp_path / "fp8.safetensors", "pt") as file:
+        dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}
+    assert {key.rsplit(".", 1)[-1] for key, dtype in dtypes.items() if dtype == "F8_E4M3"} == {"weight"}
+    assert dtypes["controlnet.0.copied_block.attn.qkv.weight"] == dtypes["controlnet.0.before_proj.weight"] == "F8_E4M3"
+    assert dtypes["controlnet.0.copied_block.scale_shift_table"] == dtypes["controlnet.0.copied_block.mlp.fc1.bias"] == "F16"
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0.05, atol=0.05)
+
+
 def test_a_result_says_what_it_is_and_nothing_of_its_owner(tmp_path: Path, base: Path) -> None:
     recipe = replace(recipe_of(tmp_path, base, adapter("lora")), variant="sigma-512")
     method, network, averages = built(recipe)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoints.quantize import FP8
 from ...config import TransformerConfig
 from ...controlnet import ControlledTransformer, ControlNetConfig, PixArtControlNet, copy_base_blocks
 from ...errors import ConfigError
@@ -30,12 +32,13 @@ class Settings:
 
     blocks: int = 13  # copies of the first blocks, as in PixArt-delta
     base: str | None = None  # as of the method lora
-    save_dtype: str = "fp16"  # of the result; or "bf16", "fp32"
+    save_dtype: str = "fp16"  # of the result; or "bf16", "fp32", or "fp8": its large matrices in e4m3, the rest in fp16
 
 
 def check(settings: Settings) -> None:
     """Raises ConfigError for what no run can have."""
-    check_saving("original", settings.save_dtype)
+    if settings.save_dtype != "fp8":
+        check_saving("original", settings.save_dtype)
     if settings.blocks < 1:
         raise ConfigError(f"blocks is {settings.blocks}; expected the number of blocks to copy, 1 or more.")
 
@@ -71,11 +74,19 @@ class Part(full.Part):
     def write(self, network: nn.Module, averages: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         weights = {name.removeprefix("controlnet."): value for name, value in weights_of(network, averages).items()}
         facts = describe(self.recipe, "controlnet", metadata, hint_range=HINT_RANGE, hints=json.dumps(self._hints()))
-        write_weights(weights, path, facts, DTYPES[self.settings.save_dtype])
+        write_weights(stored_as(weights, self.settings.save_dtype), path, facts, None)
 
     def _hints(self) -> Any:
         """What the pictures' hints were, as the source was told; of a folder, its name."""
         return without_places(getattr(self.recipe.source.settings, "hints", None))
+
+
+def stored_as(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Weights as `save_dtype` says; fp8 is without scales, so that everything that reads fp8 reads it."""
+    if dtype != "fp8":
+        return {key: value.to(DTYPES[dtype]) for key, value in weights.items()}
+    matrix = re.compile(r".*(_proj|qkv|proj|linear|fc[12])\.weight")
+    return {key: value.to(FP8 if matrix.fullmatch(key) else torch.float16) for key, value in weights.items()}
 
 
 def control_config(base: TransformerConfig, depth: int) -> ControlNetConfig:
