@@ -47,8 +47,8 @@ class VisionModel:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
             found = self.model.generate(**inputs, max_new_tokens=max_tokens, **chance)
-        asked = inputs.get("input_ids")
-        if asked is None:  # the question is drawn onto the picture, or left out
+        asked = inputs.get("input_ids", inputs.get("decoder_input_ids"))  # the latter of Pix2Struct, whose answer begins with the question
+        if asked is None:  # it was drawn onto the picture
             return self._texts(found)
         if torch.equal(found[:, : asked.shape[1]], asked):
             return self._texts(found[:, asked.shape[1] :])

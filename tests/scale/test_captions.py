@@ -94,7 +94,8 @@ def test_a_captioner_without_dialogue_does_not_repeat_the_question(tmp_path) -> 
     assert not any(text.startswith(question.lower()) for texts in answers for text, question in zip(texts, questions))
 
 
-def test_a_model_that_takes_no_question_is_heard_whole() -> None:
+@pytest.mark.parametrize("question, answer", [({}, "1 2"), ({"decoder_input_ids": [[1]]}, "2")])
+def test_models_that_take_the_question_otherwise_are_heard(question, answer) -> None:
     import torch
     from transformers import BatchFeature
 
@@ -106,17 +107,20 @@ def test_a_model_that_takes_no_question_is_heard_whole() -> None:
 
     class Processor:
         def __call__(self, **_: object) -> BatchFeature:
-            return BatchFeature({"flattened_patches": torch.zeros(1, 2, 3)})
+            return BatchFeature({"flattened_patches": torch.zeros(1, 2, 3), **question}, tensor_type="pt")
 
         def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
             return [" ".join(map(str, row)) for row in ids.tolist()]
 
     model = vision.VisionModel.__new__(vision.VisionModel)
     model.model, model.processor = Silent(), Processor()
-    assert model.answer([Image.new("RGB", (8, 8))], ["What?"], 4, 0.0, "") == ["1 2"]
+    assert model.answer([Image.new("RGB", (8, 8))], ["What?"], 4, 0.0, "") == [answer]
 
 
-@pytest.mark.parametrize("name, old, new", [("model.safetensors", None, b"cut off"), ("config.json", b'"num_attention_heads": 4', b'"num_attention_heads": "x"')])
+@pytest.mark.parametrize(
+    "name, old, new",
+    [("model.safetensors", None, b"cut off"), ("config.json", b'"num_attention_heads": 4', b'"num_attention_heads": "x"')],
+)
 def test_a_damaged_model_is_one_sentence(folder, model, tmp_path, capsys, name, old, new) -> None:
     shutil.copytree(model, tmp_path / "damaged")
     whole = (model / name).read_bytes()

@@ -146,7 +146,8 @@ def test_another_graph_or_other_models_of_the_hosts_are_not_taken_for_the_first_
         (tmp_path / f"{name}.json").write_text(json.dumps(own), encoding="utf-8")
     models = ["--variant", "sigma-512", "--text-encoder", "t5.safetensors", "--vae", "v.safetensors", "--transformer"]
     with queue_hosts("") as hosts:
-        for first, second in ((["--graph", tmp_path / "a.json"], ["--graph", tmp_path / "b.json"]), ([*models, "s.pth"], [*models, "u.pth"])):
+        graphs = (["--graph", tmp_path / "a.json"], ["--graph", tmp_path / "b.json"])
+        for first, second in (graphs, ([*models, "s.pth"], [*models, "u.pth"])):
             assert generate(tmp_path, hosts, *first, "--overwrite") == 0
             before = len(hosts[0].graphs)
             assert generate(tmp_path, hosts, *first) == 0 and len(hosts[0].graphs) == before

@@ -81,7 +81,7 @@ def test_failures_wait_for_the_next_run(tmp_path: Path) -> None:
     assert mended.files() == {0, 1, 2, 3} and mended.worked().count(3) == 1
 
 
-def test_a_second_run_that_begins_does_not_take_away_what_the_first_records_just_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_does_not_take_away_what_the_first_records_just_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, original = CountedStage(tmp_path, 2, 2), Book.record
 
     def late(book: Book, chunk: Chunk) -> None:
