@@ -40,11 +40,15 @@ class Book:
     def write(self, chunk: Chunk, rows: list[Row]) -> None:
         """Records a chunk. Raises OSError."""
         write_text(self._path(chunk), json.dumps(rows, ensure_ascii=False))
-        self._beginnings(chunk).unlink(missing_ok=True)
+        self.forget_deaths(chunk)
 
     def forget(self, chunk: Chunk) -> None:
         """Takes a record away, so that the chunk is done again."""
         self._path(chunk).unlink(missing_ok=True)
+        self.forget_deaths(chunk)
+
+    def forget_deaths(self, chunk: Chunk) -> None:
+        """Counts anew how often work on a chunk begins; a record stays."""
         self._beginnings(chunk).unlink(missing_ok=True)
 
     def begin(self, chunk: Chunk) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MODEL, SMALL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct", "HuggingFaceTB/SmolVLM-500M-Instruct"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PREVIEWED = 10
+SHEETS = (".png", ".jpg", ".webp")
 
 
 def add_caption_command(commands: argparse._SubParsersAction) -> None:
@@ -130,6 +131,7 @@ def _preview(given: argparse.Namespace, settings: CaptionSettings, names: list[s
 
     if given.on != LOCAL:
         raise InputError(f"--preview is {PREVIEWED} pictures, for --on local.")
+    _check_sheet(given.preview, given.folder)
     step = max(len(names) / PREVIEWED, 1)
     chosen = [names[int(number * step)] for number in range(min(PREVIEWED, len(names)))]
     stage = CaptionStage(given.folder, settings, names)
@@ -145,6 +147,14 @@ def _preview(given: argparse.Namespace, settings: CaptionSettings, names: list[s
     given.preview.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(stage.place, shown).save(given.preview)
     sys.stdout.write(f"{given.preview}\n")
+
+
+def _check_sheet(sheet: Path, folder: Path) -> None:
+    """Before the model is loaded."""
+    if sheet.suffix.lower() not in SHEETS:
+        raise InputError(f"--preview is {sheet}; expected a file that ends in {', '.join(SHEETS)}.")
+    if sheet.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"--preview is {sheet}, which would become one of the pictures in {folder}; choose a file outside of it.")
 
 
 def _tokenizer(given: argparse.Namespace) -> Tokenizer | None:

@@ -80,7 +80,7 @@ class Field:
         """The field's texts that aren't empty."""
         value = self._by_name.get(name, {}).get(self.field)
         texts = value if isinstance(value, list) else [value]
-        return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+        return tuple(_whole(text).strip() for text in texts if isinstance(text, str) and text.strip())
 
     def put(self, found: Mapping[str, Sequence[str]]) -> None:
         """Rewrites the file; other fields and rows stay as they are."""
@@ -93,7 +93,7 @@ class Field:
                     rows.append(known[name])
                 known[name][self.field] = texts[0] if len(texts) == 1 else list(texts)
             if found:
-                write_text(self.path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+                write_text(self.path, "".join(map(_line, rows)))
             self._rows, self._by_name = rows, known
 
     def _read(self) -> list[dict[str, Any]]:
@@ -115,6 +115,17 @@ class Field:
                 raise InputError(f"{self.path}, line {number}: expected an object with a {NAME_FIELD}.")
             rows.append(row)
         return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A row of the file; halves of characters, which JSON can spell and UTF-8 can't hold, stay spelt."""
+    text = json.dumps(row, ensure_ascii=False)
+    return f"{text if _whole(text) == text else json.dumps(row)}\n"
+
+
+def _whole(text: str) -> str:
+    """The text with ? for halves of characters."""
+    return text.encode(errors="replace").decode()
 
 
 def texts_at(folder: Path, place: str, names: Sequence[str] = ()) -> Texts:

@@ -12,6 +12,7 @@ import torch
 from ..errors import DataError, UnsupportedError
 from ..text.captions import prepare
 from ..training.data.picture import read_picture
+from .drive import one_line
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
@@ -49,8 +50,8 @@ def clip_scores(folder: Path, captions: Mapping[str, Sequence[str]], place: str,
     try:
         model = CLIPModel.from_pretrained(place).to(device).eval()
         processor = CLIPProcessor.from_pretrained(place)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UnsupportedError(f"The CLIP {place} can't be loaded ({' '.join(str(error).split())[:300]}).") from None
+    except Exception as error:  # of models that users choose, whose code raises anything
+        raise UnsupportedError(f"The CLIP {place} can't be loaded ({one_line(error)[:300]}).") from None
     pairs = [(name, text) for name, found in captions.items() for text in found]
     scores: list[float] = []
     for start in range(0, len(pairs), AT_ONCE):

@@ -4,10 +4,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, PixArtError
 from .where import add_where_options, where
+
+if TYPE_CHECKING:
+    from .graph import Graph
 
 COMFY, AUTO = "comfy", "auto"
 
@@ -38,10 +41,13 @@ def run_many(given: argparse.Namespace, parts: dict[str, Path], dtype: str | Non
     if given.on != COMFY and (given.hosts or given.graph):
         raise InputError(f"--hosts and --graph are for --on comfy, but --on is {given.on}.")
     if given.on == COMFY:
-        from .on_comfy import generate_on_comfy
+        from .on_comfy import generate_on_comfy, load_graph
 
-        encode, draw = make_stages(given, parts, dtype, batch=1)
-        rows = generate_on_comfy(draw, given.hosts or (), given.graph, given.overwrite)
+        if given.workers or given.address:
+            raise InputError("--workers and --address are not for --on comfy, whose --hosts draw one picture after the other each.")
+        graph = load_graph(given.graph) if given.graph else None
+        encode, draw = make_stages(given, parts, dtype, batch=1, graph=graph)
+        rows = generate_on_comfy(draw, given.hosts or (), graph, given.overwrite)
     else:
         chosen = where(given)
         encode, draw = make_stages(given, parts, dtype, given.batch_size)
@@ -54,9 +60,10 @@ def run_many(given: argparse.Namespace, parts: dict[str, Path], dtype: str | Non
         raise PixArtError(f"{failed} of {len(rows)} pictures failed. Run the command again to try them once more.")
 
 
-def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | None, batch: int) -> tuple:
-    """EncodeStage and DrawStage of the command line; checks the prompts file and the model first."""
+def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | None, batch: int, graph: Graph | None = None) -> tuple:
+    """EncodeStage and DrawStage of the command line; checks the prompts file and the model first. graph: one's own, for ComfyUI."""
     from ..samplers import find_sampler
+    from ..training.data.marks import mark_of
     from .draw_stage import DrawSettings, DrawStage
     from .encode_stage import EncodeStage, TextSettings
     from .graph import GraphModels, model_name
@@ -85,7 +92,8 @@ def make_stages(given: argparse.Namespace, parts: dict[str, Path], dtype: str | 
     names = {name: model_name(path) for name, path in parts.items()}
     settings = DrawSettings(
         transformer=parts["transformer"].absolute(), vae=parts["vae"].absolute(), variant=given.variant, ema=given.ema, dtype=dtype,
-        sampler=given.sampler, schedule=given.schedule, batch=batch, weights=f"{identity(parts['transformer'])}-{identity(parts['vae'])}",
+        sampler=given.sampler, schedule=given.schedule, batch=batch, own_graph=mark_of(graph) if graph else "",
+        weights="-".join(identity(parts[name]) or names[name] for name in ("transformer", "vae")),
         graph=GraphModels(**names, **model, use_bins=not given.no_bins),
     )  # fmt: skip
     return encode, DrawStage(encode, settings, pictures)

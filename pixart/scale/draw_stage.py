@@ -13,7 +13,7 @@ from ..errors import CheckpointError, InputError, TextEncoderError
 from ..training.data.marks import mark_of
 from ..training.write import replace_file
 from .encode_stage import EncodeStage
-from .graph import GraphModels, picture_graph
+from .graph import Graph, GraphModels, picture_graph
 from .prompt_rows import Picture, without_place
 from .stage import Chunk, Row, cut, grouped
 
@@ -35,6 +35,7 @@ class DrawSettings:
     batch: int = 4
     weights: str = ""  # identity of the files
     graph: GraphModels = GraphModels("", "", "")
+    own_graph: str = ""  # names the graph that ComfyUI draws by, if it isn't the plain one
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -49,10 +50,10 @@ class DrawStage:
 
     def __init__(self, prompts: EncodeStage, settings: DrawSettings, pictures: Iterable[Picture]) -> None:
         self.place, self.prompts, self.settings = prompts.place, prompts, settings
-        decisive = {**settings.decisive, **prompts.settings.decisive, "use_bins": settings.graph.use_bins}
-        self._decisive = decisive
+        # The prompts' settings apart: both have fields of one name, such as the weights
+        self._decisive = {**settings.decisive, "text": prompts.settings.decisive, "use_bins": settings.graph.use_bins}
         groups = grouped(pictures, self._group)
-        self.chunks: list[Chunk] = [chunk for group in groups.values() for chunk in cut(group, settings.batch, decisive)]
+        self.chunks: list[Chunk] = [chunk for group in groups.values() for chunk in cut(group, settings.batch, self._decisive)]
 
     def key_of(self, picture: Picture) -> str:
         """Names all that decides a picture."""
@@ -154,13 +155,13 @@ class DrawWorker:
         return images
 
 
-def save_picture(stage: DrawStage, picture: Picture, image: Any) -> None:
-    """A PNG with its settings and its graph inside; it appears whole or not at all. Raises OSError."""
+def save_picture(stage: DrawStage, picture: Picture, image: Any, graph: Graph | None = None) -> None:
+    """A PNG with its settings and its graph inside, the plain one unless one is given; it appears whole or not at all. Raises OSError."""
     from PIL.PngImagePlugin import PngInfo
 
     settings = stage.settings
     told = {name: value for name, value in _settings(picture).items() if name != "row"} | {"sampler": settings.sampler}
-    graph = picture_graph(picture, settings.graph, settings.sampler, settings.schedule)
+    graph = graph or picture_graph(picture, settings.graph, settings.sampler, settings.schedule)
     row = {"key": stage.key_of(picture), "row": picture.row, "schedule": settings.schedule, "models": asdict(settings.graph)}
     texts = PngInfo()
     if graph is not None:

@@ -13,6 +13,7 @@ from ..text.embeddings import TextEmbeddings
 from ..text.prompt_file import load_prompts, save_prompts
 from ..training.data.marks import mark_of
 from .book import FOLDER
+from .graph import model_name
 from .stage import Chunk, Row, cut, identity
 
 BATCH = 16  # prompts; of equal length as far as possible
@@ -32,8 +33,8 @@ class TextSettings:
 
     @classmethod
     def of(cls, text_encoder: Path, tokenizer: Path | None = None, **others: Any) -> TextSettings:
-        """With the files' identity filled in."""
-        weights = f"{identity(text_encoder)}-{identity(tokenizer)}"
+        """With the files' identity filled in; the name of a model that only ComfyUI's machines have."""
+        weights = f"{identity(text_encoder) or model_name(text_encoder)}-{identity(tokenizer)}"
         return cls(text_encoder.absolute(), tokenizer.absolute() if tokenizer else None, weights=weights, **others)
 
     @property

@@ -84,7 +84,9 @@ def forget_failures(stage: Stage) -> None:
     book = Book(stage)
     for chunk in stage.chunks:
         rows = book.record(chunk)
-        if rows is None or any("error" in row for row in rows):
+        if rows is None:
+            book.forget_deaths(chunk)  # alone: another run may be writing the record just now
+        elif any("error" in row for row in rows):
             book.forget(chunk)
 
 

@@ -34,7 +34,7 @@ TRIES = 2  # at least, of a picture that a host refuses or fails at; every livin
 GATEWAY = (502, 503, 504)  # what a proxy answers in the place of a host that is gone
 
 
-def generate_on_comfy(draw: DrawStage, hosts: Sequence[str], graph: Path | None, overwrite: bool = False) -> list[Row]:
+def generate_on_comfy(draw: DrawStage, hosts: Sequence[str], graph: Graph | None, overwrite: bool = False) -> list[Row]:
     """Draws what isn't drawn yet; the rows of the index. `draw` has one picture a chunk. Raises PixArtError and OSError."""
     if not hosts:
         raise InputError("--on comfy needs --hosts, e.g. --hosts 127.0.0.1:8188 10.0.0.5:8188.")
@@ -44,12 +44,22 @@ def generate_on_comfy(draw: DrawStage, hosts: Sequence[str], graph: Path | None,
     return indexed(draw, lambda: Fleet(draw, graphs, hosts).run())
 
 
+def load_graph(path: Path) -> Graph:
+    """A user's graph; raises InputError."""
+    try:
+        found = import_module("launch.graph").load(path)
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
+    if not isinstance(found, dict) or not all(isinstance(node, dict) and "class_type" in node for node in found.values()) or not found:
+        raise InputError(f"{path} is not a workflow in API format; export it in ComfyUI with Workflow, Export (API).")
+    return found
+
+
 class Graphs:
     """The graph of each picture: the plain one, or a user's with prompt, seed and sizes set by the titles of its nodes."""
 
-    def __init__(self, draw: DrawStage, path: Path | None) -> None:
-        self.draw, self.settings = draw, import_module("launch.graph")
-        self.graph = None if path is None else self._load(path)
+    def __init__(self, draw: DrawStage, graph: Graph | None) -> None:
+        self.draw, self.graph, self.settings = draw, graph, import_module("launch.graph")
         self.of(draw.chunks[0].items[0])  # tells what is wrong before anything is queued
 
     def of(self, picture: Picture) -> Graph:
@@ -68,15 +78,6 @@ class Graphs:
         except RuntimeError as error:
             raise InputError(f"--graph: {error} Give its nodes the titles Prompt, Negative prompt, Sampler and Size.") from None
         return graph
-
-    def _load(self, path: Path) -> Graph:
-        try:
-            found = self.settings.load(path)
-        except RuntimeError as error:
-            raise InputError(str(error)) from None
-        if not isinstance(found, dict) or not all(isinstance(node, dict) and "class_type" in node for node in found.values()) or not found:
-            raise InputError(f"{path} is not a workflow in API format; export it in ComfyUI with Workflow, Export (API).")
-        return found
 
 
 class Fleet:
@@ -128,7 +129,7 @@ class Fleet:
             try:
                 self._finish(chunk, client)
             except OSError as error:
-                self.waiting.append(chunk)
+                self._give_back(chunk)
                 if not isinstance(error, HostError):  # of this machine: a full disk
                     self.fatal = error
                     self.stopped.set()
@@ -153,17 +154,21 @@ class Fleet:
                     return chunk
         return None
 
+    def _give_back(self, chunk: Chunk) -> None:
+        with self.lock:  # another thread may be looking through them
+            self.waiting.append(chunk)
+
     def _finish(self, chunk: Chunk, client: Any) -> None:
         """Draws one picture, unless another run is at it or has drawn it; raises HostError if the host dies."""
         with self.book.claim(chunk, wait=False) as ours:
             if ours and not self.book.is_done(chunk):
                 row = self._draw(chunk.items[0], client)
                 if row is None:
-                    self.waiting.append(chunk)
+                    self._give_back(chunk)
                     return
                 self.book.write(chunk, [row])
         if not ours:
-            self.waiting.append(chunk)
+            self._give_back(chunk)
             time.sleep(PAUSE)
             return
         with self.lock:
@@ -171,8 +176,9 @@ class Fleet:
 
     def _draw(self, picture: Picture, client: Any) -> Row | None:
         """The row of a picture; None if it is to be tried once more, by whichever host comes."""
+        graph = self.graphs.of(picture)
         try:
-            image = self._opened(self._picture(client, self.graphs.of(picture)))
+            image = self._opened(self._picture(client, graph))
         except self.client.QueueError as error:
             with self.lock:
                 problems = self.errors.setdefault(picture.file, [])
@@ -181,7 +187,7 @@ class Fleet:
                 final = len(problems) >= TRIES and self.living <= self.failed_at[picture.file]
             return self.draw.failed(picture, problems[-1]) if final else None
         if not (self.draw.place / picture.file).is_file():
-            save_picture(self.draw, picture, image)
+            save_picture(self.draw, picture, image, graph)
         return self.draw.row(picture, DRAWN, host=client.url)
 
     def _opened(self, content: bytes) -> Any:
@@ -189,7 +195,7 @@ class Fleet:
 
         try:
             return Image.open(io.BytesIO(content)).convert("RGB")
-        except (OSError, SyntaxError) as error:
+        except Exception as error:  # Pillow has many errors for files that are no pictures
             raise self.client.QueueError(f"the host's file is not a picture ({error})", {}) from None
 
     def _picture(self, client: Any, graph: Graph) -> bytes:

@@ -83,8 +83,8 @@ def _pictures(rows: list[tuple[int, dict[str, Any]]], seed: int) -> Iterator[Pic
             count += 1
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Line numbers and values as they stand in the file."""
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """Line numbers and values as they stand in the file, or what is wrong with the line."""
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"--prompts is {path}; expected a file that ends in {', '.join(SUFFIXES)}.")
     try:
@@ -100,7 +100,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             yield number, _json_row(line) if path.suffix.lower() == ".jsonl" else {"prompt": line.strip()}
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -121,26 +121,26 @@ def _check_header(path: Path, header: list[str]) -> None:
         )
 
 
-def _named(header: list[str], values: list[str]) -> Mapping[str, Any]:
+def _named(header: list[str], values: list[str]) -> Mapping[str, Any] | str:
     if len(values) != len(header):
-        return {"": f"{len(values)} values for {len(header)} columns; put texts with commas in double quotes."}
+        return f"{len(values)} values for {len(header)} columns; put texts with commas in double quotes."
     return {name: value for name, value in zip(header, values) if name == "prompt" or value.strip()}
 
 
-def _json_row(line: str) -> Mapping[str, Any]:
+def _json_row(line: str) -> Mapping[str, Any] | str:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return {"": f"not JSON ({error})."}
+        return f"not JSON ({error})."
     if isinstance(found, str):
         return {"prompt": found}
-    return found if isinstance(found, dict) else {"": f"a {type(found).__name__}; expected an object or a string."}
+    return found if isinstance(found, dict) else f"a {type(found).__name__}; expected an object or a string."
 
 
-def _checked(values: Mapping[str, Any], defaults: Defaults) -> dict[str, Any]:
+def _checked(values: Mapping[str, Any] | str, defaults: Defaults) -> dict[str, Any]:
     """A row's values with the defaults filled in; raises InputError for what can't be drawn."""
-    if "" in values:
-        raise InputError(values[""])
+    if isinstance(values, str):
+        raise InputError(values)
     strangers = sorted(name for name in values if name not in FIELDS)
     if strangers:
         raise InputError(f"unknown field {', '.join(map(repr, strangers))}; expected {', '.join(FIELDS)}.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import UnsupportedError
+from .drive import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,13 +25,13 @@ class VisionModel:
         newer = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)  # which renamed the argument
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(place)
-            self.model = transformers.AutoModelForImageTextToText.from_pretrained(place, **{"dtype" if newer else "torch_dtype": precision})
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            model = transformers.AutoModelForImageTextToText.from_pretrained(place, **{"dtype" if newer else "torch_dtype": precision})
+            self.model = model.to(device).eval()
+        except Exception as error:  # of models that users choose, whose code raises anything
             raise UnsupportedError(
-                f"The model {place} can't be loaded ({' '.join(str(error).split())[:300]}). Expected a folder, or a name on the Hugging "
+                f"The model {place} can't be loaded ({one_line(error)[:300]}). Expected a folder, or a name on the Hugging "
                 "Face Hub, of a model for image-text-to-text that this transformers knows."
             ) from None
-        self.model.to(device).eval()
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         tokenizer.padding_side = "left"  # answers go on where prompts end
         if tokenizer.pad_token is None:
@@ -46,10 +47,16 @@ class VisionModel:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
             found = self.model.generate(**inputs, max_new_tokens=max_tokens, **chance)
-        asked = inputs["input_ids"]
-        if found.shape[1] >= asked.shape[1] and torch.equal(found[:, : asked.shape[1]], asked):  # encoder-decoders give the answer alone
-            found = found[:, asked.shape[1] :]
-        return [" ".join(text.split()) for text in self.processor.batch_decode(found, skip_special_tokens=True)]
+        asked = inputs.get("input_ids", inputs.get("decoder_input_ids"))  # the latter of Pix2Struct, whose answer begins with the question
+        if asked is None:  # it was drawn onto the picture
+            return self._texts(found)
+        if torch.equal(found[:, : asked.shape[1]], asked):
+            return self._texts(found[:, asked.shape[1] :])
+        # Encoder-decoders give the answer alone; BLIP also the question, in other ids than it was given
+        return [text.removeprefix(question).strip() for text, question in zip(self._texts(found), self._texts(asked), strict=True)]
+
+    def _texts(self, ids: torch.Tensor) -> list[str]:
+        return [" ".join(text.split()) for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
     def _inputs(self, pictures: Sequence[Image], questions: Sequence[str]) -> Any:
         if not getattr(self.processor, "chat_template", None):  # captioners without dialogue, such as BLIP

@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+NAME_KEPT = 40  # letters of a file's name that its unfinished copy has too
+
 
 def write_weights(
     weights: dict[str, Tensor], path: Path, metadata: dict[str, str], dtype: torch.dtype | None = torch.float16
@@ -22,12 +24,17 @@ def write_weights(
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a file beside `path`, then puts it in its place; a failure leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid4().hex[:8]}.partial")  # of this writer alone; others may write the same file
+    # Of this writer alone, since others may write the same file; cut, since file systems take names of at most 255 bytes
+    partial = path.with_name(f"{path.name[:NAME_KEPT]}.{uuid4().hex[:8]}.partial")
     try:
         write(partial)
         partial.chmod(0o644)  # safetensors writes files that only their owner can read
         partial.replace(path)
     except SafetensorError as error:
         raise OSError(f"{path} can't be written ({error}); is the disk full?") from None
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk, which names no file
     finally:
         partial.unlink(missing_ok=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from pixart.scale.caption_commands import MODEL, SMALL_MODEL
 from pixart.scale.caption_files import Field, TextFiles, picture_names, texts_at
 from pixart.scale.caption_stage import ALONE, WITH_TEXT, CaptionSettings, CaptionStage
 from tests.support.demo import DEMO, ROOT
-from tests.support.tiny_vlm import save_vlm
+from tests.support.tiny_vlm import save_blip, save_vlm
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,49 @@ def test_the_model_sees_the_question_and_nothing_of_it_is_in_the_answer(model) -
     assert found.answer(pictures, [short, long], 6, 5.0, "1") != found.answer(pictures, [short, long], 6, 5.0, "2")
 
 
+def test_a_captioner_without_dialogue_does_not_repeat_the_question(tmp_path) -> None:
+    found = vision.VisionModel(str(save_blip(tmp_path / "blip")), "cpu")
+    pictures, questions = [Image.new("RGB", (60, 90), "red"), Image.new("RGB", (90, 60), "blue")], ["What?", "What is it that is there?"]
+    answers = [found.answer(pictures, questions, 12, 1.0, str(seed)) for seed in range(3)]
+    assert any(text for texts in answers for text in texts)
+    assert not any(text.startswith(question.lower()) for texts in answers for text, question in zip(texts, questions))
+
+
+@pytest.mark.parametrize("question, answer", [({}, "1 2"), ({"decoder_input_ids": [[1]]}, "2")])
+def test_models_that_take_the_question_otherwise_are_heard(question, answer) -> None:
+    import torch
+    from transformers import BatchFeature
+
+    class Silent:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def generate(self, flattened_patches: torch.Tensor, **_: object) -> torch.Tensor:
+            return torch.tensor([[1, 2]])
+
+    class Processor:
+        def __call__(self, **_: object) -> BatchFeature:
+            return BatchFeature({"flattened_patches": torch.zeros(1, 2, 3), **question}, tensor_type="pt")
+
+        def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+            return [" ".join(map(str, row)) for row in ids.tolist()]
+
+    model = vision.VisionModel.__new__(vision.VisionModel)
+    model.model, model.processor = Silent(), Processor()
+    assert model.answer([Image.new("RGB", (8, 8))], ["What?"], 4, 0.0, "") == [answer]
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    [("model.safetensors", None, b"cut off"), ("config.json", b'"num_attention_heads": 4', b'"num_attention_heads": "x"')],
+)
+def test_a_damaged_model_is_one_sentence(folder, model, tmp_path, capsys, name, old, new) -> None:
+    shutil.copytree(model, tmp_path / "damaged")
+    whole = (model / name).read_bytes()
+    (tmp_path / "damaged" / name).write_bytes(whole.replace(old, new) if old else new)
+    assert command(folder, "--model", tmp_path / "damaged") == 2
+    assert "damaged can't be loaded (" in capsys.readouterr().err
+
+
 def test_what_is_there_is_kept_and_without_anything_to_do_no_model_is_loaded(folder, asked, monkeypatch) -> None:
     (folder / "a.txt").write_text("mine\n", encoding="utf-8")
     assert command(folder, "--model", "x", "--batch-size", 2) == 0
@@ -130,6 +174,22 @@ def test_fields_of_metadata_are_filled_and_the_rest_of_it_stays(folder, asked) -
     assert not texts(folder)
 
 
+def test_halves_of_characters_in_metadata_stay_and_end_nothing(folder, asked, capsys) -> None:
+    line = '{"file_name": "a.png", "alt": "half \\ud83d", "licence": "\u00fc"}'
+    (folder / "metadata.jsonl").write_text(line, encoding="utf-8")
+    assert command(folder, "--model", "x", "--to", "text", "--alt-text", "alt") == 0
+    found = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {**found[0], "text": ""} == {**json.loads(line), "text": ""} and all(row["text"] for row in found) and len(found) == 3
+    assert WITH_TEXT.replace("{alt}", "half ?") in {question for _, question in asked}
+    assert command(folder, "--report", "--to", "alt") == 0 and "1 of 3 pictures have captions" in capsys.readouterr().out
+
+
+def test_a_picture_whose_name_is_as_long_as_can_be_is_captioned(folder, asked) -> None:
+    name = "x" * 250
+    (folder / "b.jpg").rename(folder / f"{name}.jpg")
+    assert command(folder, "--model", "x") == 0 and set(texts(folder)) == {"a.txt", f"{name}.txt", "sub/c.txt"}
+
+
 def test_the_file_of_fields_is_not_read_anew_for_each_batch(folder, asked, monkeypatch) -> None:
     reads, original = [], Field._read
     monkeypatch.setattr(Field, "_read", lambda self: reads.append(self) or original(self))
@@ -158,6 +218,15 @@ def test_a_preview_writes_its_sheet_and_nothing_else(folder, asked, tmp_path, ca
     assert capsys.readouterr().out == f"{tmp_path / 'new/sheet.png'}\n" and sorted(folder.rglob("*")) == before
     with Image.open(tmp_path / "new/sheet.png") as sheet:
         assert sheet.height > 180 and np.asarray(sheet.convert("L"))[:, 300:].min() < 100  # there is text beside the pictures
+
+
+def test_a_preview_that_can_not_be_written_or_would_be_captioned_is_refused_at_once(folder, asked, monkeypatch, capsys) -> None:
+    assert command(folder, "--model", "x", "--preview", "sheet.xyz") == 2
+    assert "--preview is sheet.xyz; expected a file that ends in .png, .jpg, .webp" in capsys.readouterr().err
+    monkeypatch.chdir(folder)
+    assert command(Path("."), "--model", "x", "--preview") == 2
+    assert "caption-preview.png, which would become one of the pictures in .; choose a file outside" in capsys.readouterr().err
+    assert not asked and not (folder / "caption-preview.png").exists()
 
 
 def test_the_report_counts_tokens_cuts_and_duplicates(folder, capsys) -> None:

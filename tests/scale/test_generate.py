@@ -13,6 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("sentencepiece")
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import pixart
 from pixart import cli
@@ -176,6 +177,17 @@ def test_new_rows_are_added_and_changed_ones_refused_unless_told(generate, promp
     again = content(tmp_path / "out")
     assert again["00001.png"] != added["00001.png"] and again["00004.png"] == added["00004.png"]  # which names its steps itself
     assert generate() == 2
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_pictures_of_another_model_are_not_taken_for_this_ones(generate, models, drawn, tmp_path, capsys, part) -> None:
+    other = shutil.copytree(models, tmp_path / "other")
+    for path in (other / part).glob("*.safetensors"):
+        weights = load_file(path)
+        save_file({name: value + 1e-3 if value.is_floating_point() else value for name, value in weights.items()}, path, {"format": "pt"})
+    assert generate(f"--{part.replace('_', '-')}", other) == 2
+    assert "and 2 more, drawn from other prompts, settings or models" in capsys.readouterr().err
+    assert content(tmp_path / "out") == drawn
 
 
 def test_a_picture_that_other_prompts_drew_since_is_not_taken_for_the_first_ones(generate, prompts, drawn, tmp_path, capsys) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,13 @@ def test_what_a_host_says_no_to_is_in_the_index(tmp_path, trouble, message) -> N
     assert all(message in row["error"] for row in index(tmp_path)) and not drawn(tmp_path)
 
 
+def test_a_file_that_pillow_will_not_open_is_a_failure_like_others(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 8 // 3)  # twice as many are an error of a kind of its own
+    with queue_hosts("") as hosts:
+        assert generate(tmp_path, hosts) == 2
+    assert all("the host's file is not a picture (Image size" in row["error"] for row in index(tmp_path))
+
+
 def test_hosts_that_are_not_there_or_lack_the_pack_are_left_out(tmp_path, capsys) -> None:
     with queue_hosts("bare", "") as hosts:
         assert generate(tmp_path, ["127.0.0.1:9", *hosts]) == 0
@@ -127,6 +135,43 @@ def test_a_graph_of_ones_own_is_filled_in(tmp_path) -> None:
         graph = hosts[0].graphs["p0"]
     assert graph["4"]["inputs"]["text"] == "a red circle 0" and graph["7"]["inputs"]["steps"] == 3
     assert graph["9"]["inputs"]["filename_prefix"] == "pixart-demo"
+    with Image.open(tmp_path / "out/00001.png") as image:
+        assert json.loads(image.info["prompt"]) == graph  # and not the plain one, which would draw something else
+
+
+def test_another_graph_or_other_models_of_the_hosts_are_not_taken_for_the_first_ones(tmp_path, capsys) -> None:
+    own = json.loads((ROOT / "workflows/api/demo.json").read_text(encoding="utf-8"))
+    for name, prefix in (("a", "one"), ("b", "two")):
+        own["9"]["inputs"]["filename_prefix"] = prefix
+        (tmp_path / f"{name}.json").write_text(json.dumps(own), encoding="utf-8")
+    models = ["--variant", "sigma-512", "--text-encoder", "t5.safetensors", "--vae", "v.safetensors", "--transformer"]
+    with queue_hosts("") as hosts:
+        graphs = (["--graph", tmp_path / "a.json"], ["--graph", tmp_path / "b.json"])
+        for first, second in (graphs, ([*models, "s.pth"], [*models, "u.pth"])):
+            assert generate(tmp_path, hosts, *first, "--overwrite") == 0
+            before = len(hosts[0].graphs)
+            assert generate(tmp_path, hosts, *first) == 0 and len(hosts[0].graphs) == before
+            assert generate(tmp_path, hosts, *second) == 2 and generate(tmp_path, hosts) == 2
+            assert "drawn from other prompts, settings or models" in capsys.readouterr().err
+            assert generate(tmp_path, hosts, *second, "--overwrite") == 0 and len(hosts[0].graphs) == before + COUNT
+
+
+def test_threads_change_the_waiting_pictures_one_at_a_time(tmp_path, monkeypatch) -> None:
+    original = on_comfy.Fleet.__init__
+
+    def watched(fleet: on_comfy.Fleet, *arguments: object) -> None:
+        class Waiting(deque):
+            def append(self, chunk: object) -> None:
+                assert fleet.lock.locked()
+                super().append(chunk)
+
+        original(fleet, *arguments)
+        fleet.waiting = Waiting(fleet.waiting)
+
+    monkeypatch.setattr(on_comfy.Fleet, "__init__", watched)
+    with queue_hosts("fails once", "dies") as hosts:
+        assert generate(tmp_path, hosts) == 0
+    assert drawn(tmp_path) == EXPECTED
 
 
 @pytest.mark.parametrize(
@@ -134,6 +179,7 @@ def test_a_graph_of_ones_own_is_filled_in(tmp_path) -> None:
     [
         (["https://a:1"], [], "--hosts has 'https://a:1'; expected a name and port"),
         (["a:b"], [], "--hosts has 'a:b'"),
+        (["127.0.0.1:9"], ["--workers", "2"], "--workers and --address are not for --on comfy"),
         (["127.0.0.1:9"], ["--graph", "README.md"], "the workflow README.md can't be read"),
         (["127.0.0.1:9"], ["--graph", "workflows/demo.json"], "is not a workflow in API format"),
         (["127.0.0.1:9"], ["--graph", "workflows/api/dmd.json"], "Give its nodes the titles Prompt"),

@@ -55,6 +55,7 @@ def test_names_are_as_long_as_the_largest_number(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": 3}', "line 1: prompt is 3; expected a text"),
         ("a.jsonl", '{"prompt": "a", "cfg": 2}', "line 1: unknown field 'cfg'; expected prompt, negative"),
         ("a.jsonl", '{"seed": 2}', "prompt is None"),
+        ("a.jsonl", '{"": 5, "prompt": "a"}', "line 1: unknown field ''; expected prompt, negative"),
         ("a.jsonl", '"a"\n{"prompt": "a", "seed": -1}\n{"prompt": "a", "width": 0}', "line 2: seed is -1.* line 3: width is 0"),
         ("a.jsonl", '{"prompt": "a", "seed": true}', "seed is True"),
         ("a.jsonl", '{"prompt": "a", "width": 99999}', "width is 99999; expected 1 to 16384"),

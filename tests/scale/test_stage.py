@@ -15,7 +15,7 @@ from pixart.scale import on_ray
 from pixart.scale.book import FOLDER, Book, locked
 from pixart.scale.drive import DEATHS, Opened, drive
 from pixart.scale.many import forget_failures
-from pixart.scale.stage import cut
+from pixart.scale.stage import Chunk, cut
 from pixart.scale.where import Where, run, worker_count
 from tests.support.counted_stage import CountedStage
 
@@ -79,6 +79,22 @@ def test_failures_wait_for_the_next_run(tmp_path: Path) -> None:
     forget_failures(mended)
     go(mended)
     assert mended.files() == {0, 1, 2, 3} and mended.worked().count(3) == 1
+
+
+def test_a_second_run_does_not_take_away_what_the_first_records_just_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, original = CountedStage(tmp_path, 2, 2), Book.record
+
+    def late(book: Book, chunk: Chunk) -> None:
+        """None is there when it is read, but a moment later."""
+        monkeypatch.setattr(Book, "record", original)
+        go(stage)
+
+    Book(stage).begin(stage.chunks[0])
+    monkeypatch.setattr(Book, "record", late)
+    forget_failures(stage)
+    assert len(rows(stage)) == 2
+    go(stage)
+    assert stage.worked() == [0, 1]
 
 
 def test_a_full_disk_ends_the_run_and_what_was_done_stays(tmp_path: Path) -> None:

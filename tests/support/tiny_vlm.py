@@ -70,6 +70,22 @@ def save_vlm(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def save_blip(folder: Path, seed: int = 0) -> Path:
+    """Writes a BLIP, a captioner without dialogue."""
+    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "what", "is", "it", "that", "there", "?", "a", "red", "wall"]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": len(words), "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3, "bos_token_id": 5}
+    torch.manual_seed(seed)
+    text, vision = {**small, **ids, "encoder_hidden_size": 32}, {**small, "image_size": 32, "patch_size": 16}
+    BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), BertTokenizerFast.from_pretrained(folder)).save_pretrained(folder)
+    return folder
+
+
 def _video_part() -> dict:
     """Newer processors also want one for films."""
     try:

@@ -245,7 +245,7 @@ class Album:
     def _check_broken(self) -> None:
         """Names what is skipped; raises DataError if it is too much."""
         if self.broken and is_first():
-            logger.warning("Skipped %s", self.broken_words())
+            logger.warning("%s They are left out.", self.broken_words())
         if not self.entries or (self.too_broken and not self.settings.allow_broken):
             raise DataError(f"{self.broken_words()} Mend or remove them, or set source.allow_broken to go on without them.")
 
