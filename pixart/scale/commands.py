@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from .graph import Graph
 
 COMFY, AUTO = "comfy", "auto"
+BATCH = 4
+NOT_FOR_COMFY = {  # options that its hosts don't heed, and what they are where nobody gives them
+    "workers": None, "address": None, "batch_size": BATCH, "ema": False, "tokenizer": None, "dtype": None, "t5_precision": None,
+    "clean_caption": False, "device": AUTO,
+}  # fmt: skip
 
 
 def add_many_options(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +29,7 @@ def add_many_options(parser: argparse.ArgumentParser) -> None:
         "images. --output is a folder then; run the command again to resume. The options fill in what a row leaves out. "
         "T5 states are kept in the folder's .pixart-work (T5-XXL: about 0.5 MB per prompt)",
     )  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=4, help="pictures drawn together (default: 4)")
+    group.add_argument("--batch-size", type=int, default=BATCH, help=f"pictures drawn together (default: {BATCH})")
     group.add_argument("--overwrite", action="store_true", help="replace pictures that other prompts or settings drew into the folder")
     group.add_argument("--hosts", nargs="+", metavar="HOST", help="for --on comfy: running ComfyUIs with this pack, e.g. 10.0.0.5:8188")
     group.add_argument("--graph", type=Path, help="for --on comfy: a workflow in API format, instead of the plain one")
@@ -43,8 +48,12 @@ def run_many(given: argparse.Namespace, parts: dict[str, Path], dtype: str | Non
     if given.on == COMFY:
         from .on_comfy import generate_on_comfy, load_graph
 
-        if given.workers or given.address:
-            raise InputError("--workers and --address are not for --on comfy, whose --hosts draw one picture after the other each.")
+        others = [f"--{name.replace('_', '-')}" for name, usual in NOT_FOR_COMFY.items() if getattr(given, name) != usual]
+        if others:
+            raise InputError(
+                f"{', '.join(others)}: not for --on comfy, whose hosts draw by their nodes' settings. Leave it out, or set it in a "
+                "workflow of your own and give that by --graph."
+            )
         graph = load_graph(given.graph) if given.graph else None
         encode, draw = make_stages(given, parts, dtype, batch=1, graph=graph)
         rows = generate_on_comfy(draw, given.hosts or (), graph, given.overwrite)

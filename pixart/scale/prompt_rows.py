@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..bins import check_size
+from ..bins import MAX_SIDE, check_size
 from ..errors import InputError
 from ..pipeline import MAX_STEPS
 
@@ -160,7 +160,7 @@ def _checked(values: Mapping[str, Any] | str, defaults: Defaults) -> dict[str, A
     found["steps"] = _whole("steps", found["steps"], 1, MAX_STEPS)
     found["images"] = _whole("images", found["images"], 1, MAX_IMAGES)
     found["guidance"] = _number("guidance", found["guidance"], 0, 1e4)
-    found["width"], found["height"] = check_size(*(_whole(side, found[side], 1, 2**31) for side in ("width", "height")))
+    found["width"], found["height"] = check_size(*(_whole(side, found[side], 1, MAX_SIDE) for side in ("width", "height")))
     return found
 
 

@@ -179,7 +179,8 @@ def test_threads_change_the_waiting_pictures_one_at_a_time(tmp_path, monkeypatch
     [
         (["https://a:1"], [], "--hosts has 'https://a:1'; expected a name and port"),
         (["a:b"], [], "--hosts has 'a:b'"),
-        (["127.0.0.1:9"], ["--workers", "2"], "--workers and --address are not for --on comfy"),
+        (["127.0.0.1:9"], ["--workers", "2"], "--workers: not for --on comfy, whose hosts draw by their nodes' settings."),
+        (["127.0.0.1:9"], ["--clean-caption", "--dtype", "bf16"], "--dtype, --clean-caption: not for --on comfy"),
         (["127.0.0.1:9"], ["--graph", "README.md"], "the workflow README.md can't be read"),
         (["127.0.0.1:9"], ["--graph", "workflows/demo.json"], "is not a workflow in API format"),
         (["127.0.0.1:9"], ["--graph", "workflows/api/dmd.json"], "Give its nodes the titles Prompt"),

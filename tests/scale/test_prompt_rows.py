@@ -58,7 +58,7 @@ def test_names_are_as_long_as_the_largest_number(tmp_path: Path) -> None:
         ("a.jsonl", '{"": 5, "prompt": "a"}', "line 1: unknown field ''; expected prompt, negative"),
         ("a.jsonl", '"a"\n{"prompt": "a", "seed": -1}\n{"prompt": "a", "width": 0}', "line 2: seed is -1.* line 3: width is 0"),
         ("a.jsonl", '{"prompt": "a", "seed": true}', "seed is True"),
-        ("a.jsonl", '{"prompt": "a", "width": 99999}', "width is 99999; expected 1 to 16384"),
+        ("a.jsonl", '{"prompt": "a", "width": 99999}', "width is 99999; expected a whole number, 1 to 16384"),
         ("a.jsonl", '{"prompt": "a", "steps": 2.5}', "steps is 2.5"),
         ("a.jsonl", '{"prompt": "a", "guidance": NaN}', "guidance is nan"),
         ("a.jsonl", '{"prompt": "a", "guidance": "much"}', "guidance is 'much'"),
