@@ -138,7 +138,7 @@ def one_step() -> Workflow:
 
 DISTILLED_NOTE = """
 {file} -> demo/weights/loras
-Make it with: python -m pixart train configs/train/{recipe}.json
+Made with: python -m pixart train configs/train/{recipe}.json
 
 {advice} Bypass the LoRA to see what the model draws in so few steps without it.
 """
