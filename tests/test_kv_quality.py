@@ -57,10 +57,10 @@ def test_a_recipe_without_compression_adds_its_result_alone(tmp_path) -> None:
     (found,) = kv_quality.trained_settings(tmp_path / "recipe.json")
     assert found.name == "uncompressed, trained further" and not found.compression and share_of_attention(found, DEMO) == 1
     half = tmp_path / "half.safetensors"
-    save_file(load_file(WEIGHTS["diffusion_models"]), half, metadata={"step": "2500"})
+    save_file(load_file(WEIGHTS["diffusion_models"]), half, metadata={"step": "250"})
     (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"output": str(half)}))
     (found,) = kv_quality.trained_settings(tmp_path / "recipe.json")
-    assert found.name == "uncompressed, trained further, 2500 of 4700 steps"
+    assert found.name == "uncompressed, trained further, 250 of 600 steps"
 
 
 def test_sides_of_a_picture() -> None:
