@@ -16,7 +16,7 @@ COMFY, AUTO = "comfy", "auto"
 BATCH = 4
 NOT_FOR_COMFY = {  # options that its hosts don't heed, and what they are where nobody gives them
     "workers": None, "address": None, "batch_size": BATCH, "ema": False, "tokenizer": None, "dtype": None, "t5_precision": None,
-    "clean_caption": False, "device": AUTO,
+    "clean_caption": False,
 }  # fmt: skip
 
 

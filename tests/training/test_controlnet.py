@@ -75,7 +75,7 @@ def test_the_base_is_frozen_and_runs_resume(recipe_path, tmp_path: Path, base_fi
     assert resumed.network.controlnet.controlnet[0].after_proj.weight.abs().max() > 0
 
 
-@pytest.mark.parametrize(("change", "message"), [({"initialize": None}, "beside finished weights"), ({"method": {"name": "controlnet", "blocks": 2}}, "at most 1")])
+@pytest.mark.parametrize(("change", "message"), [({"initialize": None}, "needs finished weights to start from"), ({"method": {"name": "controlnet", "blocks": 2}}, "at most 1")])
 def test_recipes_that_can_not_be(recipe_path, base_file: str, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Loop(load_recipe(recipe_path(**{"initialize": base_file, "method": CONTROL, "source": HINTED, **change})))

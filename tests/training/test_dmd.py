@@ -347,7 +347,7 @@ def test_a_dry_run_counts_the_networks_beside(recipe_path, base: Path, monkeypat
     """Of a whole network copies; of a LoRA its matrices alone."""
     monkeypatch.setattr(dry_run_module, "get_variant", lambda name: VARIANT)
     whole = dry_run(recipe_path(**run_changes(base)))
-    assert [line.split(": ")[1].split(",")[0] for line in whole if "beside it" in line] == ["teacher", "fake"]
-    assert next(line for line in whole if "beside it: fake" in line).count("GiB") == 3
+    assert [line.split(": ")[1].split(",")[0] for line in whole if "also keeps" in line] == ["teacher", "fake"]
+    assert next(line for line in whole if "also keeps: fake" in line).count("GiB") == 3
     lora = dry_run(recipe_path(**run_changes(base, method={"name": "lora", "rank": 2})))
-    assert [line.split(": ")[1].split(",")[0] for line in lora if "beside it" in line] == ["fake"]
+    assert [line.split(": ")[1].split(",")[0] for line in lora if "also keeps" in line] == ["fake"]
