@@ -26,12 +26,12 @@ IMPLEMENTATIONS = {"alpha": "https://github.com/PixArt-alpha/PixArt-alpha", "sig
 WEIGHT_FILES = (".safetensors", ".bin", ".pth", ".pt")
 
 
-def check_saving(layout: str, dtype: str) -> None:
-    """Raises ConfigError for a layout or dtype that no result has."""
+def check_saving(layout: str, dtype: str, *others: str) -> None:
+    """Raises ConfigError for a layout or dtype that no result has. others: more names of dtypes that this method writes."""
     if layout not in LAYOUTS:
         raise ConfigError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}.")
-    if dtype not in DTYPES:
-        raise ConfigError(f"save_dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    if dtype not in (*DTYPES, *others):
+        raise ConfigError(f"save_dtype is {dtype!r}; expected one of {', '.join((*DTYPES, *others))}.")
 
 
 def weights_of(network: nn.Module, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:

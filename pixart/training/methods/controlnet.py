@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +31,12 @@ class Settings:
 
     blocks: int = 13  # copies of the first blocks, as in PixArt-delta
     base: str | None = None  # as of the method lora
-    save_dtype: str = "fp16"  # of the result; or "bf16", "fp32", or "fp8": its large matrices in e4m3, the rest in fp16
+    save_dtype: str = "fp16"  # of the result; or "bf16", "fp32", or "fp8": its matrices in e4m3, the rest in fp16
 
 
 def check(settings: Settings) -> None:
     """Raises ConfigError for what no run can have."""
-    if settings.save_dtype != "fp8":
-        check_saving("original", settings.save_dtype)
+    check_saving("original", settings.save_dtype, "fp8")
     if settings.blocks < 1:
         raise ConfigError(f"blocks is {settings.blocks}; expected the number of blocks to copy, 1 or more.")
 
@@ -85,8 +83,7 @@ def stored_as(weights: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """Weights as `save_dtype` says; fp8 is without scales, so that everything that reads fp8 reads it."""
     if dtype != "fp8":
         return {key: value.to(DTYPES[dtype]) for key, value in weights.items()}
-    matrix = re.compile(r".*(_proj|qkv|proj|linear|fc[12])\.weight")
-    return {key: value.to(FP8 if matrix.fullmatch(key) else torch.float16) for key, value in weights.items()}
+    return {key: value.to(FP8 if key.endswith(".weight") and value.ndim == 2 else torch.float16) for key, value in weights.items()}
 
 
 def control_config(base: TransformerConfig, depth: int) -> ControlNetConfig:
