@@ -27,12 +27,12 @@ from .. import WEIGHTS
 from ..data.captions import Caption, caption
 from ..data.layout import arrange
 from ..data.reader import check
-from ..data.scenes import COLORS, NEW_SHAPE, PLACES, SIZES, render, single_scene
+from ..data.scenes import COLORS, NEW_SHAPE, PLACES, SIZES, render, sample_scene, single_scene
 from .contact_sheet import Entry, make_contact_sheet
 from .prompts import KINDS, Question, Run, Sampler, draw, make_questions, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES = 90  # two of every combination that isn't held out
+PICTURES, OLD = 60, 40  # of the new shape, and of old ones, which are lost without
 HELDOUT_PERCENT = 25
 PIXELS = 256
 
@@ -58,12 +58,19 @@ def questions(chosen: Sequence[tuple[str, str]], count: int, seed: int, word: st
     return found
 
 
-def write_folder(place: Path, count: int = PICTURES, seed: int = 0) -> None:
+def old_scenes(count: int, seed: int) -> list[Question]:
+    """What the demo was trained with, one object and two in turn."""
+    rng = np.random.default_rng((seed, OLD))
+    scenes = [sample_scene(rng, "train", 1 + number % 2) for number in range(count)]
+    return [Question(scene, caption(scene, rng)) for scene in scenes]
+
+
+def write_folder(place: Path, count: int = PICTURES, old: int = OLD, seed: int = 0) -> None:
     """PNG pictures with a caption of the same name beside each; nothing that is there is overwritten."""
     place.mkdir(parents=True, exist_ok=True)
     if any(place.iterdir()):
         sys.exit(f"{place} isn't empty; give a new folder.")
-    for number, question in enumerate(questions(combinations(heldout=False), count, seed)):
+    for number, question in enumerate(questions(combinations(heldout=False), count, seed) + old_scenes(old, seed)):
         picture = render(arrange(question.scene, PIXELS, PIXELS), PIXELS, PIXELS)
         Image.fromarray((picture * 255).round().astype(np.uint8)).save(place / f"{number:03}.png")
         (place / f"{number:03}.txt").write_text(question.caption.text + "\n", encoding="utf-8")
@@ -146,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     folder = commands.add_parser("folder", help="write the pictures and captions to learn from")
     folder.add_argument("place", type=Path)
-    folder.add_argument("--count", type=int, default=PICTURES)
+    folder.add_argument("--count", type=int, default=PICTURES, help="of the new shape")
+    folder.add_argument("--old", type=int, default=OLD, help="of the old ones")
     measure = commands.add_parser("evaluate", help="draw held-out combinations and old prompts, and read them")
     measure.add_argument("--lora", type=Path)
     measure.add_argument("--transformer", type=Path, help=f"instead of {WEIGHTS['diffusion_models'].name}")
@@ -156,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.add_argument("--out", type=Path, required=True, help="a .json; a contact sheet goes beside it")
     chosen = parser.parse_args(arguments)
     if chosen.command == "folder":
-        write_folder(chosen.place, chosen.count)
+        write_folder(chosen.place, chosen.count, chosen.old)
     else:
         for name, figures in run_evaluation(chosen).items():
             print(f"{name}: {figures['correct']:.1%} of {figures['pictures']}")

@@ -29,8 +29,11 @@ def test_folder_holds_pictures_and_captions_of_what_is_taught(tmp_path) -> None:
 
     new_shape.write_folder(tmp_path / "bars")
     pictures = sorted((tmp_path / "bars").glob("*.png"))
-    assert len(pictures) == new_shape.PICTURES <= 100
-    for picture, question in zip(pictures, new_shape.questions(new_shape.combinations(False), len(pictures), 0), strict=True):
+    assert len(pictures) == new_shape.PICTURES + new_shape.OLD <= 100
+    taught = new_shape.questions(new_shape.combinations(False), new_shape.PICTURES, 0)
+    old = new_shape.old_scenes(new_shape.OLD, 0)
+    assert not any(obj.shape == NEW_SHAPE for question in old for obj in question.scene.objects)
+    for picture, question in zip(pictures, taught + old, strict=True):
         assert picture.with_suffix(".txt").read_text(encoding="utf-8").strip() == question.caption.text
         assert check(question.scene, np.asarray(Image.open(picture)), question.caption.stated).correct
     with pytest.raises(SystemExit, match="isn't empty"):
