@@ -8,11 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from accelerate import Accelerator
 from PIL import Image
 
 from pixart.training.draws import Draws
 from pixart.training.sources.pictures import Part
+
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg", "camera.png", "horse.png")
+
+
+def real_photographs(folder: Path) -> Path:
+    """Those that ship with scikit-image and scikit-learn, each with a caption."""
+    skimage, sklearn = pytest.importorskip("skimage"), pytest.importorskip("sklearn")
+    places = [Path(skimage.__file__).parent / "data" / name for name in PHOTOGRAPHS]
+    places += [Path(sklearn.__file__).parent / "datasets/images" / name for name in ("china.jpg", "flower.jpg")]
+    folder.mkdir()
+    for place in places:
+        if place.is_file():  # older and newer releases ship a few others
+            (folder / place.name).write_bytes(place.read_bytes())
+            (folder / place.with_suffix(".txt").name).write_text(f"a picture of {place.stem}", encoding="utf-8")
+    return folder
 
 
 def picture(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:

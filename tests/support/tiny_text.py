@@ -50,8 +50,8 @@ def tokenizer_json(first: tuple[str, ...] = ("<pad>", "</s>", "<unk>"), words: t
     return made.to_str()
 
 
-def tiny_t5(width: int = 32, layers: int = 2, gated: bool = True, d_kv: int = 8, seed: int = 0):
-    """A random T5EncoderModel of transformers."""
+def tiny_t5(width: int = 32, layers: int = 2, gated: bool = True, d_kv: int = 8, seed: int = 0, feed_forward: int | None = None):
+    """A random T5EncoderModel of transformers; feed_forward: by default twice the width."""
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def tiny_t5(width: int = 32, layers: int = 2, gated: bool = True, d_kv: int = 8,
         vocab_size=256,
         d_model=width,
         d_kv=d_kv,
-        d_ff=2 * width,
+        d_ff=feed_forward or 2 * width,
         num_layers=layers,
         num_heads=4,
         feed_forward_proj="gated-gelu" if gated else "relu",

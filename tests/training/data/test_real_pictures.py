@@ -13,23 +13,12 @@ from demo import WEIGHTS
 from pixart.cli import main
 from pixart.training.data.picture import fitted, read_picture, to_tensor
 from pixart.vae import load_vae
-from tests.support.data_sets import batches, prepared
-
-NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg", "camera.png", "horse.png")
+from tests.support.data_sets import batches, prepared, real_photographs
 
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    skimage, sklearn = pytest.importorskip("skimage"), pytest.importorskip("sklearn")
-    places = [Path(skimage.__file__).parent / "data" / name for name in NAMES]
-    places += [Path(sklearn.__file__).parent / "datasets/images" / name for name in ("china.jpg", "flower.jpg")]
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for place in places:
-        if place.is_file():  # older and newer releases ship a few others
-            (folder / place.name).write_bytes(place.read_bytes())
-            (folder / place.with_suffix(".txt").name).write_text(f"a picture of {place.stem}", encoding="utf-8")
-    return folder
+    return real_photographs(tmp_path / "data")
 
 
 def test_photographs_go_from_files_to_batches(tmp_path, photographs, recipe_of, capsys):
