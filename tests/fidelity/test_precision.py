@@ -7,7 +7,6 @@ import torch
 from pixart.config import get_variant
 from pixart.model import PixArtTransformer
 
-
 PIXELS = 1024 if os.environ.get("PIXART_SWEEP") else 256
 
 
