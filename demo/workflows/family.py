@@ -1,4 +1,4 @@
-"""Workflows of the rest of the family: few steps, ControlNet, two stages, refiner, decoder, inpainting at full size."""
+"""Workflows of the rest of the family: SA-Solver, ControlNet, two stages, refiner, decoder, inpainting at full size."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from typing import Any
 
 from launch.workflow_ui import Placement
 
-from .. import DISTILLED
 from .builder import DEMO, DEMO_NOTE, HUGGING_FACE, PROMPT, Weights, Workflow, alpha, sigma
 
-LCM_NOTE = """
-
-LCM needs no negative prompt: with cfg 1 each step is one forward pass. The scheduler "simple" gives LCM's own timesteps
-(999, 759, 499, 259 in four steps). For LCM-LoRA and Flash, load their base model and add PixArtLoraLoader before LCM sampling.
-Put adapter_config.json beside the LoRA file: its lora_alpha / r decides how strong the LoRA is."""
 SA_SOLVER_NOTE = """
 SA-Solver with the settings of the PixArt-alpha paper: predictor and corrector of order 2, 25 steps, cfg 3, noise (tau 1) for
 0.2 <= t <= 0.8. The extra 0.001 in both percents keeps the steps at the borders on the same side as in the paper's code."""
@@ -107,70 +101,6 @@ SDXL_REFINER = File(
     "checkpoints",
 )
 CONSISTENCY_DECODER = File("consistency-decoder", "", "vae", f"{HUGGING_FACE}/openai/consistency-decoder (config.json and weights)")
-
-
-def few_step_consistency() -> Workflow:
-    """PixArt-delta's LCM: four steps without guidance. LCM-LoRA and Flash run the same way."""
-    flow = from_folder(alpha("PixArt-XL-2-1024-MS.pth"), "PixArt-alpha/PixArt-LCM-XL-2-1024-MS")
-    flow.note += LCM_NOTE
-    model, t5, vae = flow.loaders("alpha-1024")
-    sampling = flow.add("ModelSamplingDiscrete", "LCM sampling", 1, 3, model=[model, 0], sampling="lcm", zsnr=False)
-    positive = flow.text("Prompt", t5, PROMPT, 120, 0)
-    negative = flow.text("Negative prompt", t5, "", 120, 1)
-    size = flow.add("PixArtResolution", "Size", 1, 2, base="1024", width=1024, height=1024, batch_size=1)
-    settings = {"steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple"}
-    flow.decode(flow.sample("Sampler", sampling, positive, negative, [size, 0], **settings), vae, "pixart-lcm")
-    return flow
-
-
-def one_step() -> Workflow:
-    """PixArt-DMD: one step at timestep 400."""
-    flow = from_folder(alpha("PixArt-XL-2-512x512.pth"), "PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512")
-    model, t5, vae = flow.loaders("alpha-512")
-    positive = flow.text("Prompt", t5, PROMPT, 120, 0)
-    negative = flow.text("Negative prompt", t5, "", 120, 1)
-    size = flow.add("PixArtResolution", "Size", 1, 2, base="512", width=512, height=512, batch_size=1)
-    step = flow.add("PixArtOneStep", "One step", 1, 3, model=[model, 0], timestep=400)
-    sampled = flow.sample_custom("Sampler", model, positive, negative, [size, 0], [step, 0], [step, 1], cfg=1.0)
-    flow.decode(sampled, vae, "pixart-dmd")
-    return flow
-
-
-DISTILLED_NOTE = """
-{file} -> demo/weights/loras
-Made with: python -m pixart train configs/train/{recipe}.json
-
-{advice} Bypass the LoRA to see what the model draws in so few steps without it.
-"""
-
-
-def demo_distilled(kind: str, recipe: str, advice: str) -> tuple[FamilyWorkflow, str, tuple[str, str], str, list[Any]]:
-    """The demo with a LoRA that distils it: the flow, its model, prompts, VAE and empty latent."""
-    file = DISTILLED[kind].name
-    flow = FamilyWorkflow(DEMO, DEMO_NOTE + DISTILLED_NOTE.format(file=file, recipe=recipe, advice=advice))
-    model, t5, vae = flow.loaders("demo")
-    model = flow.add("PixArtLoraLoader", "Distilled LoRA", 1, 0, model=[model, 0], lora_name=file, strength=1.0)
-    texts = flow.text("Prompt", t5, "a red circle above a blue square", 300, 1), flow.text("Negative prompt", t5, "", 300, 2)
-    size = flow.add("PixArtResolution", "Size", 1, 3, base="256", width=256, height=256, batch_size=1)
-    return flow, model, texts, vae, [size, 0]
-
-
-def demo_few_steps() -> Workflow:
-    """The demo in four steps, by the LCM-LoRA that this project distilled."""
-    flow, model, texts, vae, latent = demo_distilled("lcm", "demo-lcm-lora", "Four steps without guidance (cfg 1).")
-    sampling = flow.add("ModelSamplingDiscrete", "LCM sampling", 1, 4, model=[model, 0], sampling="lcm", zsnr=False)
-    settings = {"steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple"}
-    flow.decode(flow.sample("Sampler", sampling, *texts, latent, **settings), vae, "pixart-lcm-demo")
-    return flow
-
-
-def demo_one_step() -> Workflow:
-    """The demo in one step, by distribution matching."""
-    flow, model, texts, vae, latent = demo_distilled("dmd", "demo-dmd", "One step from noise at timestep 400, without guidance (cfg 1).")
-    step = flow.add("PixArtOneStep", "One step", 1, 4, model=[model, 0], timestep=400)
-    sampled = flow.sample_custom("Sampler", model, *texts, latent, [step, 0], [step, 1], cfg=1.0)
-    flow.decode(sampled, vae, "pixart-dmd-demo")
-    return flow
 
 
 def sa_solver() -> Workflow:
@@ -305,10 +235,6 @@ def inpaint_released() -> Workflow:
 
 
 FAMILY_WORKFLOWS: Mapping[str, Callable[[], Workflow]] = {
-    "lcm": few_step_consistency,
-    "dmd": one_step,
-    "lcm-demo": demo_few_steps,
-    "dmd-demo": demo_one_step,
     "sa-solver": sa_solver,
     "controlnet": controlnet,
     "controlnet-demo": demo_controlnet,

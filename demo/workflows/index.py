@@ -13,6 +13,7 @@ from launch.workflow_ui import to_ui
 
 from .builder import DEMO, DEMO_NOTE, PROMPT, Workflow, alpha, sigma, text_to_image
 from .family import FAMILY_WORKFLOWS
+from .few_steps import FEW_STEPS_WORKFLOWS
 from .guidance import GUIDANCE_WORKFLOWS
 from .kv import KV_WORKFLOWS
 
@@ -82,6 +83,7 @@ WORKFLOWS: Mapping[str, Callable[[], Workflow]] = {
     "inpaint": inpaint,
     "batch": batch,
     **KV_WORKFLOWS,
+    **FEW_STEPS_WORKFLOWS,
     **FAMILY_WORKFLOWS,
     **GUIDANCE_WORKFLOWS,
 }

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from demo.workflows.family import FAMILY_WORKFLOWS
+from demo.workflows.few_steps import FEW_STEPS_WORKFLOWS
 from demo.workflows.guidance import GUIDANCE_WORKFLOWS
 from demo.workflows.index import WORKFLOWS
 from demo.workflows.kv import KV_WORKFLOWS
 from tests.support.demo import ROOT
 
 FOLDER = ROOT / "workflows"
-FAMILY = tuple(FAMILY_WORKFLOWS)  # few steps, ControlNet and the like; each has settings of its own
+FAMILY = (*FAMILY_WORKFLOWS, *FEW_STEPS_WORKFLOWS)  # few steps, ControlNet and the like; each has settings of its own
 COMPRESSED = tuple(KV_WORKFLOWS)
 STEMS = (
     "demo", "sigma-1024", "sigma-512", "sigma-2k", "alpha-1024", "alpha-512", "compiled", "img2img", "inpaint", "batch",
@@ -259,6 +260,10 @@ def test_every_workflow_has_its_picture(stem: str) -> None:
         ("lcm-demo", "PixArtLoraLoader", {"lora_name": "pixart-demo-lcm.safetensors", "strength": 1.0}),
         ("dmd-demo", "PixArtOneStep", {"timestep": 400}),
         ("dmd-demo", "PixArtLoraLoader", {"lora_name": "pixart-demo-dmd.safetensors", "strength": 1.0}),
+        ("optimized", "PixArtTimesteps", {"schedule": "optimized", "steps": 10}),
+        ("optimized-demo", "PixArtTimesteps", {"schedule": "optimized", "steps": 8}),
+        ("optimized-demo", "KSamplerSelect", {"sampler_name": "dpmpp_2m"}),
+        ("optimized-demo", "SamplerCustom", {"cfg": 4.5, "add_noise": True}),
         ("sa-solver", "SamplerSASolver", {"predictor_order": 2, "corrector_order": 2, "eta": 1.0, "simple_order_2": True}),
         ("sa-solver", "BasicScheduler", {"steps": 25, "scheduler": "sgm_uniform", "denoise": 1.0}),
         ("sa-solver", "SamplerCustom", {"cfg": 3.0}),
