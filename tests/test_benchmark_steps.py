@@ -119,3 +119,9 @@ def test_a_report_is_kept_and_said_in_plain_steps(mixture, tmp_path, monkeypatch
 def test_lpips_only_where_its_weights_are(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert step_problems.lpips(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)) == {}
+
+
+def test_every_way_that_is_planned_has_noise_levels(model) -> None:
+    for case in steps.cases():
+        sigmas = step_ways.sigmas_of(model, case.schedule, case.steps)
+        assert case.steps + 1 <= len(sigmas) <= case.steps + 2 and sigmas[-1] == 0, case.key  # ddim_uniform may have one more
