@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pixart.schedules import optimized_timesteps
+from tests.support import host
 
 BASELINE = ("dpmpp_2m", "sgm_uniform")
 NOISELESS = {  # solver -> function of the host's k_diffusion, and the options that leave noise out
@@ -183,6 +184,13 @@ def _with_hooks(model: Any, hook: Callable[..., Any], executor: Any, *args: Any,
             handle.remove()
 
 
+def compressed(end: float, model: Any, sigmas: Tensor) -> Any:
+    """PixArt KV Compress with R = 2, until a share of sampling is done. It spares time in attention, which passes don't show."""
+    node = host.pack_module("nodes.kv_compress").PixArtKVCompress
+    settings = {"ratio": 2, "method": "mean", "first_block": 0, "last_block": -1, "start_percent": 0.0, "min_tokens": 0}
+    return node.execute(model, end_percent=end, **settings).result[0]
+
+
 Trick = Callable[[Any, Tensor], Any]
 
 
@@ -202,4 +210,6 @@ TRICKS: dict[str, Trick] = {
     **{f"LazyCache {each}": partial(host_cache, "LazyCacheNode", each) for each in (0.05, 0.2)},
     "T-GATE from half": partial(tgate, 0.5),
     "T-GATE from 80 %": partial(tgate, 0.8),
+    "KV compression in the first half": partial(compressed, 0.5),
+    "KV compression": partial(compressed, 1.0),
 }

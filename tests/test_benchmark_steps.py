@@ -68,7 +68,7 @@ def test_every_trick_spares_passes_and_still_draws(mixture, name) -> None:
     found, passes = solved(mixture, steps.Case(*step_ways.BASELINE, 20, name))
     assert passes <= 20 and torch.isfinite(found).all()
     assert mixture.figures(found, converged)["db"] > 3
-    if "Cache" not in name:  # whose thresholds may spare nothing here
+    if "Cache" not in name and "KV" not in name:  # thresholds may spare nothing here, and compression spares attention
         assert passes < 20
 
 
@@ -83,6 +83,14 @@ def test_tgate_keeps_cross_attention(model) -> None:
     assert not torch.allclose(gated, plain)
     assert not any(block.cross_attn._forward_hooks for block in model.model.diffusion_model.blocks)
     torch.testing.assert_close(step_problems.run_host(model, Way(way.sampler, sigmas), noise, text, other), plain)
+
+
+def test_compression_reaches_the_network_in_its_part_of_sampling(model) -> None:
+    noise, text = torch.randn(1, 4, 8, 8), [[torch.randn(1, 3, model.model.diffusion_model.config.caption_channels), {}]]
+    sigmas, euler = step_ways.sigmas_of(model, "sgm_uniform", 4), step_ways.solver("euler")
+    names = (None, "KV compression in the first half", "KV compression")
+    found = [step_problems.run_host(model, Way(euler, sigmas, step_ways.TRICKS.get(name)), noise, text, text) for name in names]
+    assert all(not torch.allclose(one, other) for one, other in ((found[0], found[1]), (found[1], found[2])))
 
 
 def test_reuse_by_error_asks_again_when_the_prediction_moves() -> None:
