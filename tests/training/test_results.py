@@ -152,19 +152,6 @@ def test_a_controlnet_names_the_range_of_its_hints(tmp_path: Path, base: Path) -
 
 
 @torch.no_grad()
-@torch.no_grad()
-def test_a_controlnet_that_reads_its_hint_at_once_still_begins_with_no_change(tmp_path: Path, base: Path) -> None:
-    method = {"name": "controlnet", "blocks": 1, "hint_projection": "identity"}
-    recipe = recipe_of(tmp_path, base, method, source={"name": "scenes", "text_encoder": "", "hints": True})
-    network = recipe.method.make(recipe).build(TwoPictures(recipe.source.settings, recipe), torch.device("cpu"))
-    latent, timestep, context, _ = inputs()
-    hint = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
-    block = network.controlnet.controlnet[0]
-    assert torch.equal(network(latent, timestep, context, hint=hint), network.base(latent, timestep, context))
-    torch.nn.init.eye_(block.after_proj.weight)
-    assert not torch.allclose(network(latent, timestep, context, hint=hint), network(latent, timestep, context, hint=-hint))
-
-
 def test_a_controlnet_in_fp8_takes_half_the_bytes_and_computes_in_bf16(tmp_path: Path, base: Path) -> None:
     outputs, hint = [], torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(1))
     for dtype in ("fp16", "fp8"):
@@ -334,7 +321,6 @@ def test_adapters_that_can_not_be(tmp_path: Path, base: Path, case: str) -> None
         ({"name": "kv", "blocks": [[0, 2]], "mode": "mean"}, {}, "mode is 'mean'; expected one of conv, uniform"),
         ({"name": "kv"}, {}, "blocks is empty; expected pairs"),
         ({"name": "controlnet", "blocks": 0}, {}, "blocks is 0; expected the number of blocks to copy"),
-        ({"name": "controlnet", "hint_projection": "one"}, {}, "hint_projection is 'one'; expected zero or identity"),
         ("full", {"objective": {"name": "denoise", "min_snr": 0}}, "min_snr is 0; expected a number above 0"),
         ("full", {"objective": {"name": "imitate", "imitate_weight": 0}}, "imitate_weight is 0 and denoise_weight 0.0; expected above 0"),
         ("full", {"objective": {"name": "denoise", "variance_weight": float("nan")}}, "variance_weight is nan; expected 0 or more"),

@@ -23,7 +23,6 @@ from ..write import write_weights
 from . import full
 
 HINT_RANGE = "-1..1"  # of the picture whose latent is the hint, as PixArt-delta was trained; diffusers' example has 0..1
-HINT_PROJECTIONS = ("zero", "identity")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,6 @@ class Settings:
     """Of the ControlNet."""
 
     blocks: int = 13  # copies of the first blocks, as in PixArt-delta
-    hint_projection: str = "zero"  # first weights of the layer that reads the hint, as PixArt-delta; "identity" may learn sooner
     base: str | None = None  # as of the method lora
     save_dtype: str = "fp16"  # of the result; or "bf16", "fp32", or "fp8": its matrices in e4m3, the rest in fp16
 
@@ -41,8 +39,6 @@ def check(settings: Settings) -> None:
     check_saving("original", settings.save_dtype, "fp8")
     if settings.blocks < 1:
         raise ConfigError(f"blocks is {settings.blocks}; expected the number of blocks to copy, 1 or more.")
-    if settings.hint_projection not in HINT_PROJECTIONS:
-        raise ConfigError(f"hint_projection is {settings.hint_projection!r}; expected {' or '.join(HINT_PROJECTIONS)}.")
 
 
 class Part(full.Part):
@@ -59,8 +55,6 @@ class Part(full.Part):
         base = load_base(self.recipe.initialize, self.recipe.variant, self.config(), dtype, attention)
         controlnet = PixArtControlNet(control_config(base.config, self.settings.blocks), attention=attention)
         copy_base_blocks(controlnet, base)
-        if self.settings.hint_projection == "identity":  # the run still begins with no change: what comes after is zero
-            nn.init.eye_(controlnet.controlnet[0].before_proj.weight)
         base = pack_matrices(base, self.settings.base, device).to(device)
         return ControlledTransformer(base, controlnet.to(device))
 
