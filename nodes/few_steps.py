@@ -27,7 +27,7 @@ class PixArtTimesteps(io.ComfyNode):
             display_name="PixArt Timesteps",
             category="PixArt",
             description="Turns PixArt timesteps (999 is pure noise) into SIGMAS for SamplerCustom. A last step to 0 is added. LCM and "
-            "Flash use 999, 759, 499, 259 for four steps. The schedule optimized needs fewer steps for the same picture.",
+            "Flash use 999, 759, 499, 259 for four steps. The schedule optimized is for few steps of an ordinary model.",
             search_aliases=["sigmas", "manual sigmas", "custom timesteps", "lcm timesteps", "optimal steps", "align your steps", "gits"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that gives the noise levels. Connect it after ModelSamplingDiscrete."),

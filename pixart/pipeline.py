@@ -157,7 +157,7 @@ class Pipeline:
         clean_caption: by the reference's rules (`pip install ftfy beautifulsoup4`); they lower-case too.
         sampler: a name in `pixart.samplers`, or one from there with settings of its own (default: the pipeline's scheduler).
         callback(step, timestep, latents): returning False ends sampling there. preview(step, latents): the picture as foreseen.
-        schedule: "usual", or "optimized" for 4 to 16 steps of dpm++: nearer to the picture of many steps.
+        schedule: "usual", or "optimized" for 4 to 16 steps of dpm++: more of them at low noise.
         kv_compression: training-free, an approximation that makes large pictures cheaper; see `kv_compress`.
         perturbed: perturbed-attention or skip-layer guidance; one more forward per step.
         output: "pil" -> list of pictures, "np" -> (B, H, W, 3) and "pt" -> (B, 3, H, W) in 0..1,

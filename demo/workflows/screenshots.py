@@ -57,7 +57,6 @@ PICTURE_WIDTH = 1600
 PATIENCE = 300_000  # milliseconds; the page loads hundreds of scripts from a host that may be busy
 WITH_WEIGHTS = (
     "demo", "img2img", "inpaint", "batch", "controlnet-demo", "lora-stack", "pag", "regional-prompts", "sa-solver", "lcm-demo", "dmd-demo",
-    "optimized-demo",
 )  # fmt: skip
 NEEDED = {f"{kind}-demo": path for kind, path in DISTILLED.items()}  # made by training
 
