@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .processes import make_accelerator
 from .recipe import Recipe, check_given
 from .write import replace_file
 
+PLACES = ("data", "text_encoder", "vae", "cache", "hed", "class_data")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -37,12 +38,13 @@ def draw_pairs(recipe: Recipe, out: Path, count: int, steps: int, guidance: floa
     Several processes share the work. Raises ConfigError for a folder of pairs that were drawn otherwise.
     """
     check_given(recipe if recipe.output else replace(recipe, output=str(out)))
-    if not recipe.initialize:
-        raise ConfigError("pairs are drawn by the weights that a run begins with; give --transformer, or set initialize in the recipe.")
+    if not _weights(recipe):
+        raise ConfigError("pairs are drawn by a run's teacher; give --transformer, or set initialize or objective.teacher in the recipe.")
     accelerator = make_accelerator(replace(recipe, trackers=()))
     info = {
-        "base": file_mark(recipe.initialize), "variant": recipe.variant, "steps": steps, "guidance": guidance, "batch_size": batch_size,
-        "seed": seed, "base_size": recipe.stages[-1].base_size,
+        "base": file_mark(_weights(recipe)), "variant": recipe.variant, "steps": steps, "guidance": guidance, "batch_size": batch_size,
+        "seed": seed, "base_size": recipe.stages[-1].base_size, "precision": recipe.precision,
+        "text_encoder": file_mark(getattr(recipe.source.settings, "text_encoder", None) or None), "source": _source_of(recipe),
     }  # fmt: skip
     if (out / INFO).exists():
         _check_same(out, info)
@@ -52,6 +54,7 @@ def draw_pairs(recipe: Recipe, out: Path, count: int, steps: int, guidance: floa
     files = math.ceil(count / batch_size)
     if accelerator.is_main_process:
         _write_info(out, info, teacher, recipe.variant)
+    teacher = teacher.to(DTYPES[recipe.precision])
     accelerator.wait_for_everyone()
     done = {int(file.stem) for file in pair_files(out)}
     mine = [number for number in range(files) if number not in done and number % accelerator.num_processes == accelerator.process_index]
@@ -60,13 +63,25 @@ def draw_pairs(recipe: Recipe, out: Path, count: int, steps: int, guidance: floa
         found = _draw(recipe, source, teacher, draws, steps, guidance)
         replace_file(out / f"{number:08}.safetensors", lambda partial, found=found: save_file(found, partial))
     accelerator.wait_for_everyone()
-    return files
+    return len(pair_files(out))
+
+
+def _weights(recipe: Recipe) -> str | None:
+    """The teacher's file: the objective's own, or what the run begins with."""
+    return getattr(recipe.objective.settings, "teacher", None) or recipe.initialize
+
+
+def _source_of(recipe: Recipe) -> dict[str, Any]:
+    """What the source draws, without the places of its files."""
+    settings = recipe.part_at("source", -1)
+    values = json.loads(json.dumps(asdict(settings.settings)))
+    return {"name": settings.name, **{name: value for name, value in values.items() if name not in PLACES}}
 
 
 def _teacher(recipe: Recipe, device: torch.device) -> PixArtTransformer:
+    """In fp32, in which weights are known again."""
     sizes = full.Part(recipe.method.settings, recipe).config()
-    network = load_base(recipe.initialize, recipe.variant, sizes, DTYPES[recipe.precision], full.attention_of(device))
-    return network.to(device).eval()
+    return load_base(_weights(recipe), recipe.variant, sizes, torch.float32, full.attention_of(device)).to(device).eval()
 
 
 def _check_same(out: Path, info: dict[str, Any]) -> None:
@@ -105,6 +120,8 @@ def _draw(
             teacher, noise, TextEmbeddings(context.to(dtype), mask), make_scheduler(), steps=steps,
             guidance=guidance if guidance > 1 else None, size=size,
         )  # fmt: skip
+    if not bool(torch.isfinite(latent).all()):
+        raise ConfigError(f"The teacher's pictures are not finite numbers in {recipe.precision}; choose --set precision=bf16 or fp32.")
     kept = {"noise": noise, "latent": latent, "context": batch.context, "context_mask": batch.mask.bool(), "size": batch.size}
     half = {"latent": torch.float32, "noise": torch.float32, "context": torch.float16}
     return {name: value.to("cpu", half.get(name, value.dtype)).contiguous() for name, value in kept.items()}

@@ -133,7 +133,7 @@ class Loop:
         """Steps until the recipe ends, or until it is asked to stop; then saves."""
         recipe = self.recipe
         watch = Watch(recipe, self.step, self.accelerator)
-        sampler = Sampler(recipe, self.method, self.source, note_of(self.objective.metadata())) if recipe.samples else None
+        sampler = Sampler(recipe, self.method, self.source, note_of(self._facts(self.step))) if recipe.samples else None
         saved = None
         try:
             while self.step < recipe.steps:
@@ -247,6 +247,11 @@ class Loop:
 
     # -- keeping ---------------------------------------------------------------------------------
 
+    def _facts(self, step: int) -> dict[str, str]:
+        """What the objective says of weights that a step has made, by its stage."""
+        number, _ = self.recipe.stage_at(max(0, min(step, self.recipe.steps - 1)))
+        return self.objective.metadata(self.recipe.part_at("objective", number).settings)
+
     def save(self) -> None:
         """Writes the state to go on from, then the averaged weights; each appears whole."""
         recipe, main = self.recipe, self.accelerator.is_main_process
@@ -259,7 +264,7 @@ class Loop:
         averages = whole_tensors(self.average.values, keep=main)
         with gathered(self.network, keep=main):
             if main:
-                metadata = {"step": str(self.step), "license": "Apache-2.0", **self.objective.metadata()}
+                metadata = {"step": str(self.step), "license": "Apache-2.0", **self._facts(self.step - 1)}
                 self.method.write(self.network, averages, Path(recipe.output), metadata)
         self.accelerator.wait_for_everyone()
 

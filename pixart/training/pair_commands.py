@@ -39,12 +39,15 @@ def add_pair_commands(commands: Any) -> None:
 def _pairs(given: argparse.Namespace) -> None:
     from ..errors import InputError
     from .commands import changes_of
+    from .diffusion import STEPS
     from .draw_pairs import draw_pairs
     from .recipe import load_recipe
 
     for name, least in (("count", 1), ("steps", 1), ("cfg", 1), ("batch_size", 1)):
         if not getattr(given, name) >= least:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(given, name)}; expected {least} or more.")
+    if given.steps > STEPS:
+        raise InputError(f"--steps is {given.steps}; expected at most {STEPS}.")
     recipe: Recipe = load_recipe(given.recipe, changes_of(given))
     written = draw_pairs(recipe, given.out, given.count, given.steps, given.cfg, given.batch_size, given.seed)
     sys.stdout.write(f"{written} files of pairs in {given.out}\n")

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from .teacher import Teacher
 INFO = "info.json"
 LOSSES = ("lpips", "l2")
 NETS = ("vgg", "alex", "squeeze")
-TOLERANCE = 0.05  # of the answer to one fixed question; 16-bit weights differ by less from their 32-bit ones, others by more
+# Of the answer to one fixed question: weights that were rounded to 16 bits since differ by 0.4 %, a fine-tune by more
+TOLERANCE = {torch.float32: 0.002, torch.bfloat16: 0.01, torch.float16: 0.01}
+SAME_SIZE = 1.5  # areas of the bins of one base size differ by less
 PROBED_TIMESTEP = 500
 SIZES = ("in_channels", "caption_channels", "micro_condition")  # of a transformer
 PIECES = ("noise", "latent", "context", "context_mask", "size")
@@ -48,13 +50,21 @@ class Pairs:
         self.distance = squares if loss == "l2" else perceptual(vae, info, net, device)
         self._device = device
 
-    def draw(self, draws: Draws, count: int, conditions: dict[str, Any]) -> Pair:
-        """`count` pairs of one file, the same for every process count; conditions: which of them the network is told."""
+    def draw(self, draws: Draws, rows: Sequence[int], size: Sequence[int], conditions: dict[str, Any]) -> Pair:
+        """A pair for each of a batch's rows, of one file, the same for every process count.
+
+        size: height and width of the latents in training; conditions: which of them the network is told. Raises ConfigError for
+        pairs of another base size.
+        """
         file = self.files[int(draws.shared("pairs").integers(len(self.files)))]
         with open_pairs(file) as opened:
             found = {name: opened.get_tensor(name) for name in opened.keys()}
-        rows = [int(draws.of_row(row, "pair").integers(len(found["noise"]))) for row in list(draws.rows)[:count]]
-        chosen = {name: value[rows].to(self._device) for name, value in found.items()}
+        here, there = (height * width for height, width in (size, found["noise"].shape[2:]))
+        if not 1 / SAME_SIZE <= here / there <= SAME_SIZE:
+            told = " instead of ".join("{}x{}".format(*(8 * side for side in reversed(each))) for each in (found["noise"].shape[2:], size))
+            raise ConfigError(f"{file} has pairs of {told} px. Draw pairs with this recipe: their size is its last stage's.")
+        picks = [int(draws.of_row(row, "pair").integers(len(found["noise"]))) for row in rows]
+        chosen = {name: value[picks].to(self._device) for name, value in found.items()}
         told = {"context": chosen["context"].float(), "context_mask": chosen["context_mask"].bool()}
         if "size" in conditions:
             told["size"] = chosen["size"]
@@ -119,7 +129,8 @@ def check_probe(info: dict[str, Any], teacher: Teacher, folder: Path) -> None:
         differing = ", ".join(f"{name} {theirs[name]} instead of {ours[name]}" for name in SIZES if ours[name] != theirs[name])
         raise ConfigError(f"{folder} was made for another model: {differing}. Draw pairs with this recipe.")
     now, then = torch.tensor(probe(teacher, teacher.network)), torch.tensor(info["probe"])
-    if now.shape != then.shape or not float((now - then).norm() / now.norm().clamp_min(1e-6)) <= TOLERANCE:
+    tolerance = TOLERANCE[next(teacher.network.parameters()).dtype]
+    if now.shape != then.shape or not float((now - then).norm() / now.norm().clamp_min(1e-6)) <= tolerance:
         raise ConfigError(f"{folder} was drawn by other weights than the teacher of this run. Draw pairs with this recipe.")
 
 

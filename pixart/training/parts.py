@@ -35,6 +35,9 @@ class Chosen:
         """The same part with some settings replaced; raises ConfigError by name."""
         if not values:
             return self
+        fixed = [name for name in getattr(part_module(self.kind, self.name), "WHOLE_RUN", ()) if name in values]
+        if fixed:
+            raise ConfigError(f"{source}: {', '.join(fixed)} can't differ from stage to stage; set it in the recipe's {self.kind}.")
         given = {name: getattr(self.settings, name) for name in self.settings.__dataclass_fields__}
         return _chosen(self.kind, self.name, {**given, **values}, source)
 

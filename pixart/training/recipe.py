@@ -11,7 +11,7 @@ from typing import Any
 from ..config import get_variant
 from ..errors import ConfigError
 from .fields import typed
-from .parts import KINDS, Chosen, choose
+from .parts import KINDS, Chosen, choose, part_module
 
 EXAMPLE = "configs/train/demo.json"
 OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "muon")
@@ -39,8 +39,8 @@ class Samples:
     prompts: tuple[str, ...]
     every: int = 500  # steps
     ratios: tuple[float, ...] = (1.0,)  # height / width, one prompt after the other; the nearest bin of the stage's base size is drawn
-    steps: int = 20
-    guidance: float = 4.5
+    steps: int | None = None  # null: 20, or what a model in distillation is made for
+    guidance: float | None = None  # null: 4.5, or 1 for a model in distillation
     negative: str = ""
     seed: int = 0
 
@@ -187,7 +187,7 @@ def _check(recipe: Recipe, source: str) -> None:
     if recipe.validation_every is not None:
         _at_least(recipe, {"validation_every": 1}, source)
     if recipe.samples is not None:
-        _at_least(recipe.samples, {"every": 1, "steps": 1}, f"{source}, samples")
+        _at_least(recipe.samples, {"every": 1} if recipe.samples.steps is None else {"every": 1, "steps": 1}, f"{source}, samples")
         if not recipe.samples.prompts or not recipe.samples.ratios or min(recipe.samples.ratios) <= 0:
             raise ConfigError(f"{source}, samples: expected at least one prompt and ratios above 0, height / width.")
     for number, stage in enumerate(recipe.stages):
@@ -217,6 +217,12 @@ def check_given(recipe: Recipe) -> None:
     missing = ["--output"] if recipe.output is None else []
     if recipe.initialize is None and not recipe.from_scratch and hasattr(recipe.source.settings, "data"):
         missing.append("--transformer (or from_scratch true)")
+    needs = getattr(part_module("objective", recipe.objective.name), "NEEDS_TEACHER", False)
+    if recipe.initialize is None and needs and recipe.objective.settings.teacher is None:
+        raise ConfigError(
+            f"Objective {recipe.objective.name} learns from a trained model, and the recipe names none: random weights have nothing to "
+            "teach. Give --transformer, or set the objective's teacher."
+        )
     if missing:
         raise ConfigError(f"The recipe leaves {' and '.join(missing)} to the command line; add {'it' if len(missing) == 1 else 'them'}.")
 

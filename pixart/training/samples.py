@@ -41,7 +41,10 @@ class Sampler:
 
     def __init__(self, recipe: Recipe, method: Method, source: Source, note: SamplingNote | None = None) -> None:
         """note: how the model in training is sampled, if it is distilled to few steps."""
-        self.recipe, self.samples, self.method, self.source, self.note = recipe, recipe.samples, method, source, note
+        self.recipe, self.samples, self.method, self.source = recipe, recipe.samples, method, source
+        self.sampler = sampler_for(note)
+        self.steps = self.sampler.steps if recipe.samples.steps is None else recipe.samples.steps
+        self.guidance = self.sampler.guidance if recipe.samples.guidance is None else recipe.samples.guidance
         self.channels = get_variant(recipe.variant).transformer.in_channels
 
     def sheet(self, network: nn.Module, stage: int, device: torch.device) -> Image.Image:
@@ -55,8 +58,8 @@ class Sampler:
     def draw(self, network: nn.Module, shown: Shown, seed: int, device: torch.device) -> Tensor:
         """(1, C, H, W), fp32, with guidance; of DPM-Solver++ 2M unless the model is distilled."""
         height, width = shown.size
-        scheduler, noise = sampler_for(self.note).scheduler(), sources_of(seed, 1)
-        scheduler.set_timesteps(self.samples.steps)
+        scheduler, noise = self.sampler.scheduler(), sources_of(seed, 1)
+        scheduler.set_timesteps(self.steps)
         latent = initial_noise((1, self.channels, height // 8, width // 8), noise).to(device) * scheduler.init_noise_sigma
         own_noise = noise_of_steps(scheduler, noise)
         hint = None if shown.hint is None else shown.hint.expand(2, -1, -1, -1)
@@ -67,7 +70,7 @@ class Sampler:
             with autocast(self.recipe.precision, device):
                 predicted = network(latent.expand(2, -1, -1, -1), timestep.to(device).expand(2), **conditions)
             negative, positive = predicted[:, : self.channels].float().chunk(2)
-            guided = negative + self.samples.guidance * (positive - negative)
+            guided = negative + self.guidance * (positive - negative)
             latent = scheduler.step(guided, timestep, latent, **own_noise, return_dict=False)[0]
         return latent
 

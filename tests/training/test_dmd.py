@@ -276,14 +276,32 @@ def test_pairs_add_a_loss_of_latents(drawn: tuple[Path, Path], base: Path, recip
     stage, draws = loop.recipe.stages[0], Draws(0, 0, 3, range(4))
     batch = loop.source.batch(loop.recipe.source.settings, stage, draws)
     losses = loop.objective.losses(loop.objective.settings, loop.network, loop.method.conditions(loop.network, batch), batch, draws)
-    pair = loop.objective.pairs.draw(draws, 4, {})
+    pair = loop.objective.pairs.draw(draws, range(4), (8, 8), {})
     expected = [
         (picture(loop.network, x[None], 400, {"context": context[None]}) - wanted[None]).square().mean()
         for x, wanted, context in zip(pair.noise, pair.latent, pair.conditions["context"])
     ]
-    torch.testing.assert_close(losses["pair_loss"], 0.5 * torch.stack(expected).mean().expand(4), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["pair_loss"], 0.5 * torch.stack(expected), rtol=1e-4, atol=1e-6)
     assert {"matching_loss", "pair_loss"} == set(losses)
     assert "pair_loss" in loop._train_step()
+
+
+def test_pairs_are_the_same_whatever_parts_a_batch_is_computed_in(drawn: tuple[Path, Path], base: Path, recipe_path) -> None:
+    """The first half of the rows has one each, weighed so that the batch's mean is that of its pairs."""
+    settings = {"name": "dmd", "pairs": str(drawn[1]), "pair_loss": "l2", "pair_share": 0.5}
+    loop = Loop(load_recipe(recipe_path(**run_changes(base, objective=settings))))
+    stage, found = loop.recipe.stages[0], []
+    for parts in ([range(4)], [range(1), range(1, 4)], [range(0, 4, 2), range(1, 4, 2)]):
+        rows = torch.zeros(4)
+        for part in parts:
+            draws = Draws(0, 0, 3, part)
+            batch = loop.source.batch(loop.recipe.source.settings, stage, draws)
+            told = loop.method.conditions(loop.network, batch)
+            rows[list(part)] = loop.objective._pair_loss(loop.objective.settings, loop.network, told, batch, draws).detach()
+        found.append(rows)
+    assert (found[0][:2] > 0).all() and not found[0][2:].any()
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-7)
 
 
 def test_pairs_by_lpips_are_compared_as_pictures(drawn: tuple[Path, Path], base: Path, recipe_path, tmp_path: Path, monkeypatch) -> None:
@@ -296,7 +314,7 @@ def test_pairs_by_lpips_are_compared_as_pictures(drawn: tuple[Path, Path], base:
     tiny_taesd().save_pretrained(tmp_path / "vae")
     settings = {"name": "dmd", "pairs": str(drawn[1]), "vae": str(tmp_path / "vae"), "lpips_net": "squeeze"}
     loop = Loop(load_recipe(recipe_path(**run_changes(base, objective=settings))))
-    pair = loop.objective.pairs.draw(Draws(0, 0, 0, range(2)), 2, {})
+    pair = loop.objective.pairs.draw(Draws(0, 0, 0, range(2)), range(2), (8, 8), {})
     latent = pair.latent.clone().requires_grad_(True)
     distance = loop.objective.pairs.distance(latent, pair.noise)
     vae = load_vae(tmp_path / "vae", 0.13025)
@@ -319,6 +337,9 @@ def test_pairs_of_another_model_are_refused(drawn: tuple[Path, Path], base: Path
     save_file(weights, other)
     with pytest.raises(ConfigError, match="drawn by other weights than the teacher"):
         Loop(load_recipe(recipe_path(**run_changes(other, objective=settings))))
+    save_file({name: value * 1.01 for name, value in load_file(base).items()}, other)  # a fine-tune may be as near
+    with pytest.raises(ConfigError, match="drawn by other weights than the teacher"):
+        Loop(load_recipe(recipe_path(**run_changes(other, objective=settings))))
     info = json.loads((drawn[1] / "info.json").read_text())
     for change, message in (({"caption_channels": 4096}, "made for another model: caption_channels 4096 instead of 8"), ({"probe": "x"}, "not a folder of pairs")):
         (drawn[1] / "info.json").write_text(json.dumps({**info, **change}))
@@ -331,6 +352,49 @@ def test_pairs_of_another_model_are_refused(drawn: tuple[Path, Path], base: Path
         Loop(load_recipe(recipe_path(**run_changes(base, objective=settings))))._train_step()
 
 
+def test_pairs_of_another_base_size_are_refused(drawn: tuple[Path, Path], base: Path, recipe_path) -> None:
+    stage = {"base_size": 128, "steps": 1, "batch_size": 2, "learning_rate": 1e-3}
+    settings = {"name": "dmd", "pairs": str(drawn[1]), "pair_loss": "l2"}
+    loop = Loop(load_recipe(recipe_path(**run_changes(base, objective=settings, stages=[stage]))))
+    with pytest.raises(ConfigError, match="has pairs of 64x64 instead of 128x128 px. Draw pairs with this recipe"):
+        loop._train_step()
+
+
+def test_pairs_are_drawn_by_the_objectives_own_teacher(base: Path, recipe_path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file({name: value * 1.2 for name, value in load_file(base).items()}, other)
+    config = recipe_path(**run_changes(base, objective={"name": "dmd", "teacher": str(other)}))
+    draw_pairs(load_recipe(config), tmp_path / "pairs", 2, 2, 2.0, 2, 0)
+    settings = {"name": "dmd", "teacher": str(other), "pairs": str(tmp_path / "pairs"), "pair_loss": "l2"}
+    assert "pair_loss" in Loop(load_recipe(recipe_path(**run_changes(base, objective=settings))))._train_step()
+
+
+def test_pairs_of_another_precision_are_not_mixed(drawn: tuple[Path, Path], base: Path, recipe_path) -> None:
+    with pytest.raises(ConfigError, match="were drawn with precision fp32 instead of bf16"):
+        draw_pairs(load_recipe(recipe_path(**run_changes(base, precision="bf16"))), drawn[1], 8, 3, 2.0, 2, 0)
+
+
+def test_a_note_is_of_the_stage_that_made_the_weights(base: Path, recipe_path) -> None:
+    """Also where a finished run is started again."""
+    stage = {"base_size": 64, "steps": 1, "batch_size": 2, "learning_rate": 1e-3}
+    changes = run_changes(base, stages=[stage, {**stage, "objective": {"timestep": 600}}])
+    for _ in range(2):
+        assert read_note(train(recipe_path(**changes))) == dmd_note(600)
+
+
+@pytest.mark.parametrize("name", ["dmd", "lcm"])
+def test_what_holds_for_the_whole_run_is_no_stages(base: Path, recipe_path, name: str) -> None:
+    stage = {"base_size": 64, "steps": 1, "batch_size": 2, "learning_rate": 1e-3, "objective": {"teacher": "other"}}
+    with pytest.raises(ConfigError, match="stage 0: teacher can't differ from stage to stage"):
+        load_recipe(recipe_path(**run_changes(base, objective=name, stages=[stage])))
+
+
+@pytest.mark.parametrize("name", ["dmd", "lcm"])
+def test_random_weights_have_nothing_to_teach(base: Path, recipe_path, name: str) -> None:
+    with pytest.raises(ConfigError, match="random weights have nothing to teach. Give --transformer"):
+        train(recipe_path(**run_changes(base, objective=name, initialize=None)))
+
+
 def test_lpips_needs_a_decoder() -> None:
     with pytest.raises(ConfigError, match="set vae to one that decodes them, or choose 'l2'"):
         choose("objective", {"name": "dmd", "pairs": "somewhere"}, "recipe")
@@ -339,6 +403,8 @@ def test_lpips_needs_a_decoder() -> None:
 def test_the_command_draws_pairs(drawn: tuple[Path, Path], tmp_path: Path, capsys) -> None:
     assert main(["pairs", str(drawn[0]), str(tmp_path / "more"), "--count", "2", "--steps", "2", "--batch-size", "2"]) == 0
     assert "1 files of pairs in" in capsys.readouterr().out and (tmp_path / "more/00000000.safetensors").is_file()
+    assert main(["pairs", str(drawn[0]), str(tmp_path / "more"), "--count", "1", "--steps", "2000"]) == 2
+    assert "--steps is 2000; expected at most 1000" in capsys.readouterr().err
     assert main(["pairs", str(drawn[0]), str(tmp_path / "more"), "--count", "0"]) == 2
     assert "--count is 0; expected 1 or more" in capsys.readouterr().err
 

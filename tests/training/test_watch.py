@@ -14,6 +14,7 @@ from torch import autocast
 
 from pixart.cli import main
 from pixart.errors import ConfigError, PixArtError
+from pixart.sampling_note import LCM
 from pixart.training import dry_run as planning
 from pixart.training.dry_run import activation_bytes
 from pixart.training.loop import Loop, dry_run, train
@@ -79,6 +80,13 @@ def test_samples_are_dpm_solver_with_guidance_of_the_averaged_weights(recipe_pat
             latent = scheduler.step(both[0] + 4.5 * (both[1] - both[0]), timestep, latent).prev_sample
     torch.testing.assert_close(found, latent, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found, sampler.draw(loop.network, bright, 5, loop.device))  # the weights of the last step differ
+
+
+def test_samples_of_a_model_in_distillation_are_drawn_as_it_is_made_for(recipe_path: Callable[..., Path]) -> None:
+    loop = Loop(load_recipe(recipe_path(steps=1, samples={"prompts": ["bright"]})))
+    usual = Sampler(loop.recipe, loop.method, loop.source)
+    distilled = Sampler(loop.recipe, loop.method, loop.source, LCM)
+    assert (usual.steps, usual.guidance) == (20, 4.5) and (distilled.steps, distilled.guidance) == (4, 1)
 
 
 def test_samples_of_a_controlnet_are_held_out_pictures_with_their_own_hints(recipe_path: Callable[..., Path]) -> None:

@@ -54,5 +54,5 @@ class Objective(Protocol):
     ) -> dict[str, Tensor]:
         """As `losses`, for one turn of a companion; model: the companion, prepared for the run."""
 
-    def metadata(self) -> dict[str, str]:
-        """What the result's file says beside its weights, such as how to sample from it."""
+    def metadata(self, settings: Any) -> dict[str, str]:
+        """What the result's file says beside its weights, such as how to sample from it; settings: of the stage."""

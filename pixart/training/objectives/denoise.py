@@ -80,7 +80,7 @@ class Part:
     def companion_losses(self, turn: Turn, *inputs: Any) -> dict[str, Tensor]:
         raise NotImplementedError(f"no companion {turn.companion}")
 
-    def metadata(self) -> dict[str, str]:
+    def metadata(self, settings: Settings) -> dict[str, str]:
         return {}
 
 

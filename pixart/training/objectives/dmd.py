@@ -28,6 +28,8 @@ from ..trained import twin
 from . import Turn, denoise
 
 STEADY = 1e-5  # beside the mean that gradients are divided by
+NEEDS_TEACHER = True  # random first weights have nothing to teach
+WHOLE_RUN = ("pairs", "pair_loss", "lpips_net", "vae", "teacher")  # no stage has others
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Part(denoise.Part):
     """See `objectives.Objective`.
 
     Memory: three networks. Of PixArt's 0.6 billion weights in fp32 each takes 2.4 GB, and generator and fake score 7.2 GB more for
-    gradients and AdamW: 22 GB. As LoRA they share the frozen weights: 2.4 GB once, and some ten MB for each.
+    gradients and AdamW: 22 GB, and 2.4 more with an average. As LoRA they share the frozen weights: 2.4 GB once, and some ten MB for each.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -75,7 +77,7 @@ class Part(denoise.Part):
         wanted = drawn.detach() - self._direction(settings, drawn.detach(), conditions, draws)
         losses = {"matching_loss": 0.5 * (drawn - wanted).square().mean(dim=(1, 2, 3))}
         if self.pairs is not None:
-            losses["pair_loss"] = settings.pair_weight * self._pair_loss(settings, model, conditions, draws).expand(len(drawn))
+            losses["pair_loss"] = settings.pair_weight * self._pair_loss(settings, model, conditions, batch, draws)
         return losses
 
     def drawn(self, settings: Settings, model: nn.Module, start: Tensor, conditions: dict[str, Any]) -> Tensor:
@@ -103,11 +105,19 @@ class Part(denoise.Part):
         noise = draws.normal(f"{purpose} noise", latent.shape[1:]).to(latent.device)
         return self.schedule(latent.device).add_noise(latent, noise, timestep), noise, timestep
 
-    def _pair_loss(self, settings: Settings, model: nn.Module, conditions: dict[str, Any], draws: Draws) -> Tensor:
-        """Mean distance (1,) between what the generator and the teacher make of the same noise."""
-        count = max(1, round(settings.pair_share * len(draws.rows)))
-        pair = self.pairs.draw(draws, count, conditions)
-        return self.pairs.distance(self.drawn(settings, model, pair.noise, pair.conditions), pair.latent).mean()[None]
+    def _pair_loss(self, settings: Settings, model: nn.Module, conditions: dict[str, Any], batch: Batch, draws: Draws) -> Tensor:
+        """Distance (B,) between what the generator and the teacher make of the same noise, so that the batch's mean is that of its pairs.
+
+        The first rows of the whole batch have a pair each, whatever parts and processes it is computed in.
+        """
+        count = max(1, round(settings.pair_share * batch.total))
+        own = [place for place, row in enumerate(draws.rows) if row < count]
+        losses = batch.latent.new_zeros(len(batch.latent), dtype=torch.float32)
+        if own:
+            pair = self.pairs.draw(draws, [draws.rows[place] for place in own], batch.latent.shape[2:], conditions)
+            distance = self.pairs.distance(self.drawn(settings, model, pair.noise, pair.conditions), pair.latent)
+            losses[own] = distance.float() * (batch.total / count)
+        return losses
 
     def companions(self) -> Mapping[str, nn.Module]:
         return {**networks_of(self.real), "fake": self.fake}
@@ -127,8 +137,8 @@ class Part(denoise.Part):
         predicted = model(noisy, timestep, **conditions)[:, : drawn.shape[1]].float()
         return {"fake_loss": (predicted - noise).square().mean(dim=(1, 2, 3))}
 
-    def metadata(self) -> dict[str, str]:
-        return note_metadata(dmd_note(self.settings.timestep))
+    def metadata(self, settings: Settings) -> dict[str, str]:
+        return note_metadata(dmd_note(settings.timestep))
 
 
 def check(settings: Settings) -> None:

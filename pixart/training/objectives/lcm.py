@@ -25,6 +25,8 @@ from ..trained import trained_parameters, twin
 from . import denoise
 
 LOSSES = ("pseudo_huber", "l2")
+NEEDS_TEACHER = True  # random first weights have nothing to teach
+WHOLE_RUN = ("teacher",)  # no stage has another
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Part(denoise.Part):
     def companions(self) -> Mapping[str, nn.Module]:
         return {**networks_of(self.teacher), "target": self.target}
 
-    def metadata(self) -> dict[str, str]:
+    def metadata(self, settings: Settings) -> dict[str, str]:
         return note_metadata(LCM)
 
 
