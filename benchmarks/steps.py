@@ -184,7 +184,7 @@ def markdown(report: dict[str, Any]) -> str:
     for key, row in sorted(rows.items(), key=lambda item: (item[1]["passes"], item[0])):
         demo = results.get(DEMO, {}).get(key, {})
         mixed = [(results[name][key]["db"], plain_steps(results[name], results[name][key]["db"])) for name in by_kind["mixtures"] if key in results[name]]
-        cells = [row["solver"], row["schedule"], row["steps"], row["trick"], f"{row['passes']:g}"]
+        cells = [row["solver"], row["schedule"], row["steps"], row["trick"], passes_of(key, demo, results, by_kind["mixtures"])]
         cells += [shown(demo.get("db")), shown(plain_steps(results[DEMO], demo["db"]) if demo else None)]
         cells += [f"{demo[name]:.0%}" if name in demo else "" for name in ("changed", "right")]
         cells += [shown(np.mean([db for db, _ in mixed]) if mixed else None), shown(mean_of([steps for _, steps in mixed]))]
@@ -194,9 +194,16 @@ def markdown(report: dict[str, Any]) -> str:
         "", f"Distance to {facts['converged']} steps of {BASELINE[0]} with {BASELINE[1]}; demo: median PSNR of {facts['count']} held-out "
         "pictures at 256 px, cfg 4.5; changed visibly: over 1 % of the pixels by over a fifth of the range; as asked: by the demo's "
         "reader. Mixtures: mean over " + "; ".join(by_kind["mixtures"]) + ". Passes: forward passes of prompt and negative prompt "
-        "together. As plain steps: how many steps of the baseline come as near. Solvers that add noise run without it.",
+        "together (demo; mixtures). As plain steps: how many steps of the baseline come as near. Solvers that add noise run without it.",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def passes_of(key: str, demo: dict[str, Any], results: dict[str, Any], mixtures: list[str]) -> str:
+    """Of the demo, and of the mixtures where they differ: how much a cache spares depends on what it is asked."""
+    mixed = [results[name][key]["passes"] for name in mixtures if key in results[name]]
+    found = [*([demo["passes"]] if demo else []), *([round(float(np.mean(mixed)), 1)] if mixed else [])]
+    return "; ".join(dict.fromkeys(f"{each:g}" for each in found))
 
 
 def shown(value: float | None) -> str:
