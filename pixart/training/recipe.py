@@ -12,6 +12,7 @@ from ..config import get_variant
 from ..errors import ConfigError
 from .fields import typed
 from .parts import KINDS, Chosen, choose, part_module
+from .taught import check_teacher
 
 EXAMPLE = "configs/train/demo.json"
 OPTIMIZERS = ("adamw", "adamw8bit", "came", "prodigy", "muon")
@@ -217,12 +218,14 @@ def check_given(recipe: Recipe) -> None:
     missing = ["--output"] if recipe.output is None else []
     if recipe.initialize is None and not recipe.from_scratch and hasattr(recipe.source.settings, "data"):
         missing.append("--transformer (or from_scratch true)")
-    needs = getattr(part_module("objective", recipe.objective.name), "NEEDS_TEACHER", False)
-    if recipe.initialize is None and needs and recipe.objective.settings.teacher is None:
-        raise ConfigError(
-            f"Objective {recipe.objective.name} learns from a trained model, and the recipe names none: random weights have nothing to "
-            "teach. Give --transformer, or set the objective's teacher."
-        )
+    if getattr(part_module("objective", recipe.objective.name), "NEEDS_TEACHER", False):
+        teacher = recipe.objective.settings.teacher or recipe.initialize
+        if teacher is None:
+            raise ConfigError(
+                f"Objective {recipe.objective.name} learns from a trained model, and the recipe names none: random weights have nothing "
+                "to teach. Give --transformer, or set the objective's teacher."
+            )
+        check_teacher(teacher, recipe.objective.name)
     if missing:
         raise ConfigError(f"The recipe leaves {' and '.join(missing)} to the command line; add {'it' if len(missing) == 1 else 'them'}.")
 

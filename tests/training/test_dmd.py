@@ -16,7 +16,7 @@ from pixart.checkpoints import load_transformer
 from pixart.cli import main
 from pixart.config import TransformerConfig
 from pixart.errors import ConfigError
-from pixart.sampling_note import dmd_note, read_note
+from pixart.sampling_note import dmd_note, note_metadata, read_note
 from pixart.training import dry_run as dry_run_module
 from pixart.training import pairs as pairs_module
 from pixart.training.draw_pairs import draw_pairs
@@ -393,6 +393,21 @@ def test_what_holds_for_the_whole_run_is_no_stages(base: Path, recipe_path, name
 def test_random_weights_have_nothing_to_teach(base: Path, recipe_path, name: str) -> None:
     with pytest.raises(ConfigError, match="random weights have nothing to teach. Give --transformer"):
         train(recipe_path(**run_changes(base, objective=name, initialize=None)))
+
+
+@pytest.mark.parametrize("name", ["dmd", "lcm"])
+@pytest.mark.parametrize("place", ["initialize", "teacher"])
+def test_a_teacher_that_is_distilled_or_quantized_is_refused(base: Path, recipe_path, tmp_path: Path, name: str, place: str) -> None:
+    def changes(path: Path) -> dict[str, Any]:
+        return run_changes(path) | {"objective": name} if place == "initialize" else run_changes(base, objective={"name": name, "teacher": str(path)})
+
+    weights, other = load_file(base), tmp_path / "other.safetensors"
+    save_file(weights, other, note_metadata(dmd_note(400)))
+    with pytest.raises(ConfigError, match="distilled to one step at timestep 400 .DMD. already: guidance would be folded in twice"):
+        train(recipe_path(**changes(other)))
+    save_file({key: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value for key, value in weights.items()}, other)
+    with pytest.raises(ConfigError, match="quantized .*is F8_E4M3.*bf16, fp16 or fp32"):
+        train(recipe_path(**changes(other)))
 
 
 def test_lpips_needs_a_decoder() -> None:
