@@ -1,8 +1,8 @@
 """Which timesteps few steps go through: PixArt's own schedule, and one that was searched for few steps.
 
-The searched one was found by `python -m benchmarks step_search` for
-DPM-Solver++ 2M under PixArt's noise, with guidance 4.5, and is measured by `python -m benchmarks steps`: on exact problems it ends
-nearer to what many steps end at, on the demo's weights of today only from 12 steps on.
+The searched one was found by `python -m benchmarks step_search` for DPM-Solver++ 2M under PixArt's noise, with guidance 4.5, and is
+measured by `python -m benchmarks steps`: on exact problems it ends nearer to what many steps end at, on the demo's weights of today
+it is no nearer below 12 steps.
 """
 from __future__ import annotations
 

@@ -133,7 +133,6 @@ class Loop:
         """Steps until the recipe ends, or until it is asked to stop; then saves."""
         recipe = self.recipe
         watch = Watch(recipe, self.step, self.accelerator)
-        sampler = Sampler(recipe, self.method, self.source, note_of(self._facts(self.step))) if recipe.samples else None
         saved = None
         try:
             while self.step < recipe.steps:
@@ -141,7 +140,7 @@ class Loop:
                 values = self._train_step()
                 self.step += 1
                 watch.step(self.step, recipe.stages[number], values)
-                self._look(number, watch, sampler)
+                self._look(number, watch)
                 if self.step % recipe.save_every == 0:
                     self.save()
                     watch.plot()
@@ -153,11 +152,11 @@ class Loop:
         finally:
             watch.close()
 
-    def _look(self, stage: int, watch: Watch, sampler: Sampler | None) -> None:
+    def _look(self, stage: int, watch: Watch) -> None:
         """Validation and sample pictures where they are due, with the averaged weights."""
         recipe, last = self.recipe, self.step == self.recipe.steps
         validate = recipe.validation_every is not None and (self.step % recipe.validation_every == 0 or last)
-        draw = sampler is not None and (self.step % recipe.samples.every == 0 or last)
+        draw = recipe.samples is not None and (self.step % recipe.samples.every == 0 or last)
         if not validate and not draw:
             return
         training = self.bare_model.training
@@ -166,6 +165,7 @@ class Loop:
             if validate:
                 watch.validation(self.step, validation_losses(self, stage))
             if draw and (self.accelerator.is_main_process or recipe.shard):  # sharded weights need every process
+                sampler = Sampler(recipe, self.method, self.source, note_of(self._facts(self.step - 1)))  # of the stage
                 sheet = sampler.sheet(self.network, stage, self.device)
                 watch.picture(self.step, sheet)
         self.bare_model.train(training)
