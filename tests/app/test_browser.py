@@ -185,7 +185,8 @@ def test_each_form_begins_with_a_seed_that_no_server_is_asked_for(visit):
     for renew in (page.reload, page.reload, lambda: page.click("#pixart-reseed")):
         before = page.input_value("#pixart-seed input")
         renew()
-        page.wait_for_function("before => ![before, ''].includes(document.querySelector('#pixart-seed input')?.value)", arg=before)
+        # An empty field, then 0, stand there until the page has drawn its seed.
+        page.wait_for_function("before => ![before, '', '0'].includes(document.querySelector('#pixart-seed input')?.value)", arg=before)
         seeds.add(page.input_value("#pixart-seed input"))
     assert len(seeds) == 3 and all(0 <= int(seed) < 2**32 for seed in seeds) and asked == []
 
