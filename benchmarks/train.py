@@ -40,13 +40,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     chosen = parse(arguments)
     report: dict[str, Any] = {
-        "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "card": chosen.device == "cuda", "rounds": chosen.rounds, "tokens": TOKENS[0],
+        "machine": machine(), "note": chosen.note, "device": device_name(chosen.device), "card": chosen.device == "cuda", "tokens": TOKENS[0],
         "rank": RANK, "cases": [],
     }  # fmt: skip
+    name = f"train-{chosen.device}{chosen.suffix}"
+    report["cases"] = earlier_cases(chosen.out / f"{name}.json", report)
     for case in cases_of(chosen):
-        report["cases"].append({**case.to_dict(), **measure(case, chosen)})
-        write(report, chosen.out, f"train-{chosen.device}{chosen.suffix}")
+        add(report["cases"], case, measure(case, chosen))
+        write(report, chosen.out, name)
         print(markdown(report), flush=True)
+
+
+def earlier_cases(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a report there has already, if it was measured on such a machine; so that one table can be made in several runs."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["cases"] if (found["machine"], found["device"]) == (report["machine"], report["device"]) else []
+
+
+def add(cases: list[dict[str, Any]], case: Case, measured: dict[str, Any]) -> None:
+    """Rate or memory that was measured before stays, unless it was measured again."""
+    facts = case.to_dict()
+    known = next((each for each in cases if facts.items() <= each.items()), None)
+    if known is None:
+        cases.append(facts | measured)
+    else:
+        known.update(measured)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -195,13 +215,18 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"Training steps on random weights of XL/2 beside a plain loop of diffusers' transformer, peft and torch's optimizer with the same "
         f"settings: LoRA of rank {report['rank']} on all attention layers, gradient clipping, no average; captions of {report['tokens']} "
-        f"tokens, which the plain loop pads to 300 as diffusers' scripts do. Rate: medians of {report['rounds']} steps, the contenders in "
-        f"turn. Peak: {'memory of the card that torch held' if report['card'] else 'resident memory of the whole process'} "
+        f"tokens, which the plain loop pads to 300 as diffusers' scripts do. Rate: medians of at least {least_steps(report['cases'])} steps, the "
+        f"contenders in turn. Peak: {'memory of the card that torch held' if report['card'] else 'resident memory of the whole process'} "
         f"during two steps. Goals: {RATE_GOAL} times the rate, {MEMORY_GOAL} of the peak. {report['device']}, {report['machine']['cpu']}, "
         f"{report['machine']['threads']} threads, torch {report['machine']['torch']}, diffusers {report['machine']['diffusers']}. "
         f"{report['note']}".rstrip(),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def least_steps(cases: list[dict[str, Any]]) -> int:
+    """Of any case's medians."""
+    return min((len(seconds) for case in cases for seconds in case.get("seconds", {}).values()), default=0)
 
 
 def row(case: dict[str, Any]) -> str:

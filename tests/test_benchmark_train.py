@@ -69,6 +69,25 @@ def test_the_report_is_a_table_of_rates_and_peaks(tmp_path: Path, monkeypatch: p
     assert "came" in table[3] and len(json.loads((tmp_path / "train-cpu.json").read_text())["cases"]) == 2
 
 
+def test_rate_and_memory_measured_in_two_runs_are_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {"rate": {"seconds": {OURS: [0.5, 0.6], PLAIN: [1.0, 1.1]}}, "memory": {"gib": {OURS: 1.5, PLAIN: 3.0}}}
+    monkeypatch.setattr(train, "measure", lambda case, chosen: measured[chosen.only])
+    options = ["--methods", "lora", "--checkpointing", "off", "--out", str(tmp_path), "--only"]
+    train.main([*options, "rate"])
+    train.main([*options, "memory"])
+    train.main([*options, "memory", "--px", "1024"])
+    rows = [line for line in (tmp_path / "train-cpu.md").read_text().splitlines() if line.startswith("| lora")]
+    assert rows == [
+        "| lora | bf16 | adamw | 512 | 1 | 28 | off | 1.82 | 0.952 | 1.91 | 1.50 | 3.00 | 0.50 |",
+        "| lora | bf16 | adamw | 1024 | 1 | 28 | off |  |  |  | 1.50 | 3.00 | 0.50 |",
+    ]
+    assert "at least 2 steps" in (tmp_path / "train-cpu.md").read_text()
+    report = json.loads((tmp_path / "train-cpu.json").read_text())
+    (tmp_path / "train-cpu.json").write_text(json.dumps(report | {"machine": {"cpu": "another"}}))
+    train.main([*options, "rate"])
+    assert len(json.loads((tmp_path / "train-cpu.json").read_text())["cases"]) == 1  # of this machine alone
+
+
 def test_options_that_are_none(capsys: pytest.CaptureFixture) -> None:
     for option in (["--methods", "dora"], ["--optimizers", "sgd"], ["--batch", "0"], ["--px", "500"]):
         with pytest.raises(SystemExit):

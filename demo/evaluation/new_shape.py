@@ -1,6 +1,6 @@
-"""A lesson for trainers: a shape that the demo never saw, from a folder of captioned pictures.
+"""A lesson for trainers: a shape that the demo never saw, from a hundred captioned pictures.
 
-`python -m demo.evaluation.new_shape folder PLACE` writes the folder. `python -m demo.evaluation.new_shape evaluate --out FILE.json
+`python -m demo.evaluation.new_shape folder PLACE` writes them: `PLACE/new` to learn, `PLACE/old` not to forget. `python -m demo.evaluation.new_shape evaluate --out FILE.json
 --lora FILE` (or --transformer FILE) draws, through a ComfyUI's queue, colours and places of the shape that the folder left out, and
 the demo's old held-out prompts.
 """
@@ -65,15 +65,17 @@ def old_scenes(count: int, seed: int) -> list[Question]:
     return [Question(scene, caption(scene, rng)) for scene in scenes]
 
 
-def write_folder(place: Path, count: int = PICTURES, old: int = OLD, seed: int = 0) -> None:
-    """PNG pictures with a caption of the same name beside each; nothing that is there is overwritten."""
+def write_folders(place: Path, count: int = PICTURES, old: int = OLD, seed: int = 0) -> None:
+    """PNG pictures with a caption of the same name beside each, in `new` and `old`; nothing that is there is overwritten."""
     place.mkdir(parents=True, exist_ok=True)
     if any(place.iterdir()):
         sys.exit(f"{place} isn't empty; give a new folder.")
-    for number, question in enumerate(questions(combinations(heldout=False), count, seed) + old_scenes(old, seed)):
-        picture = render(arrange(question.scene, PIXELS, PIXELS), PIXELS, PIXELS)
-        Image.fromarray((picture * 255).round().astype(np.uint8)).save(place / f"{number:03}.png")
-        (place / f"{number:03}.txt").write_text(question.caption.text + "\n", encoding="utf-8")
+    for folder, asked in (("new", questions(combinations(heldout=False), count, seed)), ("old", old_scenes(old, seed))):
+        (place / folder).mkdir()
+        for number, question in enumerate(asked):
+            picture = render(arrange(question.scene, PIXELS, PIXELS), PIXELS, PIXELS)
+            Image.fromarray((picture * 255).round().astype(np.uint8)).save(place / folder / f"{number:03}.png")
+            (place / folder / f"{number:03}.txt").write_text(question.caption.text + "\n", encoding="utf-8")
 
 
 def queue_sampler(client: ComfyClient, lora: str | None, transformer: str | None) -> Sampler:
@@ -164,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure.add_argument("--out", type=Path, required=True, help="a .json; a contact sheet goes beside it")
     chosen = parser.parse_args(arguments)
     if chosen.command == "folder":
-        write_folder(chosen.place, chosen.count, chosen.old)
+        write_folders(chosen.place, chosen.count, chosen.old)
     else:
         for name, figures in run_evaluation(chosen).items():
             print(f"{name}: {figures['correct']:.1%} of {figures['pictures']}")

@@ -23,6 +23,7 @@ class Batch:
 
     weight: (B,), how much each row counts, 0 for rows that only fill up; total: the sum of weights over all processes' rows.
     captions: the texts behind `context`, for a text encoder that is trained itself.
+    prior: (B,) bool, rows that show what the model is to draw as before; None if none does.
     hint: (B, C, H, W), the latent of what a ControlNet is shown. features: (B, N, F), what is known of every token.
     """
 
@@ -35,6 +36,7 @@ class Batch:
     hint: Tensor | None = None
     features: Tensor | None = None
     captions: tuple[str, ...] | None = None
+    prior: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""

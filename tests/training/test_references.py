@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 
 from pixart.checkpoints import load_transformer
 from pixart.config import TransformerConfig, Variant
+from pixart.errors import ConfigError
 from pixart.training import initialize
 from pixart.training.bases import PackedLinear
 from pixart.training.batch import Batch
@@ -349,6 +350,46 @@ def test_kv_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objecti
     for block, own in weights.items():
         expected |= {f"blocks.{block}.attn.{name}": value.grad for name, value in own.items()}
     reference.assert_gradients(reference.gradients(network.named_parameters()), expected)
+
+
+@pytest.mark.parametrize("method", ["full", {"name": "lora", "rank": 2}])
+def test_only_the_prior_is_imitated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any) -> None:
+    """Its rows have the difference from the first weights, weighted by the timestep; the others the usual losses."""
+    begun = start(tmp_path, monkeypatch)
+    begun.batch = replace(begun.batch, prior=torch.tensor([True, False, True, False]))
+    chosen = {"name": "imitate", "imitate_weight": 3.0, "prior_only": True, "max_loss_weight": 20}
+    recipe = begun.recipe(tmp_path, method=method, objective=chosen)
+    objective, source = recipe.objective.make(), NoSource(begun.batch)
+    network = recipe.method.make(recipe).build(source, torch.device("cpu"))
+    objective.wrap(network, source)
+    randomize(network)
+    conditions = {"context": begun.batch.context, "context_mask": begun.batch.mask}
+    losses = objective.losses(recipe.objective.settings, network, conditions, begun.batch, begun.draws)
+    prediction, first = predicted_by(network, begun), predicted_by(load_transformer(begun.path), begun)
+    weight = (1 / reference.SIGNAL[TIMESTEPS]).clamp(max=20)
+    (noise, variance), (first_noise, first_variance) = prediction.chunk(2, dim=1), first.chunk(2, dim=1)
+    apart = ((noise - first_noise).square().mean((1, 2, 3)) * weight + (variance - first_variance).square().mean((1, 2, 3))) / 2
+    errors, bounds = reference.losses(prediction, begun.batch.latent, begun.noise, TIMESTEPS)
+    prior = begun.batch.prior
+    expected = {"imitate_loss": 3 * apart * prior, "noise_loss": errors * weight * ~prior, "variance_loss": bounds * ~prior}
+    assert set(losses) == set(expected) and float(apart[prior].min()) > 1e-4
+    for name, wanted in expected.items():
+        torch.testing.assert_close(losses[name].double(), wanted.double(), rtol=1e-5, atol=1e-5)
+
+
+def predicted_by(network: nn.Module, begun: Start) -> Tensor:
+    """Of the step's noisy latents."""
+    noisy = reference.noisy(begun.batch.latent, begun.noise, TIMESTEPS).float()
+    with torch.no_grad():
+        return network(noisy, TIMESTEPS, context=begun.batch.context, context_mask=begun.batch.mask).float()
+
+
+def test_a_prior_that_no_source_has_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = start(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match="prior_only is true, but no picture shows what to keep. Set source.prior_data"):
+        step(begun, begun.recipe(tmp_path, objective={"name": "imitate", "prior_only": True}))
+    with pytest.raises(ConfigError, match="denoise_weight is 0.5; with prior_only the other pictures teach at weight 1"):
+        begun.recipe(tmp_path, objective={"name": "imitate", "prior_only": True, "denoise_weight": 0.5})
 
 
 @pytest.mark.parametrize("method", ["full", {"name": "lora", "rank": 2}])

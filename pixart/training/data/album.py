@@ -53,6 +53,8 @@ class Settings:
     hints: str | None = None  # "hed", "canny" or a folder with a picture for each, for a ControlNet
     hed: str | None = None  # ControlNetHED.pth
     canny: tuple[float, float, float] = (1.0, 0.1, 0.2)  # blur in pixels, thresholds of the gradient
+    prior_data: str | None = None  # captioned pictures of what the model is to draw as before, in any layout; see objective "imitate"
+    prior_weight: float = 1.0  # of their loss
     validation: float = 0.0  # share of the pictures that is held out
     allow_broken: bool = False  # go on although more than one picture in a hundred can't be read
 

@@ -64,6 +64,7 @@ class Item:
     square: StoredLatent | None = None  # latents of its middle square
     binned: StoredLatent | None = None  # latents in its bin
     inside: str = ""  # its path within a shard
+    prior: bool = False  # shows what the model is to draw as before
 
 
 @dataclass

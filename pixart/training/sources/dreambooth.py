@@ -17,15 +17,13 @@ from tqdm import tqdm
 
 from ...errors import ConfigError
 from ..bases import DTYPES
-from ..batch import Batch
 from ..data.album import Settings as PictureSettings
 from ..data.album import release
 from ..data.folder import read_folder
 from ..data.item import Caption, Item, Listing
 from ..data.marks import mark_of, model_mark
 from ..data.spread import spread
-from ..draws import Draws
-from ..recipe import Recipe, Stage
+from ..recipe import Recipe
 from ..write import replace_file
 from . import pictures
 
@@ -46,7 +44,6 @@ class Settings(PictureSettings):
     class_pictures: int = 100  # as many are drawn by the first weights themselves, unless they are there
     class_steps: int = 20
     class_guidance: float = 4.5
-    prior_weight: float = 1.0  # of the class pictures' loss
 
 
 def check(settings: Settings) -> None:
@@ -57,10 +54,9 @@ def check(settings: Settings) -> None:
         raise ConfigError('instance_prompt is empty; expected one that names the subject by a rare word, like "a photo of sks dog".')
     if prompt == other:
         raise ConfigError(f"instance_prompt and class_prompt are both {prompt!r}; expected the class without the subject's word.")
-    if settings.class_pictures < 1 or settings.class_steps < 1 or not settings.prior_weight >= 0:
+    if settings.class_pictures < 1 or settings.class_steps < 1:
         raise ConfigError(
-            f"class_pictures is {settings.class_pictures}, class_steps {settings.class_steps} and prior_weight {settings.prior_weight}; "
-            "expected 1 or more, 1 or more, and 0 or more."
+            f"class_pictures is {settings.class_pictures} and class_steps {settings.class_steps}; expected 1 or more of each."
         )
 
 
@@ -75,10 +71,11 @@ class Part(pictures.Part):
         """Instance pictures, and those of the class that are there."""
         instance = super().listing()
         classes = self._class_items()
-        repeats = max(1, round(self._wanted() / max(1, len(instance.items))))
+        count = sum(not item.prior for item in instance.items)
+        repeats = max(1, round(self._wanted() / max(1, count)))
         prompt = (Caption(self.settings.instance_prompt),)
-        items = [replace(item, captions=prompt, repeats=repeats) for item in instance.items]
-        layout = f"{instance.layout}, {len(items)} of the instance" + (f" and {len(classes)} of the class" if self.place else "")
+        items = [item if item.prior else replace(item, captions=prompt, repeats=repeats) for item in instance.items]
+        layout = f"{instance.layout}, {count} of the instance" + (f" and {len(classes)} of the class" if self.place else "")
         return Listing(layout, [*items, *classes], instance.broken, instance.left_out)
 
     def _class_items(self) -> list[Item]:
@@ -86,7 +83,7 @@ class Part(pictures.Part):
             return []
         found = read_folder(self.place)
         prompt = (Caption(self.settings.class_prompt),)
-        return [replace(item, name=f"{self.place.name}/{item.name}", captions=prompt, repeats=1) for item in found.items]
+        return [replace(item, name=f"{self.place.name}/{item.name}", captions=prompt, repeats=1, prior=True) for item in found.items]
 
     def _wanted(self) -> int:
         """Class pictures of the run, whether they are there or not."""
@@ -128,8 +125,7 @@ class Part(pictures.Part):
     def _draw(self, numbers: Sequence[int], device: torch.device) -> None:
         """The first weights' own pictures of the class prompt, in the bins of the instance pictures."""
         shape = self.album.shapes[-1]
-        of_instance = (each for each in zip(self.album.entries, self.album.bins[shape]) if not self._is_class(each[0].captions[0].text))
-        sizes = [size for _, size in of_instance]
+        sizes = [size for entry, size in zip(self.album.entries, self.album.bins[shape]) if not entry.item.prior]
         latents = dict(tqdm(self._latents(numbers, sizes, device), desc="class pictures", total=len(numbers), mininterval=2))
         release(device)
         self.place.mkdir(parents=True, exist_ok=True)
@@ -156,19 +152,6 @@ class Part(pictures.Part):
                 seed=recipe.seed + number, output="latent", progress=False,
             )  # fmt: skip
             yield number, latent.float().cpu()
-
-    # -- batches ---------------------------------------------------------------------------------
-
-    def batch(self, settings: Settings, stage: Stage, draws: Draws) -> Batch:
-        """As `pictures`, with the class pictures' rows weighed; the total stays, so that a batch of one feels the weight too."""
-        made = super().batch(settings, stage, draws)
-        if self.place is None or settings.prior_weight == 1:
-            return made
-        factors = [settings.prior_weight if self._is_class(caption) else 1.0 for caption in made.captions]
-        return replace(made, weight=made.weight * torch.tensor(factors))
-
-    def _is_class(self, caption: str) -> bool:
-        return self.place is not None and caption == self.album.prepared(self.settings.class_prompt)
 
 
 def _place_of(settings: Settings, recipe: Recipe) -> Path | None:

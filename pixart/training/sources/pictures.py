@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ class Part:
         stages = [(stage, recipe.part_at("source", number).settings) for number, stage in enumerate(recipe.stages)]
         shapes = [_shape(stage, own) for stage, own in stages]
         self.album = Album(self.listing(), settings, self.variant, cache_of(settings, recipe), shapes)
+        self.has_prior = any(entry.item.prior for entry in self.album.entries)
         self.held_out = self._choose_held_out()
         self._plans: dict[tuple[Shape, int], tuple[Plan, list[int]]] = {}
         self._held: list[int] | None = None  # numbers of the entries that are held out
@@ -51,7 +53,11 @@ class Part:
         """What the data set's files tell."""
         if not self.settings.data:
             raise ConfigError("source.data is not set: give --data, the place of the pictures.")
-        return read_place(self.settings.data, self.variant.family, self.settings.captions)
+        data = read_place(self.settings.data, self.variant.family, self.settings.captions)
+        return with_prior(data, self._prior()) if self.settings.prior_data else data
+
+    def _prior(self) -> Listing:
+        return read_place(self.settings.prior_data, self.variant.family, self.settings.captions)
 
     def _choose_held_out(self) -> frozenset[str]:
         """Marks of the pictures that are only for validation: by chance, but always the same of the same pictures."""
@@ -102,7 +108,11 @@ class Part:
         mine = slice(draws.rows.start, draws.rows.stop)
         captions = [_draw(entry.captions, draws.of_row(row, "caption")) for row, entry in zip(draws.rows, entries[mine])]
         noise = draws.normal("latent", self._latent_shape(size)) if settings.sample_latents else None
-        return self._assemble(settings, shape, size, entries[mine], captions, weights, mine, noise)
+        made = self._assemble(settings, shape, size, entries[mine], captions, weights, mine, noise)
+        if made.prior is None or settings.prior_weight == 1:
+            return made
+        # The total stays, so that a batch of one feels the weight too
+        return replace(made, weight=torch.where(made.prior, settings.prior_weight * made.weight, made.weight))
 
     def validation(self, settings: Settings, stage: Stage, rows: range) -> list[Batch]:
         """Held-out pictures in the order of names, those of one bin together; each with its first caption and the latent's mean."""
@@ -140,6 +150,7 @@ class Part:
             total=float(sum(weights)),
             hint=torch.stack([self.album.hint(entry, shape, size) for entry in entries]) if self.album.hints else None,
             captions=tuple(caption.text for caption in captions),
+            prior=torch.tensor([entry.item.prior for entry in entries]) if self.has_prior else None,
         )
 
     def _plan(self, shape: Shape, batch_size: int) -> tuple[Plan, list[int]]:
@@ -179,10 +190,19 @@ def cache_of(settings: Settings, recipe: Recipe) -> Path:
     return Path(settings.cache) if settings.cache else Path(recipe.run_dir).parent / "cache"
 
 
+def with_prior(data: Listing, prior: Listing) -> Listing:
+    """Both together; the prior's pictures are called by their place too, since names may be the same."""
+    named = {item.name: f"prior/{item.name}" for item in prior.items}
+    items = [*data.items, *(replace(item, name=named[item.name], prior=True) for item in prior.items)]
+    broken = data.broken | {f"prior/{name}": why for name, why in prior.broken.items()}
+    left_out = {why: data.left_out.get(why, 0) + prior.left_out.get(why, 0) for why in [*data.left_out, *prior.left_out]}
+    return Listing(f"{data.layout}, and {len(prior.items)} of the prior: {prior.layout}", items, broken, left_out)
+
+
 def _captions_mark(entry: Entry) -> str:
     """Of texts and weights, wherever their states lie."""
     captions = [(each.text, each.weight, each.states and each.states.name) for each in entry.captions]
-    return mark_of(entry.item.repeats, captions)
+    return mark_of(entry.item.repeats, captions, *["prior"] * entry.item.prior)
 
 
 def check(settings: Settings) -> None:
@@ -192,6 +212,8 @@ def check(settings: Settings) -> None:
     weights = (settings.captions or {"text": 1}).values()
     if not all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights):
         raise ConfigError(f"source.captions is {settings.captions}; expected fields with weights above 0, like {{\"prompt\": 1}}.")
+    if not settings.prior_weight >= 0:
+        raise ConfigError(f"source.prior_weight is {settings.prior_weight}; expected 0 or more.")
     if settings.canny[0] < 0 or not 0 <= settings.canny[1] <= settings.canny[2]:
         raise ConfigError(f"source.canny is {list(settings.canny)}; expected [blur, lower, upper], like [1.0, 0.1, 0.2].")
 

@@ -24,11 +24,11 @@ def test_no_colour_and_place_of_both_halves() -> None:
     assert not kept & taught and len(kept) >= 15 and len(taught) >= 40
 
 
-def test_folder_holds_pictures_and_captions_of_what_is_taught(tmp_path) -> None:
+def test_folders_hold_pictures_and_captions_of_what_is_taught_and_kept(tmp_path) -> None:
     from PIL import Image
 
-    new_shape.write_folder(tmp_path / "bars")
-    pictures = sorted((tmp_path / "bars").glob("*.png"))
+    new_shape.write_folders(tmp_path / "bars")
+    pictures = [path for folder in ("new", "old") for path in sorted((tmp_path / "bars" / folder).glob("*.png"))]
     assert len(pictures) == new_shape.PICTURES + new_shape.OLD <= 100
     taught = new_shape.questions(new_shape.combinations(False), new_shape.PICTURES, 0)
     old = new_shape.old_scenes(new_shape.OLD, 0)
@@ -37,7 +37,7 @@ def test_folder_holds_pictures_and_captions_of_what_is_taught(tmp_path) -> None:
         assert picture.with_suffix(".txt").read_text(encoding="utf-8").strip() == question.caption.text
         assert check(question.scene, np.asarray(Image.open(picture)), question.caption.stated).correct
     with pytest.raises(SystemExit, match="isn't empty"):
-        new_shape.write_folder(tmp_path / "bars")
+        new_shape.write_folders(tmp_path / "bars")
 
 
 def test_the_reader_tells_it_from_all_others() -> None:

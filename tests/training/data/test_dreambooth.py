@@ -71,6 +71,7 @@ def test_half_of_the_rows_are_of_the_class_and_have_its_weight(tmp_path: Path, d
     captions = Counter(caption for batch in seen for caption in batch.captions)
     assert captions == {"a photo of sks circle": 10, "a red circle": 10}
     for batch in seen:
+        assert batch.prior.tolist() == [caption == "a red circle" for caption in batch.captions]
         assert batch.weight.tolist() == [0.25 if caption == "a red circle" else 1.0 for caption in batch.captions]
         assert batch.total == 4  # a mean over rows, whose weights the class pictures' own are beside
     alone = dreams(batch_size=1, class_data=str(tmp_path / "class"), class_pictures=10, prior_weight=0.25)
@@ -109,8 +110,8 @@ def test_other_weights_or_prompts_have_class_pictures_of_their_own(tmp_path: Pat
     [
         ({"instance_prompt": None}, "source dreambooth: instance_prompt is empty; expected one that names the subject"),
         ({"class_prompt": "a photo of SKS circle"}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
-        ({"class_pictures": 0}, "class_pictures is 0, class_steps 2 and prior_weight 1.0; expected 1 or more"),
-        ({"prior_weight": -1}, "prior_weight -1; expected"),
+        ({"class_pictures": 0}, "class_pictures is 0 and class_steps 2; expected 1 or more of each"),
+        ({"prior_weight": -1}, "prior_weight is -1; expected 0 or more"),
         ({"prior": 1}, "unknown field.*prior"),
     ],
 )

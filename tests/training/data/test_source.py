@@ -47,6 +47,26 @@ def test_latents_and_states_are_the_encoders(tmp_path, recipe_of):
         source.encode(["a green circle"])
 
 
+def test_pictures_of_the_prior_are_marked_and_weighed(tmp_path, recipe_of):
+    """Also where their names are those of other pictures."""
+    folder(tmp_path / "data", [(64, 64)] * 3)
+    folder(tmp_path / "kept", [(64, 64)] * 5, caption="a blue square")
+    (tmp_path / "kept/broken.png").write_bytes(b"no picture")
+    recipe = recipe_of(prior_data=str(tmp_path / "kept"), prior_weight=0.5, allow_broken=True)
+    source = prepared(recipe.source.make(recipe))
+    assert source.report()[0] == "data: folder of pictures, and 6 of the prior: folder of pictures, 8 pictures"
+    assert any("prior/broken.png" in line for line in source.report())
+    seen = batches(source, recipe, 2)  # an epoch
+    told = Counter(caption for batch in seen for caption in batch.captions)
+    assert told == {**{f"a red circle {n}": 1 for n in range(3)}, **{f"a blue square {n}": 1 for n in range(5)}}
+    for batch in seen:
+        assert batch.prior.tolist() == ["blue" in caption for caption in batch.captions]
+        assert batch.weight.tolist() == [0.5 if kept else 1.0 for kept in batch.prior] and batch.total == 4
+    without = recipe_of()
+    alone = prepared(without.source.make(without))
+    assert batches(alone, without, 1)[0].prior is None and set(alone.contents()) < set(source.contents())
+
+
 def test_processes_share_a_batch_and_its_size(tmp_path, recipe_of):
     folder(tmp_path / "data", SIZES * 3)
     recipe = recipe_of()
