@@ -1,8 +1,8 @@
 """A lesson for trainers: a shape that the demo never saw, from a hundred captioned pictures.
 
-`python -m demo.evaluation.new_shape folder PLACE` writes them: `PLACE/new` to learn, `PLACE/old` not to forget. `python -m demo.evaluation.new_shape evaluate --out FILE.json
---lora FILE` (or --transformer FILE) draws, through a ComfyUI's queue, colours and places of the shape that the folder left out, and
-the demo's old held-out prompts.
+`python -m demo.evaluation.new_shape folder PLACE` writes them: `PLACE/new` to learn, `PLACE/old` not to forget.
+`python -m demo.evaluation.new_shape evaluate --out FILE.json --lora FILE` (or --transformer FILE) draws, through a ComfyUI's queue,
+colours and places of the shape that the pictures left out, and the demo's old held-out prompts.
 """
 from __future__ import annotations
 
