@@ -401,6 +401,7 @@ def test_a_network_imitates_itself_at_first(tmp_path: Path, monkeypatch: pytest.
     objective = changed.objective.make()
     network = changed.method.make(changed).build(NoSource(begun.batch), torch.device("cpu"))
     objective.wrap(network, NoSource(begun.batch))
+    assert list(objective.companions()) == (["teacher"] if method == "full" else [])  # counted, compiled and sharded as such
     randomize(network)
     conditions = {"context": begun.batch.context, "context_mask": begun.batch.mask}
     moved = objective.losses(changed.objective.settings, network, conditions, begun.batch, begun.draws)["imitate_loss"]

@@ -19,6 +19,7 @@ from ..batch import Batch, Source
 from ..diffusion import noise_loss
 from ..draws import Draws
 from ..teacher import Teacher
+from ..teachers import networks_of
 from . import denoise
 
 
@@ -37,6 +38,9 @@ class Part(denoise.Part):
     def wrap(self, network: nn.Module, source: Source) -> nn.Module:
         self.teacher = Teacher(network)
         return network
+
+    def companions(self) -> dict[str, nn.Module]:
+        return networks_of(self.teacher)
 
     def losses(self, settings: Settings, model: nn.Module, conditions: dict[str, Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
         noisy, noise, timestep = self.noised(settings, batch, draws)
