@@ -33,6 +33,7 @@ from .prompts import KINDS, Question, Run, Sampler, draw, make_questions, summar
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES, OLD = 45, 55  # of the new shape, one of every combination that isn't held out, and of old ones, which are lost without
+MORE_CAPTIONS = 7  # of each old picture, which don't fit it: whatever the model is asked, it is to predict what it did before
 HELDOUT_PERCENT = 25
 PIXELS = 256
 
@@ -70,12 +71,16 @@ def write_folders(place: Path, count: int = PICTURES, old: int = OLD, seed: int 
     place.mkdir(parents=True, exist_ok=True)
     if any(place.iterdir()):
         sys.exit(f"{place} isn't empty; give a new folder.")
+    more = iter(old_scenes(old * MORE_CAPTIONS, seed + 1))
     for folder, asked in (("new", questions(combinations(heldout=False), count, seed)), ("old", old_scenes(old, seed))):
         (place / folder).mkdir()
         for number, question in enumerate(asked):
             picture = render(arrange(question.scene, PIXELS, PIXELS), PIXELS, PIXELS)
             Image.fromarray((picture * 255).round().astype(np.uint8)).save(place / folder / f"{number:03}.png")
-            (place / folder / f"{number:03}.txt").write_text(question.caption.text + "\n", encoding="utf-8")
+            captions = [question.caption.text]
+            if folder == "old":
+                captions += [other.caption.text for other in itertools.islice(more, MORE_CAPTIONS)]
+            (place / folder / f"{number:03}.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
 
 
 def queue_sampler(client: ComfyClient, lora: str | None, transformer: str | None) -> Sampler:
