@@ -141,7 +141,7 @@ def run_evaluation(chosen: argparse.Namespace) -> dict[str, Any]:
             figures, entries = evaluate(sampler, chosen.count, chosen.seed, chosen.word)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps({"count": chosen.count, "seed": chosen.seed, **figures}, indent=1) + "\n", encoding="utf-8")
-    make_contact_sheet(entries[:24]).save(chosen.out.with_suffix(".png"), optimize=True)
+    make_contact_sheet(entries[:12]).save(chosen.out.with_suffix(".png"), optimize=True)
     return figures
 
 
