@@ -52,11 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def earlier_cases(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a report there has already, if it was measured on such a machine; so that one table can be made in several runs."""
+    """What a report there has already, so that one table can be made in several runs; exits if it is of another machine."""
     if not path.is_file():
         return []
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found["cases"] if (found["machine"], found["device"]) == (report["machine"], report["device"]) else []
+    if (found["machine"], found["device"]) != (report["machine"], report["device"]):
+        sys.exit(f"{path} has figures of another machine, or of other versions. Move it away, or choose another --suffix.")
+    return found["cases"]
 
 
 def add(cases: list[dict[str, Any]], case: Case, measured: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from ..batch import Batch, Source
 from ..diffusion import noise_loss
 from ..draws import Draws
 from ..teacher import Teacher
-from ..teachers import networks_of
 from . import denoise
 
 
@@ -38,9 +37,6 @@ class Part(denoise.Part):
     def wrap(self, network: nn.Module, source: Source) -> nn.Module:
         self.teacher = Teacher(network)
         return network
-
-    def companions(self) -> dict[str, nn.Module]:
-        return networks_of(self.teacher)
 
     def losses(self, settings: Settings, model: nn.Module, conditions: dict[str, Any], batch: Batch, draws: Draws) -> dict[str, Tensor]:
         noisy, noise, timestep = self.noised(settings, batch, draws)
@@ -70,8 +66,8 @@ def prior_of(batch: Batch) -> Tensor:
     """(B,) bool; raises ConfigError where the source has no prior."""
     if batch.prior is None:
         raise ConfigError(
-            "objective.prior_only is true, but no picture shows what to keep. Set source.prior_data to a folder of such pictures with "
-            "captions, or the source dreambooth's class_prompt; or set prior_only to false."
+            "objective.prior_only is true, but no picture shows what to keep, or all that do were left out. Set source.prior_data to a "
+            "folder of such pictures with captions, or the source dreambooth's class_prompt; or set prior_only to false."
         )
     return batch.prior
 

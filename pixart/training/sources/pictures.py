@@ -53,6 +53,8 @@ class Part:
         """What the data set's files tell."""
         if not self.settings.data:
             raise ConfigError("source.data is not set: give --data, the place of the pictures.")
+        if self.settings.prior_data:
+            check_apart(self.settings.data, self.settings.prior_data)
         data = read_place(self.settings.data, self.variant.family, self.settings.captions)
         return with_prior(data, self._prior()) if self.settings.prior_data else data
 
@@ -188,6 +190,15 @@ def cache_of(settings: Settings, recipe: Recipe) -> Path:
     if not settings.cache and not recipe.run_dir:
         raise ConfigError("No place for the features: give --cache, or --output, beside which they are kept.")
     return Path(settings.cache) if settings.cache else Path(recipe.run_dir).parent / "cache"
+
+
+def check_apart(data: str, prior: str) -> None:
+    """Raises ConfigError where a picture would be both learnt and kept."""
+    first, second = Path(data).resolve(), Path(prior).resolve()
+    if first == second or first in second.parents or second in first.parents:
+        raise ConfigError(
+            f"source.data is {data} and source.prior_data {prior}, and one holds the other; expected two places with other pictures each."
+        )
 
 
 def with_prior(data: Listing, prior: Listing) -> Listing:

@@ -67,6 +67,15 @@ def test_pictures_of_the_prior_are_marked_and_weighed(tmp_path, recipe_of):
     assert batches(alone, without, 1)[0].prior is None and set(alone.contents()) < set(source.contents())
 
 
+@pytest.mark.parametrize("inside", ["", "kept", ".."])
+def test_pictures_that_are_both_learnt_and_kept_are_an_error(tmp_path, recipe_of, inside):
+    folder(tmp_path / "data", [(64, 64)] * 3)
+    folder(tmp_path / "data/kept", [(64, 64)] * 3)
+    recipe = recipe_of(prior_data=str(tmp_path / "data" / inside))
+    with pytest.raises(ConfigError, match="and one holds the other; expected two places"):
+        recipe.source.make(recipe)
+
+
 def test_processes_share_a_batch_and_its_size(tmp_path, recipe_of):
     folder(tmp_path / "data", SIZES * 3)
     recipe = recipe_of()
