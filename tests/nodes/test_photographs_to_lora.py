@@ -72,7 +72,7 @@ def test_photographs_become_a_lora_that_the_host_opens(
     with safe_open(output, "pt") as file:
         assert {"modelspec.title", "modelspec.architecture"} <= set(file.metadata())
 
-    base = load_model(places["transformer"], "sigma-512")
+    base = load_model(places["transformer"], "sigma-512", weight_dtype="fp32")
     taught = host_nodes.LoraLoaderModelOnly().load_lora_model_only(base, output.name, 1.0)[0]
     own = load_transformer(places["transformer"], "sigma-512")
     given = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0])
