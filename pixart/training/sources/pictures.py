@@ -53,13 +53,13 @@ class Part:
         """What the data set's files tell."""
         if not self.settings.data:
             raise ConfigError("source.data is not set: give --data, the place of the pictures.")
-        if self.settings.prior_data:
-            check_apart(self.settings.data, self.settings.prior_data)
-        data = read_place(self.settings.data, self.variant.family, self.settings.captions)
-        return with_prior(data, self._prior()) if self.settings.prior_data else data
+        if not self.settings.prior_data:
+            return self._read(self.settings.data)
+        check_apart(self.settings.data, self.settings.prior_data)
+        return with_prior(self._read(self.settings.data), self._read(self.settings.prior_data))
 
-    def _prior(self) -> Listing:
-        return read_place(self.settings.prior_data, self.variant.family, self.settings.captions)
+    def _read(self, place: str) -> Listing:
+        return read_place(place, self.variant.family, self.settings.captions)
 
     def _choose_held_out(self) -> frozenset[str]:
         """Marks of the pictures that are only for validation: by chance, but always the same of the same pictures."""
@@ -203,8 +203,7 @@ def check_apart(data: str, prior: str) -> None:
 
 def with_prior(data: Listing, prior: Listing) -> Listing:
     """Both together; the prior's pictures are called by their place too, since names may be the same."""
-    named = {item.name: f"prior/{item.name}" for item in prior.items}
-    items = [*data.items, *(replace(item, name=named[item.name], prior=True) for item in prior.items)]
+    items = [*data.items, *(replace(item, name=f"prior/{item.name}", prior=True) for item in prior.items)]
     broken = data.broken | {f"prior/{name}": why for name, why in prior.broken.items()}
     left_out = {why: data.left_out.get(why, 0) + prior.left_out.get(why, 0) for why in [*data.left_out, *prior.left_out]}
     return Listing(f"{data.layout}, and {len(prior.items)} of the prior: {prior.layout}", items, broken, left_out)
