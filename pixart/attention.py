@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from .kv_compress import KVCompression, compress_keys_values
 
-DENSE_SCORES = 2**17  # of one head: at 256 px, and 512 px beside a caption of up to 128 tokens
-
 
 class AttentionFunction(Protocol):
     """Softmax attention. q: (B, N, H*d); k, v: (B, M, H*d) -> (B, N, H*d).
@@ -40,31 +38,6 @@ def by_head(x: Tensor, heads: int) -> Tensor:
     """(B, N, H*d) -> (B, H, N, d); on a CPU each head's 16-bit numbers together: its kernel is a fifth faster then, in fp32 slower."""
     split = rearrange(x, "b n (h d) -> b h n d", h=heads)
     return split.contiguous() if x.device.type == "cpu" and x.element_size() == 2 else split
-
-
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, heads: int, mask: Tensor | None = None, options: Any = None
-) -> Tensor:
-    """The same with whole score matrices: for training on a CPU, where the fused kernel's backward is slow on small ones."""
-    q, k, v = (rearrange(x, "b n (h d) -> (b h) n d", h=heads) for x in (q, k, v))
-    scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
-    if mask is not None and mask.is_floating_point():
-        scores = scores + mask.repeat_interleave(heads, dim=0)[:, None]
-    elif mask is not None:
-        scores = scores.masked_fill(~mask.bool().repeat_interleave(heads, dim=0)[:, None], float("-inf"))
-    out = torch.bmm(scores.softmax(dim=-1).to(v.dtype), v)
-    return rearrange(out, "(b h) n d -> b n (h d)", h=heads)
-
-
-def cpu_training_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, heads: int, mask: Tensor | None = None, options: Any = None
-) -> Tensor:
-    """The one of the two that trains a CPU faster; from 512 px on that is the fused one, which keeps no scores for the backward pass.
-
-    Dense scores would stay in memory in every block: 100 MB each of XL/2 at 512 px.
-    """
-    attention = dense_attention if q.shape[1] * k.shape[1] <= DENSE_SCORES else torch_attention
-    return attention(q, k, v, heads=heads, mask=mask, options=options)
 
 
 class SelfAttention(nn.Module):

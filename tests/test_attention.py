@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from pixart.attention import CrossAttention, SelfAttention, caption_lengths, dense_attention, one_token_of, torch_attention
+from pixart.attention import CrossAttention, SelfAttention, caption_lengths, one_token_of, torch_attention
+from pixart.training.cpu_attention import dense_attention
 
 
 def slow_attention(q, k, v, heads, mask=None):

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import forward, memory, peers, plots, timing
 from benchmarks.peers import PADDED, PAG, TOKENS, Compressed, Size, Workload, core_model, diffusers_model, host_model, make_peer
 from benchmarks.rate import operations, step_flops
-from pixart.attention import dense_attention, one_token_of
+from pixart.attention import one_token_of
 from pixart.kv_compress import KVCompression
 from pixart.model import PixArtTransformer
+from pixart.training.cpu_attention import dense_attention
 from tests.support import host
 
 FIGURES = {"median": 2.0, "spread": 0.1, "all": [1.9, 2.1]}

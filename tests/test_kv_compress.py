@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pixart.attention import dense_attention, torch_attention
+from pixart.attention import torch_attention
 from pixart.checkpoints.keys import to_native
 from pixart.config import TransformerConfig
 from pixart.errors import InputError
@@ -15,6 +15,7 @@ from pixart.kv_compress import KVCompression, check_together, compress_keys_valu
 from pixart.model import PixArtTransformer
 from pixart.sampling import denoise
 from pixart.text.encoder import TextEmbeddings
+from pixart.training.cpu_attention import dense_attention
 from tests.support.checkpoint_factory import diffusers_config, reference_model
 from tests.support.kv_reference import LoopAttention, predict
 

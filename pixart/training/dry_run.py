@@ -17,6 +17,7 @@ from .methods import Method
 from .optimizers import block_matrices, state_bytes
 from .precision import autocast
 from .recipe import Recipe, Stage
+from .teachers import networks_of
 
 GIB = 2**30
 
@@ -24,6 +25,7 @@ GIB = 2**30
 def describe_run(recipe: Recipe, accelerator: Accelerator) -> list[str]:
     """Lines on the pictures, the steps, what is trained, and the bytes in each process's memory."""
     source, method = recipe.source.make(recipe), recipe.method.make(recipe)
+    recipe.objective.make().check_run(recipe, source)
     with torch.device("meta"):
         network = method.build(source, torch.device("meta"))
     processes = accelerator.num_processes
@@ -63,12 +65,13 @@ def _memory_lines(recipe: Recipe, method: Method, network: nn.Module, processes:
 
 
 def _companion_lines(recipe: Recipe, method: Method, network: nn.Module, source: Source, processes: int) -> list[str]:
-    """Of networks that the objective has beside the one in training; frozen weights that they share are counted once."""
+    """Of networks that the objective has beside the one in training, a teacher's too; frozen weights that they share are counted once."""
     objective, shares = recipe.objective.make(), processes if recipe.shard else 1
     with torch.device("meta"):
         objective.wrap(network, source)
     shared, lines = {id(value) for module in _modules(network) for value in _own_tensors(module)}, []
-    for name, beside in objective.companions().items():
+    teacher = getattr(objective, "teacher", None)
+    for name, beside in {**(networks_of(teacher) if teacher else {}), **objective.companions()}.items():
         own = _bytes(value for module in beside.modules() for value in _own_tensors(module) if id(value) not in shared) / shares
         trained = [parameter for parameter in beside.parameters() if parameter.requires_grad]
         states = state_bytes(recipe.optimizer, trained, block_matrices(method.blocks(beside))) / shares if trained else 0

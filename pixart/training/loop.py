@@ -20,6 +20,7 @@ from .blocks import wrap_blocks
 from .contents import check_contents, contents_mark, keep_contents
 from .draws import Draws, share
 from .dry_run import describe_run
+from .heap import give_back_freed_memory
 from .precision import autocast, make_scaler
 from .processes import agreed, check_batches, make_accelerator, stopped_by_signals
 from .recipe import Recipe, check_given, load_recipe
@@ -93,6 +94,7 @@ class Loop:
         self.source = recipe.source.make(recipe)
         self.method = recipe.method.make(recipe)
         self.objective = recipe.objective.make()
+        self.objective.check_run(recipe, self.source)
         prompts = (*recipe.samples.prompts, recipe.samples.negative) if recipe.samples else ()
         self.source.prepare(prompts, self.accelerator)  # before the network is in memory: the text encoder and the VAE are large
         self.contents = self.source.contents()
@@ -113,6 +115,8 @@ class Loop:
         beside = self.objective.companions()
         for network in (self.network, *beside.values()):
             wrap_blocks(self.method.blocks(network), compiled=recipe.compile_blocks, checkpointed=recipe.checkpoint_blocks)
+            if self.device.type == "cpu":
+                give_back_freed_memory(self.method.blocks(network))
         self.trained = Trained(model, self.method.blocks(self.network), recipe, self.accelerator, self.scaler)
         self.companions: dict[str, Trained] = {}
         for name, network in beside.items():

@@ -14,11 +14,13 @@ from torch import autocast
 from torch.nn import Linear
 
 from pixart.errors import ConfigError, UnsupportedError
-from pixart.training.linear import cast_weights_anew
+from pixart.training.adapters import Adaptation, add_adapters
+from pixart.training.linear import add_adapters_in_place, cast_weights_anew
 from pixart.training.loop import MAX_SKIPPED, Loop, train
 from pixart.training.optimizers import make_optimizers
 from pixart.training.recipe import load_recipe
 from pixart.training.state import newest_state
+from pixart.training.teacher import without_adapters
 from tests.support.tiny_training import recipe_values
 
 STAGE = {"base_size": 64, "steps": 3, "batch_size": 8, "learning_rate": 2e-3}
@@ -75,6 +77,57 @@ def test_weights_cast_anew_give_autocasts_gradients_and_keep_no_copy() -> None:
         torch.testing.assert_close(found, expected, atol=1e-2 * float(expected.abs().max()), rtol=1e-2)
     assert kept[1] <= kept[0] - 2 * 2 * 256 * 512
     torch.testing.assert_close(ours(x), plain(x))  # without autocast
+
+
+def adapted(kind: str = "lora", dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Two layers with adapters whose matrices aren't zero any more."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Linear(24, 40), torch.nn.GELU(), Linear(40, 24, bias=False)).to(dtype)
+    add_adapters(model, Adaptation(kind, 4, 8.0, dropout=dropout), ["0", "2"])
+    for value in model.parameters():
+        if value.requires_grad:
+            torch.nn.init.normal_(value, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_inside_the_product_gives_pefts_gradients(dtype: torch.dtype) -> None:
+    plain, ours = adapted(dtype=dtype), adapted(dtype=dtype)
+    add_adapters_in_place(ours)
+    x, found = torch.randn(3, 5, 24), []
+    for model in (plain, ours):
+        inside = x.clone().requires_grad_()
+        with autocast("cpu", torch.bfloat16, cache_enabled=False):
+            out = model(inside)
+        out.float().square().sum().backward()
+        found.append([out.detach(), inside.grad, *(value.grad for value in model.parameters() if value.requires_grad)])
+    assert "forward" in ours[0].__dict__ and "forward" not in plain[0].__dict__
+    for expected, value in zip(*found):
+        assert value.dtype == expected.dtype
+        torch.testing.assert_close(value, expected, atol=2e-2 * float(expected.abs().max()), rtol=2e-2)
+
+
+def test_a_lora_inside_the_product_equals_the_formula() -> None:
+    from pixart.training.linear import _ProductWithLora
+
+    torch.manual_seed(0)
+    x, weight, bias, down, up = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 3, 6), (5, 6), (5,), (2, 6), (5, 2)))
+    trained = [value.requires_grad_() for value in (x, down, up)]
+    torch.testing.assert_close(_ProductWithLora.apply(x, weight, bias, down, up, 0.7), x @ (weight + 0.7 * up @ down).T + bias)
+    assert torch.autograd.gradcheck(lambda x, down, up: _ProductWithLora.apply(x, weight, bias, down, up, 0.7), trained)
+
+
+def test_only_a_plain_lora_goes_inside_and_it_can_be_turned_off() -> None:
+    for kind, dropout in (("dora", 0.0), ("loha", 0.0), ("lokr", 0.0), ("lora", 0.1)):
+        model = adapted(kind, dropout)
+        add_adapters_in_place(model)
+        assert "forward" not in model[0].__dict__, kind
+    model, x = adapted(), torch.randn(3, 24)
+    before = model(x)
+    add_adapters_in_place(model)
+    torch.testing.assert_close(model(x), before)  # without autocast
+    with autocast("cpu", torch.bfloat16), without_adapters(model):
+        assert torch.equal(model[0](x), model[0].base_layer(x))
 
 
 @pytest.mark.slow

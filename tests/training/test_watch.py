@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,6 +188,25 @@ def planning_draws() -> object:
 def meta_network(recipe: object) -> torch.nn.Module:
     with torch.device("meta"):
         return recipe.method.make(recipe).build(None, torch.device("meta"))
+
+
+@pytest.mark.parametrize(("method", "kept"), [("full", 1), ({"name": "lora", "rank": 2}, 0)])
+def test_a_dry_run_counts_the_model_that_is_imitated(
+    recipe_path: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: Any, kept: int
+) -> None:
+    """A LoRA's is the network itself."""
+    monkeypatch.setattr(planning, "get_variant", lambda name: VARIANT)
+    lines = dry_run(recipe_path(initialize="not here.safetensors", method=method, objective="imitate"))
+    assert len([line for line in lines if "imitate also keeps: teacher" in line]) == kept
+
+
+@pytest.mark.parametrize("run", [dry_run, train])
+def test_a_prior_that_isnt_there_is_told_first(recipe_path: Callable[..., Path], run: Callable[[Path], Any]) -> None:
+    objective = {"name": "imitate", "prior_only": True}
+    with pytest.raises(ConfigError, match="no picture shows what to keep"):
+        run(recipe_path(initialize="not here.safetensors", objective=objective))
+    with pytest.raises(ConfigError, match="there is nothing to keep; set initialize"):
+        run(recipe_path(objective=objective))
 
 
 def test_a_dry_run_loads_and_writes_nothing(recipe_path: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

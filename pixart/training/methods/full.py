@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention import AttentionFunction, cpu_training_attention, torch_attention
+from ...attention import AttentionFunction, torch_attention
 from ...checkpoints.detect import AUTO
 from ...config import TransformerConfig, get_variant
 from ...model import PixArtTransformer
 from ..batch import Batch, Source
+from ..cpu_attention import cpu_training_attention
 from ..initialize import copy_weights, initialize_weights, pass_noise_through
 from ..recipe import Recipe
 from ..results import check_saving, describe, hints_of, weights_of, write_model

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..average import Average
 from ..batch import Batch, Source
 from ..draws import Draws
+from ..recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Turn:
 
 class Objective(Protocol):
     """One loss; it may bring modules of its own, which are trained beside the network or by itself."""
+
+    def check_run(self, recipe: Recipe, source: Source) -> None:
+        """Raises ConfigError where the run lacks what the losses need, before anything is computed."""
 
     def wrap(self, network: nn.Module, source: Source) -> nn.Module:
         """The module whose parameters the loop trains: the network, or one that holds it and trained helpers."""

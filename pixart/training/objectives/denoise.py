@@ -12,6 +12,7 @@ from ..average import Average
 from ..batch import Batch, Source
 from ..diffusion import NoiseSchedule, logit_normal_timesteps, noise_loss, uniform_timesteps, variance_loss
 from ..draws import Draws
+from ..recipe import Recipe
 from . import Turn
 
 LEAST = {"timestep_std": 0, "max_loss_weight": 1, "variance_weight": 0}
@@ -34,6 +35,9 @@ class Part:
 
     def __init__(self, settings: Settings) -> None:
         self._schedule: NoiseSchedule | None = None
+
+    def check_run(self, recipe: Recipe, source: Source) -> None:
+        """Pictures are enough."""
 
     def wrap(self, network: nn.Module, source: Source) -> nn.Module:
         return network

@@ -18,8 +18,14 @@ from ...errors import ConfigError
 from ..batch import Batch, Source
 from ..diffusion import noise_loss
 from ..draws import Draws
+from ..recipe import Recipe
 from ..teacher import Teacher
 from . import denoise
+
+NO_PRIOR = (
+    "objective.prior_only is true, but no picture shows what to keep, or all that do were left out. Set source.prior_data to a "
+    "folder of such pictures with captions, or the source dreambooth's class_prompt; or set prior_only to false."
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,15 @@ class Settings(denoise.Settings):
 
 class Part(denoise.Part):
     """See `objectives.Objective`."""
+
+    def check_run(self, recipe: Recipe, source: Source) -> None:
+        chosen = [recipe.part_at("objective", number).settings for number in range(len(recipe.stages))]
+        if not any(settings.prior_only for settings in chosen):
+            return
+        if not recipe.initialize:
+            raise ConfigError("objective.prior_only is true, but there is nothing to keep; set initialize to finished weights.")
+        if not getattr(source, "expects_prior", False):
+            raise ConfigError(NO_PRIOR)
 
     def wrap(self, network: nn.Module, source: Source) -> nn.Module:
         self.teacher = Teacher(network)
@@ -65,10 +80,7 @@ class Part(denoise.Part):
 def prior_of(batch: Batch) -> Tensor:
     """(B,) bool; raises ConfigError where the source has no prior."""
     if batch.prior is None:
-        raise ConfigError(
-            "objective.prior_only is true, but no picture shows what to keep, or all that do were left out. Set source.prior_data to a "
-            "folder of such pictures with captions, or the source dreambooth's class_prompt; or set prior_only to false."
-        )
+        raise ConfigError(NO_PRIOR)
     return batch.prior
 
 

@@ -67,6 +67,11 @@ class Part(pictures.Part):
         self.recipe, self.place = recipe, _place_of(settings, recipe)
         super().__init__(settings, recipe)
 
+    @property
+    def expects_prior(self) -> bool:
+        """Also where the pictures of the class are still to be drawn."""
+        return self.has_prior or self.place is not None
+
     def listing(self) -> Listing:
         """Instance pictures, and those of the class that are there."""
         instance = super().listing()

@@ -49,6 +49,11 @@ class Part:
         self._plans: dict[tuple[Shape, int], tuple[Plan, list[int]]] = {}
         self._held: list[int] | None = None  # numbers of the entries that are held out
 
+    @property
+    def expects_prior(self) -> bool:
+        """Whether some pictures show what is to be kept."""
+        return self.has_prior
+
     def listing(self) -> Listing:
         """What the data set's files tell."""
         if not self.settings.data:
@@ -203,7 +208,8 @@ def check_apart(data: str, prior: str) -> None:
 
 def with_prior(data: Listing, prior: Listing) -> Listing:
     """Both together; the prior's pictures are called by their place too, since names may be the same."""
-    items = [*data.items, *(replace(item, name=f"prior/{item.name}", prior=True) for item in prior.items)]
+    kept = (replace(item, name=f"prior/{item.name}", inside=item.inside and f"prior/{item.inside}", prior=True) for item in prior.items)
+    items = [*data.items, *kept]
     broken = data.broken | {f"prior/{name}": why for name, why in prior.broken.items()}
     left_out = {why: data.left_out.get(why, 0) + prior.left_out.get(why, 0) for why in [*data.left_out, *prior.left_out]}
     return Listing(f"{data.layout}, and {len(prior.items)} of the prior: {prior.layout}", items, broken, left_out)
@@ -222,8 +228,8 @@ def check(settings: Settings) -> None:
     weights = (settings.captions or {"text": 1}).values()
     if not all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights):
         raise ConfigError(f"source.captions is {settings.captions}; expected fields with weights above 0, like {{\"prompt\": 1}}.")
-    if not settings.prior_weight >= 0:
-        raise ConfigError(f"source.prior_weight is {settings.prior_weight}; expected 0 or more.")
+    if not 0 <= settings.prior_weight < float("inf"):
+        raise ConfigError(f"source.prior_weight is {settings.prior_weight}; expected a number of 0 or more.")
     if settings.canny[0] < 0 or not 0 <= settings.canny[1] <= settings.canny[2]:
         raise ConfigError(f"source.canny is {list(settings.canny)}; expected [blur, lower, upper], like [1.0, 0.1, 0.2].")
 

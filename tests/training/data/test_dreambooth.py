@@ -111,7 +111,7 @@ def test_other_weights_or_prompts_have_class_pictures_of_their_own(tmp_path: Pat
         ({"instance_prompt": None}, "source dreambooth: instance_prompt is empty; expected one that names the subject"),
         ({"class_prompt": "a photo of SKS circle"}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
         ({"class_pictures": 0}, "class_pictures is 0 and class_steps 2; expected 1 or more of each"),
-        ({"prior_weight": -1}, "prior_weight is -1; expected 0 or more"),
+        ({"prior_weight": -1}, "prior_weight is -1; expected a number of 0 or more"),
         ({"prior": 1}, "unknown field.*prior"),
     ],
 )
