@@ -40,6 +40,7 @@ class Case:
     blocks: int
     checkpointed: bool
     device: str
+    trimmed: bool = False  # of ours: `trim_memory`
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -130,7 +131,7 @@ def _recipe(case: Case, start: str | None, folder: Path) -> Recipe:
         "variant": VARIANT, "method": {"name": "lora", "rank": RANK} if case.method == "lora" else "full", "objective": "denoise",
         "source": {"name": "scenes", "text_encoder": ""}, "output": str(folder / "out.safetensors"), "initialize": start,
         "precision": case.precision, "optimizer": case.optimizer, "clip_norm": CLIP, "ema_decay": 0.0, "caption_dropout": 0.0,
-        "betas": [0.9, 0.999], "checkpoint_blocks": case.checkpointed, "stages": [stage],
+        "betas": [0.9, 0.999], "checkpoint_blocks": case.checkpointed, "trim_memory": case.trimmed, "stages": [stage],
     }  # fmt: skip
     return replace(make_recipe(values, "benchmark"), source=Given(case))
 

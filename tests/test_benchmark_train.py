@@ -65,7 +65,7 @@ def test_the_report_is_a_table_of_rates_and_peaks(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(train, "Child", Quick)
     train.main(["--px", "512", "--optimizers", "adamw,came", "--methods", "lora", "--checkpointing", "off", "--out", str(tmp_path)])
     table = (tmp_path / "train-cpu.md").read_text().splitlines()
-    assert table[2] == "| lora | bf16 | adamw | 512 | 1 | 28 | off | 2 | 1.33 | 1.50 | 1.50 | 3.00 | 0.50 |"
+    assert table[2] == "| lora | bf16 | adamw | 512 | 1 | 28 | off | off | 2 | 1.33 | 1.50 | 1.50 | 3.00 | 0.50 |"
     assert "came" in table[3] and len(json.loads((tmp_path / "train-cpu.json").read_text())["cases"]) == 2
 
 
@@ -78,8 +78,8 @@ def test_rate_and_memory_measured_in_two_runs_are_one_table(tmp_path: Path, monk
     train.main([*options, "memory", "--px", "1024"])
     rows = [line for line in (tmp_path / "train-cpu.md").read_text().splitlines() if line.startswith("| lora")]
     assert rows == [
-        "| lora | bf16 | adamw | 512 | 1 | 28 | off | 1.82 | 0.952 | 1.91 | 1.50 | 3.00 | 0.50 |",
-        "| lora | bf16 | adamw | 1024 | 1 | 28 | off |  |  |  | 1.50 | 3.00 | 0.50 |",
+        "| lora | bf16 | adamw | 512 | 1 | 28 | off | off | 1.82 | 0.952 | 1.91 | 1.50 | 3.00 | 0.50 |",
+        "| lora | bf16 | adamw | 1024 | 1 | 28 | off | off |  |  |  | 1.50 | 3.00 | 0.50 |",
     ]
     assert "at least 2 steps" in (tmp_path / "train-cpu.md").read_text()
     report = json.loads((tmp_path / "train-cpu.json").read_text())

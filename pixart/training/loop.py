@@ -115,7 +115,7 @@ class Loop:
         beside = self.objective.companions()
         for network in (self.network, *beside.values()):
             wrap_blocks(self.method.blocks(network), compiled=recipe.compile_blocks, checkpointed=recipe.checkpoint_blocks)
-            if self.device.type == "cpu":
+            if recipe.trim_memory and self.device.type == "cpu":
                 give_back_freed_memory(self.method.blocks(network))
         self.trained = Trained(model, self.method.blocks(self.network), recipe, self.accelerator, self.scaler)
         self.companions: dict[str, Trained] = {}

@@ -25,8 +25,8 @@ from ..errors import CheckpointError, ConfigError
 
 INFO, PARTIAL, AGAIN = "info.json", ".partial", "-again"
 FREE = (  # fields of a recipe that change no weight, but for rounding
-    "output", "run_dir", "save_every", "log_every", "compile_blocks", "checkpoint_blocks", "shard", "accumulation", "samples",
-    "validation_every", "trackers", "notes",
+    "output", "run_dir", "save_every", "log_every", "compile_blocks", "checkpoint_blocks", "trim_memory", "shard", "accumulation",
+    "samples", "validation_every", "trackers", "notes",
 )  # fmt: skip
 
 

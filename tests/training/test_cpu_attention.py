@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from pixart.layers import PixArtBlock
 from pixart.training import cpu_attention
 from pixart.training.blocks import wrap_blocks
 from pixart.training.cpu_attention import cpu_training_attention, dense_attention, keeping_attention
+from pixart.training.loop import Loop
+from pixart.training.recipe import load_recipe
 
 NEEDED = hasattr(torch.backends.mkldnn, "matmul") and bool(bf16_instructions())
 only_with_bf16 = pytest.mark.skipif(not NEEDED, reason="this CPU or torch has no products of bf16 that come out in fp32")
@@ -71,6 +75,13 @@ def test_each_second_block_keeps_them_or_all_that_are_checkpointed() -> None:
     assert chosen(cpu_training_attention, compiled=False, checkpointed=True) == [True] * 4
     assert chosen(cpu_training_attention, compiled=True, checkpointed=True) == [False] * 4
     assert chosen(torch_attention, compiled=False, checkpointed=True) == [False] * 4  # on a card
+
+
+def test_freed_memory_goes_back_if_the_recipe_says_so(recipe_path: Callable[..., Path]) -> None:
+    for wanted in (True, False):
+        loop = Loop(load_recipe(recipe_path(trim_memory=wanted)))
+        assert [bool(block._forward_hooks) for block in loop.network.blocks] == [wanted and sys.platform == "linux"] * len(loop.network.blocks)
+        loop._train_step()
 
 
 GAPS = """
