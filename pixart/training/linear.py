@@ -45,7 +45,8 @@ def _is_plain_lora(layer: nn.Module) -> bool:
     """One LoRA without dropout or a variant (DoRA), beside a frozen layer that isn't quantized."""
     from peft.tuners.lora import Linear
 
-    if type(layer) is not Linear or layer.fan_in_fan_out or layer.lora_variant or list(layer.lora_A) != [NAME]:
+    varied = getattr(layer, "lora_variant", None) or any(getattr(layer, "use_dora", {}).values())  # the second before peft 0.16
+    if type(layer) is not Linear or layer.fan_in_fan_out or varied or list(layer.lora_A) != [NAME]:
         return False
     base, down, up = layer.base_layer, layer.lora_A[NAME], layer.lora_B[NAME]
     frozen = type(base) is nn.Linear and base.weight.is_floating_point() and not any(value.requires_grad for value in base.parameters())
