@@ -43,7 +43,8 @@ def keeping_attention(
 ) -> Tensor:
     """`cpu_training_attention`, but bf16's probabilities are kept at 512 px too."""
     medium = DENSE_SCORES < q.shape[1] * k.shape[1] <= KEPT_SCORES
-    if not (medium and mask is None and q.requires_grad and q.dtype == torch.bfloat16 and _products_can_widen()):
+    alike = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    if not (medium and mask is None and q.requires_grad and alike and _products_can_widen()):
         return cpu_training_attention(q, k, v, heads=heads, mask=mask, options=options)
     q, k, v = (rearrange(x, "b n (h d) -> (b h) n d", h=heads) for x in (q, k, v))
     return rearrange(_KeptProbabilities.apply(q, k, v), "(b h) n d -> b n (h d)", h=heads)
@@ -90,7 +91,7 @@ def _products_can_widen() -> bool:
 
 @contextmanager
 def _products_of_bf16() -> Iterator[None]:
-    """Products of fp32 numbers round them to bf16 first, which changes nothing of numbers that came from bf16, and sum in fp32."""
+    """Products of fp32 numbers round them to bf16 first, as bf16's do, but sums stay in fp32 to the end."""
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:

@@ -9,11 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..attention import CrossAttention, SelfAttention
 from ..config import get_variant
 from ..text.names import NF4
 from .batch import Batch, Source
 from .blocks import wrap_blocks
 from .methods import Method
+from .methods.full import attention_of
 from .optimizers import block_matrices, state_bytes
 from .precision import autocast
 from .recipe import Recipe, Stage
@@ -70,9 +72,10 @@ def _companion_lines(recipe: Recipe, method: Method, network: nn.Module, source:
     with torch.device("meta"):
         objective.wrap(network, source)
     shared, lines = {id(value) for module in _modules(network) for value in _own_tensors(module)}, []
-    teacher = getattr(objective, "teacher", None)
-    for name, beside in {**(networks_of(teacher) if teacher else {}), **objective.companions()}.items():
-        own = _bytes(value for module in beside.modules() for value in _own_tensors(module) if id(value) not in shared) / shares
+    teacher, companions = getattr(objective, "teacher", None), objective.companions()
+    for name, beside in {**(networks_of(teacher) if teacher else {}), **companions}.items():
+        own = _bytes(value for module in _modules(beside) for value in _own_tensors(module) if id(value) not in shared)
+        own /= shares if name in companions else 1  # others each process has whole
         trained = [parameter for parameter in beside.parameters() if parameter.requires_grad]
         states = state_bytes(recipe.optimizer, trained, block_matrices(method.blocks(beside))) / shares if trained else 0
         more = f", gradients {_gib(_bytes(trained) / shares)}, optimizer {_gib(states)}" if trained else ""
@@ -99,6 +102,8 @@ def activation_bytes(
     with FakeTensorMode() as fake:
         for module in _modules(network):
             _give_content(module, device)
+            if isinstance(module, SelfAttention | CrossAttention):  # made on the meta device, they have a card's
+                module.attention = attention_of(device)
         wrap_blocks(method.blocks(network), compiled=False, checkpointed=False)
         counter = _Counter(method.blocks(network), known=[value for module in _modules(network) for value in _own_tensors(module)])
         batch, timestep = _batch(recipe, stage, rows, device), torch.zeros(rows, device=device)

@@ -5,6 +5,7 @@ The C library would keep the gaps, and make its heap larger for what is too larg
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -13,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-PAGE = 4096
 MOST_FREE = 2**27  # bytes; training XL/2 on a CPU else keeps 1.5 GB of gaps beside 3 GB in use
 
 
@@ -70,4 +70,4 @@ class _Usage(ctypes.Structure):
 def _own_memory() -> int:
     """Resident bytes of this process that are no file's."""
     resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
-    return (resident - shared) * PAGE
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")

@@ -58,34 +58,32 @@ def _forward_with_lora(layer: Any, plain: Callable[[Tensor], Tensor], x: Tensor)
     kind = x.device.type
     if layer.disable_adapters or layer.merged or not torch.is_autocast_enabled(kind) or not torch.is_grad_enabled():
         return plain(x)
-    base = layer.base_layer
-    x = x.to(torch.get_autocast_dtype(kind))
-    return _ProductWithLora.apply(x, base.weight, base.bias, layer.lora_A[NAME].weight, layer.lora_B[NAME].weight, layer.scaling[NAME])
+    base, down, up = layer.base_layer, layer.lora_A[NAME], layer.lora_B[NAME]
+    rows = x.to(torch.get_autocast_dtype(kind)).reshape(-1, x.shape[-1])
+    return _ProductWithLora.apply(rows, base.weight, base.bias, down.weight, up.weight, layer.scaling[NAME]).reshape(*x.shape[:-1], -1)
 
 
 class _ProductWithLora(torch.autograd.Function):
-    """x W^T + b + scale x A^T B^T in the dtype of x; W and b are frozen."""
+    """x W^T + b + scale x A^T B^T for rows x, in their dtype; W and b are frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        rows = x.flatten(0, -2)
-        low = rows @ down.to(x.dtype).t()
-        out = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        low = x @ down.to(x.dtype).t()
+        out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         out.addmm_(low, (up * scale).to(x.dtype).t())
-        ctx.save_for_backward(rows, low, weight, down, up)
+        ctx.save_for_backward(x, low, weight, down, up)
         ctx.scale = scale
-        return out.unflatten(0, x.shape[:-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, down, up = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
-        for_low = rows @ (up * ctx.scale).to(rows.dtype)
+        for_low = gradient @ (up * ctx.scale).to(gradient.dtype)
         for_down = (for_low.t() @ x).to(down.dtype)
-        for_up = (rows.t() @ low).to(up.dtype) * ctx.scale
+        for_up = (gradient.t() @ low).to(up.dtype) * ctx.scale
         for_x = None
         if ctx.needs_input_grad[0]:
-            for_x = (rows @ weight.to(rows.dtype)).addmm_(for_low, down.to(rows.dtype)).unflatten(0, gradient.shape[:-1])
+            for_x = (gradient @ weight.to(gradient.dtype)).addmm_(for_low, down.to(gradient.dtype))
         return for_x, None, None, for_down, for_up, None
 
 

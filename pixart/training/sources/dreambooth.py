@@ -70,7 +70,7 @@ class Part(pictures.Part):
     @property
     def expects_prior(self) -> bool:
         """Also where the pictures of the class are still to be drawn."""
-        return self.has_prior or self.place is not None
+        return self.has_prior or bool(self.missing())
 
     def listing(self) -> Listing:
         """Instance pictures, and those of the class that are there."""
