@@ -171,7 +171,7 @@ class Child:
 def serve(name: str, case: str, what: str) -> None:
     """The child's side: builds the contender, then answers "step" and "peaks"."""
     made = Case(**json.loads(case))
-    if what == "rate" and not made.trimmed:
+    if what == "rate" and not made.trimmed:  # else both have the C library's own rules, under which memory goes back
         keep_freed_memory()
     step = make_step(name, made)
     loaded = peak_bytes(made.device)
