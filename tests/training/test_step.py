@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import autocast
+from torch import autocast, nn
 from torch.nn import Linear
 
+from pixart.attention import torch_attention
 from pixart.errors import ConfigError, UnsupportedError
+from pixart.layers import BlockInputs, PixArtBlock
 from pixart.training.adapters import Adaptation, add_adapters
+from pixart.training.blocks import wrap_blocks
 from pixart.training.linear import add_adapters_in_place, cast_weights_anew
 from pixart.training.loop import MAX_SKIPPED, Loop, train
 from pixart.training.optimizers import make_optimizers
@@ -54,6 +57,39 @@ def test_checkpointed_blocks_keep_their_inputs_alone(recipe_path: Callable[..., 
         return sum(sizes)
 
     assert kept("checkpoint_blocks=true") < 0.3 * kept()
+
+
+@pytest.mark.parametrize(("trained", "calls"), [("attn", 1), ("mlp.fc1", 1), ("mlp.fc2", 2), ("scale_shift_table", 2), ("modulation", 2)])
+def test_a_last_layer_that_is_not_trained_is_computed_once(trained: str, calls: int) -> None:
+    """Gradients stay as they are without checkpointing, to the last bit."""
+    torch.manual_seed(0)
+    plain = PixArtBlock(32, 2, 64, torch_attention, nn)
+    for name, value in plain.named_parameters():
+        value.data.normal_(std=0.2)
+        value.requires_grad_(name.startswith(trained))
+    ours = copy.deepcopy(plain)
+    wrap_blocks([ours], compiled=False, checkpointed=True)
+    seen, found = [], []
+    ours.mlp.fc2.register_forward_hook(lambda *_: seen.append(1))
+    hidden, context, modulation = torch.randn(2, 16, 32), torch.randn(2, 5, 32), torch.randn(2, 6, 32)
+    for block in (plain, ours):
+        given = [hidden.clone().requires_grad_(), context, modulation.clone().requires_grad_(trained == "modulation")]
+        out = block(BlockInputs(given[0], given[1], None, given[2], (4, 4)))
+        out.square().sum().backward()
+        found.append([out.detach(), *(value.grad for value in (given[0], given[2], *block.parameters()))])
+    for expected, value in zip(*found, strict=True):
+        assert (expected is None) == (value is None) and (value is None or torch.equal(value, expected))
+    assert len(seen) == calls
+
+
+def test_a_last_layer_in_another_dtype_leaves_no_copy_behind() -> None:
+    block = PixArtBlock(32, 2, 64, torch_attention, nn).requires_grad_(False)
+    block.attn.qkv.requires_grad_(True)
+    wrap_blocks([block], compiled=False, checkpointed=True)
+    kept, own = [], {value.data_ptr() for value in block.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value), autocast("cpu", torch.bfloat16):
+        block(BlockInputs(torch.randn(1, 16, 32), torch.randn(1, 5, 32).bfloat16(), None, torch.randn(1, 6, 32), (4, 4)))
+    assert not [value.shape for value in kept if value.data_ptr() not in own and value.shape == block.mlp.fc2.weight.shape]
 
 
 def test_weights_cast_anew_give_autocasts_gradients_and_keep_no_copy() -> None:

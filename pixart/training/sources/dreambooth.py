@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...errors import ConfigError
+from ...errors import ConfigError, DataError
 from ..bases import DTYPES
 from ..data.album import Settings as PictureSettings
 from ..data.album import release
@@ -36,10 +36,11 @@ NEEDS = ("text_encoder", "vae")
 
 @dataclass(frozen=True)
 class Settings(PictureSettings):
-    """Beside those of `pictures`, whose `data` are the instance pictures; captions of files are not used."""
+    """Beside those of `pictures`, whose `data` are the instance pictures."""
 
     instance_prompt: str | None = None  # of every instance picture, such as "a photo of sks dog"
-    class_prompt: str | None = None  # such as "a photo of a dog"; null trains without prior preservation
+    instance_captions: bool = False  # the captions of files instead, where there are any; they name the subject too
+    class_prompt: str | tuple[str, ...] | None = None  # such as "a photo of a dog", or several; null trains without prior preservation
     class_data: str | None = None  # folder of class pictures, to which missing ones are added; null lies beside the run's folder
     class_pictures: int = 100  # as many are drawn by the first weights themselves, unless they are there
     class_steps: int = 20
@@ -49,15 +50,28 @@ class Settings(PictureSettings):
 def check(settings: Settings) -> None:
     """Raises ConfigError for what no run can have."""
     pictures.check(settings)
-    prompt, other = ((text or "").strip().lower() for text in (settings.instance_prompt, settings.class_prompt))
+    prompt = _plain(settings.instance_prompt or "")
     if not prompt:
         raise ConfigError('instance_prompt is empty; expected one that names the subject by a rare word, like "a photo of sks dog".')
-    if prompt == other:
+    others = [_plain(text) for text in class_prompts(settings)]
+    if prompt in others:
         raise ConfigError(f"instance_prompt and class_prompt are both {prompt!r}; expected the class without the subject's word.")
+    if settings.class_prompt is not None and not all(others or [""]):
+        raise ConfigError("class_prompt is empty, or one of its texts is; expected texts, or null to train without prior preservation.")
     if settings.class_pictures < 1 or settings.class_steps < 1:
         raise ConfigError(
             f"class_pictures is {settings.class_pictures} and class_steps {settings.class_steps}; expected 1 or more of each."
         )
+
+
+def class_prompts(settings: Settings) -> tuple[str, ...]:
+    """All of them; none without prior preservation."""
+    found = settings.class_prompt
+    return () if found is None else (found,) if isinstance(found, str) else found
+
+
+def _plain(text: str) -> str:
+    return text.strip().lower()
 
 
 class Part(pictures.Part):
@@ -78,17 +92,29 @@ class Part(pictures.Part):
         classes = self._class_items()
         count = sum(not item.prior for item in instance.items)
         repeats = max(1, round(self._wanted() / max(1, count)))
-        prompt = (Caption(self.settings.instance_prompt),)
-        items = [item if item.prior else replace(item, captions=prompt, repeats=repeats) for item in instance.items]
+        items = [item if item.prior else replace(item, captions=self._captions(item), repeats=repeats) for item in instance.items]
         layout = f"{instance.layout}, {count} of the instance" + (f" and {len(classes)} of the class" if self.place else "")
         return Listing(layout, [*items, *classes], instance.broken, instance.left_out)
+
+    def _captions(self, item: Item) -> tuple[Caption, ...]:
+        own = item.captions if self.settings.instance_captions else ()
+        return own or (Caption(self.settings.instance_prompt),)
 
     def _class_items(self) -> list[Item]:
         if self.place is None or not self.place.is_dir():
             return []
-        found = read_folder(self.place)
-        prompt = (Caption(self.settings.class_prompt),)
-        return [replace(item, name=f"{self.place.name}/{item.name}", captions=prompt, repeats=1, prior=True) for item in found.items]
+        found = read_folder(self.place).items
+        uncaptioned = [item.name for item in found if not item.captions]
+        prompts = class_prompts(self.settings)
+        if uncaptioned and len(prompts) > 1:
+            raise DataError(
+                f"{uncaptioned[0]} in {self.place} has no caption, and class_prompt has {len(prompts)} texts, so which one it shows is "
+                "not known. Write the text into a .txt file of the same name."
+            )
+        return [
+            replace(item, name=f"{self.place.name}/{item.name}", captions=item.captions or (Caption(prompts[0]),), repeats=1, prior=True)
+            for item in found
+        ]
 
     def _wanted(self) -> int:
         """Class pictures of the run, whether they are there or not."""
@@ -113,7 +139,7 @@ class Part(pictures.Part):
         accelerator.wait_for_everyone()  # all have counted before the first is drawn
         if missing:
             self._check_drawing(len(missing))
-            super().prepare([self.settings.class_prompt], accelerator, over)  # states first: T5 leaves before the transformer comes
+            super().prepare(class_prompts(self.settings), accelerator, over)  # states first: T5 leaves before the transformer comes
             self._draw(missing[accelerator.process_index :: accelerator.num_processes], accelerator.device)
             accelerator.wait_for_everyone()
             Part.__init__(self, self.settings, self.recipe)  # with what is there now
@@ -128,15 +154,18 @@ class Part(pictures.Part):
             )
 
     def _draw(self, numbers: Sequence[int], device: torch.device) -> None:
-        """The first weights' own pictures of the class prompt, in the bins of the instance pictures."""
+        """The first weights' own pictures of the class prompts in turn, in the bins of the instance pictures, with their captions."""
         shape = self.album.shapes[-1]
         sizes = [size for entry, size in zip(self.album.entries, self.album.bins[shape]) if not entry.item.prior]
         latents = dict(tqdm(self._latents(numbers, sizes, device), desc="class pictures", total=len(numbers), mininterval=2))
         release(device)
         self.place.mkdir(parents=True, exist_ok=True)
+        prompts = class_prompts(self.settings)
         for number, latent in latents.items():
-            picture = self.decode(latent.to(device))[0]
-            replace_file(self.place / DRAWN.format(number), lambda partial, picture=picture: picture.save(partial, "PNG"))
+            picture, path = self.decode(latent.to(device))[0], self.place / DRAWN.format(number)
+            text = " ".join(prompts[number % len(prompts)].split())  # a line would be another caption
+            path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")  # first: no picture is without
+            replace_file(path, lambda partial, picture=picture: picture.save(partial, "PNG"))
         release(device)
 
     def _latents(self, numbers: Sequence[int], sizes: Sequence[tuple[int, int]], device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -145,16 +174,14 @@ class Part(pictures.Part):
         settings, recipe = self.settings, self.recipe
         dtype = None if device.type == "cpu" else DTYPES[recipe.precision]
         pipe = Pipeline.from_files(recipe.initialize, variant=recipe.variant, dtype=dtype, device=device)
-        states, mask = self.encode([settings.class_prompt, ""])
-        given = {
-            "prompt_embeds": states[:1], "prompt_attention_mask": mask[:1],
-            "negative_prompt_embeds": states[1:], "negative_prompt_attention_mask": mask[1:],
-        }  # fmt: skip
+        states, mask = self.encode([*class_prompts(settings), ""])
+        empty = {"negative_prompt_embeds": states[-1:], "negative_prompt_attention_mask": mask[-1:]}
         for number in numbers:
             height, width = sizes[number % len(sizes)]
+            own = slice(chosen := number % (len(states) - 1), chosen + 1)
             latent = pipe(
-                **given, steps=settings.class_steps, guidance=settings.class_guidance, height=height, width=width, use_bins=False,
-                seed=recipe.seed + number, output="latent", progress=False,
+                prompt_embeds=states[own], prompt_attention_mask=mask[own], **empty, height=height, width=width, use_bins=False,
+                steps=settings.class_steps, guidance=settings.class_guidance, seed=recipe.seed + number, output="latent", progress=False,
             )  # fmt: skip
             yield number, latent.float().cpu()
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from demo import WEIGHTS
-from pixart.errors import ConfigError
+from pixart.errors import ConfigError, DataError
 from pixart.pipeline import Pipeline
 from pixart.training.draws import Draws
 from pixart.training.recipe import Recipe, make_recipe
@@ -44,7 +44,8 @@ def test_missing_class_pictures_are_the_models_own(tmp_path: Path, dreams) -> No
     source = dreams().source.make(dreams())
     assert source.report()[-1] == f"class pictures to draw: 3, into {source.place}" and not source.place.exists()
     prepared(source)
-    drawn = sorted(source.place.iterdir())
+    drawn = sorted(source.place.glob("*.png"))
+    assert {path.read_text() for path in source.place.glob("*.txt")} == {"a red circle\n"}
     assert [path.name for path in drawn] == ["drawn-00000.png", "drawn-00001.png", "drawn-00002.png"]
     pipe = Pipeline.from_files(WEIGHTS["diffusion_models"], WEIGHTS["text_encoders"], WEIGHTS["vae"])
     shapes = set()
@@ -88,7 +89,37 @@ def test_a_folder_of_too_few_is_filled_up(tmp_path: Path, dreams) -> None:
     source = recipe.source.make(recipe)
     assert source.missing() == [0, 2]
     prepared(source)
-    assert sorted(path.name for path in (tmp_path / "class").iterdir()) == ["drawn-00000.png", "drawn-00001.png", "drawn-00002.png", "p0.png"]
+    assert sorted(path.name for path in (tmp_path / "class").glob("*.png")) == ["drawn-00000.png", "drawn-00001.png", "drawn-00002.png", "p0.png"]
+
+
+def test_several_class_prompts_are_drawn_in_turn_and_kept_as_captions(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)])
+    prompts = ["a red circle", "a blue square over a green circle"]
+    recipe = dreams(class_prompt=prompts, class_pictures=4)
+    source = prepared(recipe.source.make(recipe))
+    captions = [path.read_text().strip() for path in sorted(source.place.glob("*.txt"))]
+    assert captions == [*prompts, *prompts]
+    pipe = Pipeline.from_files(WEIGHTS["diffusion_models"], WEIGHTS["text_encoders"], WEIGHTS["vae"])
+    expected = pipe(prompts[1], width=64, height=64, use_bins=False, steps=2, seed=6, progress=False)[0]
+    with Image.open(source.place / "drawn-00001.png") as found:
+        apart = torch.tensor(list(found.convert("RGB").tobytes())).sub(torch.tensor(list(expected.tobytes()))).abs()
+    assert apart.float().mean() < 2  # of 255
+    seen = Counter(caption for batch in batches(source, recipe, 2) for caption in batch.captions)
+    assert seen == {"a photo of sks circle": 4, prompts[0]: 2, prompts[1]: 2}
+
+
+def test_captions_of_the_subject_and_of_own_class_pictures(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)] * 2)
+    (tmp_path / "data/p0.txt").write_text("a red sks circle")
+    (tmp_path / "data/p1.txt").unlink()
+    folder(tmp_path / "class", [(64, 64)] * 2, caption="a blue square")
+    recipe = dreams(class_data=str(tmp_path / "class"), class_pictures=2, class_prompt=["a", "b"], instance_captions=True)
+    source = prepared(recipe.source.make(recipe))
+    seen = Counter(caption for batch in batches(source, recipe, 1) for caption in batch.captions)
+    assert seen == {"a red sks circle": 1, "a photo of sks circle": 1, "a blue square 0": 1, "a blue square 1": 1}
+    (tmp_path / "class/p1.txt").unlink()
+    with pytest.raises(DataError, match="p1.png in .*class has no caption, and class_prompt has 2 texts, so which one it shows is not known"):
+        recipe.source.make(recipe)
 
 
 def test_without_a_class_prompt_only_the_instance_is_trained(tmp_path: Path, dreams) -> None:
@@ -110,6 +141,10 @@ def test_other_weights_or_prompts_have_class_pictures_of_their_own(tmp_path: Pat
     [
         ({"instance_prompt": None}, "source dreambooth: instance_prompt is empty; expected one that names the subject"),
         ({"class_prompt": "a photo of SKS circle"}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
+        ({"class_prompt": ["a dog", "a photo of sks circle"]}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
+        ({"class_prompt": ["a dog", " "]}, "class_prompt is empty, or one of its texts is"),
+        ({"class_prompt": []}, "class_prompt is empty, or one of its texts is"),
+        ({"class_prompt": ["a dog", 3]}, "class_prompt is .*expected a text or a list, each a text or null"),
         ({"class_pictures": 0}, "class_pictures is 0 and class_steps 2; expected 1 or more of each"),
         ({"prior_weight": -1}, "prior_weight is -1; expected a number of 0 or more"),
         ({"prior": 1}, "unknown field.*prior"),
