@@ -65,14 +65,15 @@ def test_only_medium_bf16_in_training_keeps_them(monkeypatch: pytest.MonkeyPatch
     assert not keeps(64, trained=False)
 
 
-def test_each_second_block_keeps_them_or_all_that_are_checkpointed() -> None:
-    def chosen(attention, **how: bool) -> list[bool]:
-        blocks = nn.ModuleList(PixArtBlock(16, 2, 32, attention, nn) for _ in range(4))
+def test_each_second_block_keeps_them_or_all_that_are_checkpointed_or_trained() -> None:
+    def chosen(attention, trained: bool = False, **how: bool) -> list[bool]:
+        blocks = nn.ModuleList(PixArtBlock(16, 2, 32, attention, nn) for _ in range(4)).requires_grad_(trained)
         wrap_blocks(blocks, **how)
         return [block.attn.attention is keeping_attention for block in blocks]
 
     assert chosen(cpu_training_attention, compiled=False, checkpointed=False) == [True, False, True, False]
     assert chosen(cpu_training_attention, compiled=False, checkpointed=True) == [True] * 4
+    assert chosen(cpu_training_attention, trained=True, compiled=False, checkpointed=False) == [True] * 4
     assert chosen(cpu_training_attention, compiled=True, checkpointed=True) == [False] * 4
     assert chosen(torch_attention, compiled=False, checkpointed=True) == [False] * 4  # on a card
 
