@@ -79,8 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             if given.test is not None:
                 return run_tests(given.test)
             check_weights(given.fast)
-            picture = draw_standalone(given) if given.standalone else draw_in_comfyui(given)
-            say(str(picture))
+            (draw_standalone if given.standalone else draw_in_comfyui)(given)
             return 0
     except LaunchError as error:
         print(f"quickstart: {error}", file=sys.stderr)
@@ -93,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def draw_in_comfyui(given: argparse.Namespace) -> Path:
-    """Start a ComfyUI, queue the demo workflow and save its picture."""
+def draw_in_comfyui(given: argparse.Namespace) -> None:
+    """Start a ComfyUI, queue the demo workflow, save its picture and say where; then the host ends, or serves."""
     path, stem = output_path(given), "lcm-demo" if given.fast else "demo"
     comfyui = checkout.find_comfyui(ROOT)
     python = install(environment.host_profile(comfyui))
@@ -127,7 +126,7 @@ def draw_in_comfyui(given: argparse.Namespace) -> Path:
             serve(server, path, stem)
         else:
             say("To open the graph in the browser: python3 quickstart.py --serve, or drop the PNG on any ComfyUI with this pack.")
-    return path
+            say(str(path))
 
 
 def serve(server: host.Host, picture: Path, stem: str) -> None:
@@ -142,8 +141,8 @@ def serve(server: host.Host, picture: Path, stem: str) -> None:
     raise LaunchError(f"ComfyUI stopped by itself. The end of its log:\n{server.log_tail()}")
 
 
-def draw_standalone(given: argparse.Namespace) -> Path:
-    """Draw with pixart.Pipeline in a process of the environment."""
+def draw_standalone(given: argparse.Namespace) -> None:
+    """Draw with pixart.Pipeline in a process of the environment, and say where the picture is."""
     path = output_path(given)
     python = install(environment.standalone_profile())
     device = "cpu" if given.cpu else host.accelerator(python)
@@ -154,7 +153,7 @@ def draw_standalone(given: argparse.Namespace) -> Path:
     command += ["--", given.prompt]  # which may begin with a dash
     if subprocess.call(command, cwd=ROOT, env=dict(os.environ, HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="PASSIVE")) != 0:
         raise LaunchError("pixart.Pipeline failed; its message is above.")
-    return path
+    say(str(path))
 
 
 def run_tests(arguments: list[str]) -> int:

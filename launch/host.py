@@ -140,7 +140,7 @@ class Host:
                 return False
             with contextlib.suppress(OSError, urllib.error.URLError, ValueError):
                 return PROBE_NODE in self.client.get_json(f"/object_info/{PROBE_NODE}")
-            time.sleep(0.3)
+            time.sleep(0.1)
         return False
 
     def log_tail(self, lines: int = 25) -> str:

@@ -16,7 +16,7 @@ from .linear import add_adapters_in_place, cast_weights_anew
 def wrap_blocks(blocks: Iterable[nn.Module], *, compiled: bool, checkpointed: bool) -> None:
     """Replaces the blocks' `forward`, or that of their layers; names and parameters stay.
 
-    compiled: one graph serves every block and size. checkpointed: a block keeps only its input; what it drew, as dropout
+    compiled: one graph serves every block and size. checkpointed: a block keeps little more than its input; what it drew, as dropout
     does, is drawn alike the second time.
     """
     blocks = list(blocks)

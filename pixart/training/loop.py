@@ -26,7 +26,7 @@ from .processes import agreed, check_batches, make_accelerator, stopped_by_signa
 from .recipe import Recipe, check_given, load_recipe
 from .samples import Sampler
 from .shard import gathered, shard_model, whole_tensors
-from .state import check_same, clear_run, newest_state, read_info, read_tensors, stored_tensors, write_state
+from .state import check_same, clear_run, completed, newest_state, read_info, read_tensors, stored_tensors, write_state
 from .trained import Trained
 from .validation import validation_losses
 from .watch import Watch
@@ -278,7 +278,7 @@ class Loop:
         if not accept_changes:
             now = {**self.recipe.to_dict(), "content of initialize": file_mark(self.recipe.initialize)}
             check_contents(Path(self.recipe.run_dir), info.get("contents"), self.contents)
-            check_same(folder, {**info["recipe"], "content of initialize": info.get("base")}, now)
+            check_same(folder, {**completed(info["recipe"]), "content of initialize": info.get("base")}, now)
             self._skipped = int(info.get("skipped", 0))
         stored = stored_tensors(folder)
         self.trained.prepare(stored, info.get("optimizers", {}))

@@ -75,7 +75,7 @@ class Recipe:
     log_every: int = 25  # steps
     compile_blocks: bool = False  # torch.compile, which needs a C++ compiler
     trim_memory: bool = False  # on a CPU under Linux: what blocks freed goes back to the system; less memory, up to a tenth more time
-    checkpoint_blocks: bool = False  # blocks keep only their input and compute anew in the backward pass: a third more time, little memory
+    checkpoint_blocks: bool = False  # blocks keep little, and compute anew in the backward pass: up to a third more time, little memory
     shard: bool = False  # FSDP2: processes share weights, gradients and the optimizer's state instead of each holding all
     samples: Samples | None = None  # null draws none
     validation_every: int | None = None  # steps between looks at held-out pictures, at fixed noise and timesteps; null never looks

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor
 
 from ..errors import CheckpointError, ConfigError
+from .recipe import make_recipe
 
 INFO, PARTIAL, AGAIN = "info.json", ".partial", "-again"
 FREE = (  # fields of a recipe that change no weight, but for rounding
@@ -132,6 +133,14 @@ def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) ->
             f"The run in {folder.parent.parent} was trained with another recipe: {'; '.join(changed[:6])}. Continue with the changes by "
             "--accept-changes, start over with --overwrite, or give another run_dir."
         )
+
+
+def completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe's `to_dict` by a former version, with today's values of fields that it did not have; as it is where it had others."""
+    try:
+        return make_recipe(values, "former recipe").to_dict()
+    except ConfigError:
+        return values
 
 
 def differences(then: Any, now: Any, name: str = "") -> list[str]:

@@ -25,7 +25,7 @@ KINDS = {
     "ddp": ["stages.0.accumulation=2"],
     "fsdp": ["shard=true", "stages.0.accumulation=2", "checkpoint_blocks=true"],
     "fsdp-muon": ["shard=true", "optimizer=muon"],
-    "fsdp-lora": ["shard=true", "method.name=lora"],
+    "fsdp-lora": ["shard=true", "method.name=lora", "checkpoint_blocks=true"],
 }
 
 

@@ -194,3 +194,17 @@ def test_a_run_by_hand_can_be_resumed_from_python(recipe_path: Callable[..., Pat
     loop = Loop(recipe)
     loop.resume(state_of(tmp_path))
     assert loop.step == 1
+
+
+def test_a_run_of_a_former_version_goes_on_without_the_fields_that_it_did_not_have(recipe_path: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = recipe_path(steps=4, save_every=1)
+    train(recipe, stop_after=0)
+    path = state_of(tmp_path) / "info.json"
+    info = json.loads(path.read_text())
+    for part, name in ((info["recipe"], "trim_memory"), (info["recipe"], "dropped_mask"), (info["recipe"]["source"], "hints"), (info["recipe"]["objective"], "min_snr")):
+        del part[name]
+    path.write_text(json.dumps(info))
+    train(recipe, stop_after=0)
+    assert state_of(tmp_path).name == "00000002"
+    with pytest.raises(ConfigError, match='trained with another recipe: dropped_mask: "empty" -> "caption"'):
+        train(recipe, ["dropped_mask=caption"])

@@ -74,7 +74,11 @@ def test_a_last_layer_that_is_not_trained_is_computed_once(trained: str, calls: 
     hidden, context, modulation = torch.randn(2, 16, 32), torch.randn(2, 5, 32), torch.randn(2, 6, 32)
     for block in (plain, ours):
         given = [hidden.clone().requires_grad_(), context, modulation.clone().requires_grad_(trained == "modulation")]
-        out = block(BlockInputs(given[0], given[1], None, given[2], (4, 4)))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda value, kept=kept: kept.append(value) or value, lambda value: value):
+            out = block(BlockInputs(given[0], given[1], None, given[2], (4, 4)))
+        wide = [value for value in kept if value.shape[-2:] == (16, 64)]  # what the last layer sees
+        assert bool(wide) == (block is plain)
         out.square().sum().backward()
         found.append([out.detach(), *(value.grad for value in (given[0], given[2], *block.parameters()))])
     for expected, value in zip(*found, strict=True):

@@ -6,6 +6,7 @@ method takes it: `full` as in the paper, `lora` at a fraction of the memory.
 """
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,8 @@ class Settings(PictureSettings):
     instance_prompt: str | None = None  # of every instance picture, such as "a photo of sks dog"
     instance_captions: bool = False  # the captions of files instead, where there are any; they name the subject too
     class_prompt: str | tuple[str, ...] | None = None  # such as "a photo of a dog", or several; null trains without prior preservation
-    class_data: str | None = None  # folder of class pictures, to which missing ones are added; null lies beside the run's folder
+    class_data: str | None = None  # folder of class pictures, to which missing ones are added; null lies beside the run's folder.
+    # With one class_prompt it is the caption of all; with several each picture's own caption counts, which drawn ones have in a .txt
     class_pictures: int = 100  # as many are drawn by the first weights themselves, unless they are there
     class_steps: int = 20
     class_guidance: float = 4.5
@@ -56,18 +58,24 @@ def check(settings: Settings) -> None:
     others = [_plain(text) for text in class_prompts(settings)]
     if prompt in others:
         raise ConfigError(f"instance_prompt and class_prompt are both {prompt!r}; expected the class without the subject's word.")
-    if settings.class_prompt is not None and not all(others or [""]):
+    if isinstance(settings.class_prompt, tuple) and not all(others or [""]):
         raise ConfigError("class_prompt is empty, or one of its texts is; expected texts, or null to train without prior preservation.")
     if settings.class_pictures < 1 or settings.class_steps < 1:
         raise ConfigError(
             f"class_pictures is {settings.class_pictures} and class_steps {settings.class_steps}; expected 1 or more of each."
         )
+    if settings.class_pictures < len(others):
+        raise ConfigError(
+            f"class_pictures is {settings.class_pictures} and class_prompt has {len(others)} texts; expected a picture of each, at least."
+        )
 
 
 def class_prompts(settings: Settings) -> tuple[str, ...]:
-    """All of them; none without prior preservation."""
+    """All of them, each once and on one line, as files of captions have them; none without prior preservation."""
     found = settings.class_prompt
-    return () if found is None else (found,) if isinstance(found, str) else found
+    if isinstance(found, tuple):
+        return tuple(dict.fromkeys(" ".join(text.split()) for text in found))
+    return () if found is None else (found,)
 
 
 def _plain(text: str) -> str:
@@ -88,33 +96,42 @@ class Part(pictures.Part):
 
     def listing(self) -> Listing:
         """Instance pictures, and those of the class that are there."""
-        instance = super().listing()
-        classes = self._class_items()
+        instance, found = super().listing(), self._class_listing()
+        classes = found.items
         count = sum(not item.prior for item in instance.items)
         repeats = max(1, round(self._wanted() / max(1, count)))
         items = [item if item.prior else replace(item, captions=self._captions(item), repeats=repeats) for item in instance.items]
         layout = f"{instance.layout}, {count} of the instance" + (f" and {len(classes)} of the class" if self.place else "")
-        return Listing(layout, [*items, *classes], instance.broken, instance.left_out)
+        return Listing(layout, [*items, *classes], instance.broken | found.broken, instance.left_out)
 
     def _captions(self, item: Item) -> tuple[Caption, ...]:
         own = item.captions if self.settings.instance_captions else ()
         return own or (Caption(self.settings.instance_prompt),)
 
     def _class_items(self) -> list[Item]:
+        return self._class_listing().items
+
+    def _class_listing(self) -> Listing:
         if self.place is None or not self.place.is_dir():
-            return []
-        found = read_folder(self.place).items
-        uncaptioned = [item.name for item in found if not item.captions]
+            return Listing("no pictures of the class")
+        found, place = read_folder(self.place), self.place.name
+        texts = map(self._class_captions, found.items)
+        items = [replace(item, name=f"{place}/{item.name}", captions=own, repeats=1, prior=True) for item, own in zip(found.items, texts)]
+        return Listing(found.layout, items, {f"{place}/{name}": why for name, why in found.broken.items()})
+
+    def _class_captions(self, item: Item) -> tuple[Caption, ...]:
+        """Raises DataError where no caption says which of several prompts a picture shows, or where it is the subject's."""
         prompts = class_prompts(self.settings)
-        if uncaptioned and len(prompts) > 1:
+        if len(prompts) == 1:
+            return (Caption(prompts[0]),)
+        if not item.captions:
             raise DataError(
-                f"{uncaptioned[0]} in {self.place} has no caption, and class_prompt has {len(prompts)} texts, so which one it shows is "
-                "not known. Write the text into a .txt file of the same name."
+                f"{item.name} in {self.place} has no caption, and class_prompt has {len(prompts)} texts, so which one it shows is not "
+                "known. Write the text into a .txt file of the same name."
             )
-        return [
-            replace(item, name=f"{self.place.name}/{item.name}", captions=item.captions or (Caption(prompts[0]),), repeats=1, prior=True)
-            for item in found
-        ]
+        if _plain(self.settings.instance_prompt) in [_plain(caption.text) for caption in item.captions]:
+            raise DataError(f"{item.name} in {self.place} has the caption {self.settings.instance_prompt!r}, which is the instance_prompt.")
+        return item.captions
 
     def _wanted(self) -> int:
         """Class pictures of the run, whether they are there or not."""
@@ -123,7 +140,8 @@ class Part(pictures.Part):
     def missing(self) -> list[int]:
         """Numbers of the class pictures that are still to be drawn."""
         lacking = self._wanted() - len(self._class_items())
-        free = (number for number in range(self._wanted()) if not (self.place / DRAWN.format(number)).is_file())
+        taken = {path.stem for path in self.place.iterdir()} if lacking > 0 and self.place.is_dir() else ()  # by somebody's own files too
+        free = (number for number in itertools.count() if Path(DRAWN.format(number)).stem not in taken)
         return [next(free) for _ in range(lacking)]
 
     # -- before training -------------------------------------------------------------------------
@@ -163,8 +181,9 @@ class Part(pictures.Part):
         prompts = class_prompts(self.settings)
         for number, latent in latents.items():
             picture, path = self.decode(latent.to(device))[0], self.place / DRAWN.format(number)
-            text = " ".join(prompts[number % len(prompts)].split())  # a line would be another caption
-            path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")  # first: no picture is without
+            if len(prompts) > 1:  # its caption first: no picture is without
+                text = prompts[number % len(prompts)] + "\n"
+                replace_file(path.with_suffix(".txt"), lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
             replace_file(path, lambda partial, picture=picture: picture.save(partial, "PNG"))
         release(device)
 
@@ -174,14 +193,15 @@ class Part(pictures.Part):
         settings, recipe = self.settings, self.recipe
         dtype = None if device.type == "cpu" else DTYPES[recipe.precision]
         pipe = Pipeline.from_files(recipe.initialize, variant=recipe.variant, dtype=dtype, device=device)
-        states, mask = self.encode([*class_prompts(settings), ""])
-        empty = {"negative_prompt_embeds": states[-1:], "negative_prompt_attention_mask": mask[-1:]}
+        prompts = class_prompts(settings)
         for number in numbers:
-            height, width = sizes[number % len(sizes)]
-            own = slice(chosen := number % (len(states) - 1), chosen + 1)
+            turn, chosen = divmod(number, len(prompts))
+            height, width = sizes[(turn + chosen) % len(sizes)]  # other sizes in each turn, if there are as many as prompts
+            states, mask = self.encode([prompts[chosen], ""])
             latent = pipe(
-                prompt_embeds=states[own], prompt_attention_mask=mask[own], **empty, height=height, width=width, use_bins=False,
-                steps=settings.class_steps, guidance=settings.class_guidance, seed=recipe.seed + number, output="latent", progress=False,
+                prompt_embeds=states[:1], prompt_attention_mask=mask[:1], negative_prompt_embeds=states[1:],
+                negative_prompt_attention_mask=mask[1:], steps=settings.class_steps, guidance=settings.class_guidance, height=height,
+                width=width, use_bins=False, seed=recipe.seed + number, output="latent", progress=False,
             )  # fmt: skip
             yield number, latent.float().cpu()
 

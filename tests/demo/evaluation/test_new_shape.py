@@ -1,6 +1,8 @@
 """The lesson of a new shape: its folder, its questions, and its graph."""
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from demo.data.layout import arrange
 from demo.data.reader import check, read_picture
 from demo.data.scenes import NEW_SHAPE, SHAPES, render
 from demo.evaluation import new_shape
+from demo.evaluation.prompts import KINDS, Run, make_questions
 from launch import graph
 
 
@@ -65,3 +68,11 @@ def test_the_lora_goes_behind_the_loader() -> None:
     assert nodes[loader]["class_type"] == "PixArtModelLoader" and "other.safetensors" in nodes[loader]["inputs"].values()
     users = [name for name, node in nodes.items() if [loader, 0] in node["inputs"].values()]
     assert users == ["lora"] and any(["lora", 0] in node["inputs"].values() for node in nodes.values())
+
+
+def test_the_prompts_of_dreambooths_class_are_none_that_are_asked_afterwards() -> None:
+    recipe = json.loads((new_shape.ROOT / "configs/train/demo-new-shape-dreambooth.json").read_text(encoding="utf-8"))
+    prompts = set(recipe["source"]["class_prompt"])
+    asked = {question.caption.text for objects in KINDS for question in make_questions(Run("new shape", 100), objects, 0)}
+    assert len(prompts) == recipe["source"]["class_pictures"] and not prompts & asked
+    assert not [prompt for prompt in prompts if "bar" in prompt.split()]

@@ -45,7 +45,6 @@ def test_missing_class_pictures_are_the_models_own(tmp_path: Path, dreams) -> No
     assert source.report()[-1] == f"class pictures to draw: 3, into {source.place}" and not source.place.exists()
     prepared(source)
     drawn = sorted(source.place.glob("*.png"))
-    assert {path.read_text() for path in source.place.glob("*.txt")} == {"a red circle\n"}
     assert [path.name for path in drawn] == ["drawn-00000.png", "drawn-00001.png", "drawn-00002.png"]
     pipe = Pipeline.from_files(WEIGHTS["diffusion_models"], WEIGHTS["text_encoders"], WEIGHTS["vae"])
     shapes = set()
@@ -85,11 +84,13 @@ def test_a_folder_of_too_few_is_filled_up(tmp_path: Path, dreams) -> None:
     folder(tmp_path / "data", [(64, 64)])
     folder(tmp_path / "class", [(64, 64)], caption=None)
     (tmp_path / "class/drawn-00001.png").write_bytes((tmp_path / "class/p0.png").read_bytes())
+    (tmp_path / "class/drawn-00002.txt").write_text("somebody's own words")
     recipe = dreams(class_data=str(tmp_path / "class"), class_pictures=4)
     source = recipe.source.make(recipe)
-    assert source.missing() == [0, 2]
+    assert source.missing() == [0, 3]
     prepared(source)
-    assert sorted(path.name for path in (tmp_path / "class").glob("*.png")) == ["drawn-00000.png", "drawn-00001.png", "drawn-00002.png", "p0.png"]
+    assert (tmp_path / "class/drawn-00002.txt").read_text() == "somebody's own words"
+    assert sorted(path.name for path in (tmp_path / "class").glob("*.png")) == ["drawn-00000.png", "drawn-00001.png", "drawn-00003.png", "p0.png"]
 
 
 def test_several_class_prompts_are_drawn_in_turn_and_kept_as_captions(tmp_path: Path, dreams) -> None:
@@ -114,10 +115,16 @@ def test_captions_of_the_subject_and_of_own_class_pictures(tmp_path: Path, dream
     (tmp_path / "data/p1.txt").unlink()
     folder(tmp_path / "class", [(64, 64)] * 2, caption="a blue square")
     recipe = dreams(class_data=str(tmp_path / "class"), class_pictures=2, class_prompt=["a", "b"], instance_captions=True)
+    single = dreams(class_data=str(tmp_path / "class"), class_pictures=2)
+    assert {item.captions[0].text for item in single.source.make(single)._class_items()} == {"a red circle"}  # a single prompt is the caption of all
     source = prepared(recipe.source.make(recipe))
     seen = Counter(caption for batch in batches(source, recipe, 1) for caption in batch.captions)
     assert seen == {"a red sks circle": 1, "a photo of sks circle": 1, "a blue square 0": 1, "a blue square 1": 1}
     (tmp_path / "class/p1.txt").unlink()
+    (tmp_path / "class/p0.txt").write_text("a photo of SKS circle")
+    with pytest.raises(DataError, match="p0.png in .*class has the caption 'A Photo of sks circle', which is the instance_prompt"):
+        recipe.source.make(recipe)
+    (tmp_path / "class/p0.txt").write_text("a blue square")
     with pytest.raises(DataError, match="p1.png in .*class has no caption, and class_prompt has 2 texts, so which one it shows is not known"):
         recipe.source.make(recipe)
 
@@ -143,6 +150,7 @@ def test_other_weights_or_prompts_have_class_pictures_of_their_own(tmp_path: Pat
         ({"class_prompt": "a photo of SKS circle"}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
         ({"class_prompt": ["a dog", "a photo of sks circle"]}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
         ({"class_prompt": ["a dog", " "]}, "class_prompt is empty, or one of its texts is"),
+        ({"class_prompt": list("abcd")}, "class_pictures is 3 and class_prompt has 4 texts; expected a picture of each, at least"),
         ({"class_prompt": []}, "class_prompt is empty, or one of its texts is"),
         ({"class_prompt": ["a dog", 3]}, "class_prompt is .*expected a text or a list, each a text or null"),
         ({"class_pictures": 0}, "class_pictures is 0 and class_steps 2; expected 1 or more of each"),
