@@ -29,17 +29,18 @@ def cpu_training_attention(
 def keep_probabilities(blocks: Iterable[nn.Module], checkpointed: bool) -> None:
     """Lets blocks on a CPU keep 512 px's probabilities for their backward pass: attention then takes a third less time.
 
-    Of XL/2 in bf16 they are 34 MB a picture and block. Checkpointed blocks need them one block at a time. A block that is
-    trained itself lets go of them before its gradients come, which are larger. Of others each second one keeps them: the
-    rest of the time isn't worth the memory.
+    Of XL/2 in bf16 they are 34 MB a picture and block. Checkpointed blocks need them one block at a time. Of others each
+    second one keeps them: the rest of the time isn't worth the memory. Where a block's own weights are trained, of which
+    gradients and moments take far more, the others keep them too while there is one picture at once.
     """
     for index, block in enumerate(blocks):
         for layer in block.modules():
             if not (isinstance(layer, SelfAttention) and layer.attention is cpu_training_attention):
                 continue
-            whole = any(name == "qkv.weight" and value.requires_grad for name, value in layer.named_parameters())
-            if checkpointed or whole or index % 2 == 0:
+            if checkpointed or index % 2 == 0:
                 layer.attention = keeping_attention
+            elif any(name == "qkv.weight" and value.requires_grad for name, value in layer.named_parameters()):
+                layer.attention = keeping_attention_of_one
 
 
 def keeping_attention(
@@ -52,6 +53,14 @@ def keeping_attention(
         return cpu_training_attention(q, k, v, heads=heads, mask=mask, options=options)
     q, k, v = (rearrange(x, "b n (h d) -> (b h) n d", h=heads) for x in (q, k, v))
     return rearrange(_KeptProbabilities.apply(q, k, v), "(b h) n d -> b n (h d)", h=heads)
+
+
+def keeping_attention_of_one(
+    q: Tensor, k: Tensor, v: Tensor, *, heads: int, mask: Tensor | None = None, options: Any = None
+) -> Tensor:
+    """`keeping_attention` where there is one picture, else `cpu_training_attention`."""
+    attention = keeping_attention if len(q) == 1 else cpu_training_attention
+    return attention(q, k, v, heads=heads, mask=mask, options=options)
 
 
 class _KeptProbabilities(torch.autograd.Function):

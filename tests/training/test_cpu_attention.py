@@ -15,7 +15,7 @@ from pixart.cpu import bf16_instructions
 from pixart.layers import PixArtBlock
 from pixart.training import cpu_attention, heap
 from pixart.training.blocks import wrap_blocks
-from pixart.training.cpu_attention import cpu_training_attention, dense_attention, keeping_attention
+from pixart.training.cpu_attention import cpu_training_attention, dense_attention, keeping_attention, keeping_attention_of_one
 from pixart.training.loop import Loop
 from pixart.training.recipe import load_recipe
 
@@ -49,12 +49,15 @@ def test_kept_probabilities_are_as_near_to_exact_attention_as_the_fused_kernel(m
 
 @only_with_bf16
 def test_only_medium_bf16_in_training_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def keeps(tokens: int, dtype: torch.dtype = torch.bfloat16, mask: torch.Tensor | None = None, trained: bool = True) -> bool:
-        q = torch.randn(1, tokens, 40, dtype=dtype, requires_grad=trained)
+    def keeps(
+        tokens: int, dtype: torch.dtype = torch.bfloat16, mask: torch.Tensor | None = None, trained: bool = True, pictures: int = 1,
+        attention: Callable[..., torch.Tensor] = keeping_attention,
+    ) -> bool:  # fmt: skip
+        q = torch.randn(pictures, tokens, 40, dtype=dtype, requires_grad=trained)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value.shape) or value, lambda value: value):
-            keeping_attention(q, q, q, heads=5, mask=mask)
-        return (5, tokens, tokens) in [tuple(shape) for shape in saved]
+            attention(q, q, q, heads=5, mask=mask)
+        return (5 * pictures, tokens, tokens) in [tuple(shape) for shape in saved]
 
     monkeypatch.setattr(cpu_attention, "DENSE_SCORES", 32**2)
     monkeypatch.setattr(cpu_attention, "KEPT_SCORES", 64**2)
@@ -63,17 +66,20 @@ def test_only_medium_bf16_in_training_keeps_them(monkeypatch: pytest.MonkeyPatch
     assert not keeps(64, torch.float32)
     assert not keeps(64, mask=torch.ones(1, 64, dtype=torch.bool))
     assert not keeps(64, trained=False)
+    assert keeps(64, pictures=2)
+    assert keeps(64, attention=keeping_attention_of_one) and not keeps(64, pictures=2, attention=keeping_attention_of_one)
 
 
 def test_each_second_block_keeps_them_or_all_that_are_checkpointed_or_trained() -> None:
-    def chosen(attention, trained: bool = False, **how: bool) -> list[bool]:
+    def chosen(attention, trained: bool = False, **how: bool) -> list[bool | str]:
         blocks = nn.ModuleList(PixArtBlock(16, 2, 32, attention, nn) for _ in range(4)).requires_grad_(trained)
         wrap_blocks(blocks, **how)
-        return [block.attn.attention is keeping_attention for block in blocks]
+        names = {keeping_attention: True, keeping_attention_of_one: "of one"}
+        return [names.get(block.attn.attention, False) for block in blocks]
 
     assert chosen(cpu_training_attention, compiled=False, checkpointed=False) == [True, False, True, False]
     assert chosen(cpu_training_attention, compiled=False, checkpointed=True) == [True] * 4
-    assert chosen(cpu_training_attention, trained=True, compiled=False, checkpointed=False) == [True] * 4
+    assert chosen(cpu_training_attention, trained=True, compiled=False, checkpointed=False) == [True, "of one"] * 2
     assert chosen(cpu_training_attention, compiled=True, checkpointed=True) == [False] * 4
     assert chosen(torch_attention, compiled=False, checkpointed=True) == [False] * 4  # on a card
 
