@@ -26,6 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 RATE_GOAL, MEMORY_GOAL = 1.15, 0.8
+WARM_UP = 2  # the first step makes the optimizer's state, the second what is freed and taken again
 CHOICES = {
     "methods": ("lora", "full"), "precisions": ("bf16", "fp32"), "optimizers": ("adamw", "adamw8bit", "came", "prodigy"),
     "checkpointing": ("on", "off"), "trim": ("off", "on"),
@@ -80,7 +81,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=some_of(known), default=default, metavar="NAME,...", help=f"some of {', '.join(known)}")
     parser.add_argument("--batch", type=at_least(1), default=1)
     parser.add_argument("--blocks", type=at_least(1), default=XL_BLOCKS, help="of the 28")
-    parser.add_argument("--rounds", type=at_least(1), default=5, help="steps of each that count, after one of warm-up")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help=f"steps of each that count, after {WARM_UP} of warm-up")
     parser.add_argument("--apart", action="store_true", help="one contender after the other, where both together don't fit into memory")
     parser.add_argument("--only", choices=("rate", "memory"), help="measure but one of them")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -128,11 +129,11 @@ def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def rates(case: Case, names: Sequence[str], rounds: int) -> dict[str, list[float]]:
-    """Seconds of contenders that take turns; the first turn is the warm-up."""
+    """Seconds of contenders that take turns; the first turns are the warm-up."""
     with ExitStack() as stack:
         children = {name: stack.enter_context(closing(Child(name, case, "rate"))) for name in names}
-        seconds = take_turns({name: child.step for name, child in children.items()}, rounds + 1)
-    return {name: each[1:] for name, each in seconds.items()}
+        seconds = take_turns({name: child.step for name, child in children.items()}, rounds + WARM_UP)
+    return {name: each[WARM_UP:] for name, each in seconds.items()}
 
 
 class Child:

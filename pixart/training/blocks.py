@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import BlockInputs, PixArtBlock, modulate
+from ..layers import BlockInputs, PixArtBlock, normalized
 from .cpu_attention import keep_probabilities
 from .linear import add_adapters_in_place, cast_weights_anew
 
@@ -25,8 +25,8 @@ def wrap_blocks(blocks: Iterable[nn.Module], *, compiled: bool, checkpointed: bo
     for block in blocks:
         if not compiled:
             add_adapters_in_place(block)
-        if not (compiled or checkpointed):  # a checkpointed block's copies don't outlive it
-            cast_weights_anew(block)
+            cast_weights_anew(block, keep_copies=checkpointed)
+        if not (compiled or checkpointed):
             continue
         forward = torch.compile(block.forward, dynamic=True) if compiled else block.forward
         if checkpointed and not compiled and type(block) is PixArtBlock:
@@ -50,4 +50,4 @@ def _checkpointed(block: PixArtBlock, forward: Callable[[BlockInputs], Tensor], 
 
 def _until_last_layer(block: PixArtBlock, inputs: BlockInputs) -> tuple[Tensor, Tensor, Tensor]:
     hidden, (shift, scale, gate) = block.attended(inputs)
-    return hidden, block.mlp.widened(modulate(block.norm2(hidden), shift, scale).to(inputs.context.dtype)), gate
+    return hidden, block.mlp.widened(normalized(block.norm2, hidden, shift, scale, inputs.context.dtype)), gate

@@ -75,7 +75,7 @@ class _KeptProbabilities(torch.autograd.Function):
             with _products_of_bf16():
                 scores = torch.bmm(scaled[heads], keys[heads])
             kept[heads] = scores.softmax(dim=-1)
-            out[heads] = torch.bmm(kept[heads], v[heads])
+            torch.bmm(kept[heads], v[heads], out=out[heads])
         ctx.save_for_backward(q, k, v, kept)
         return out
 
@@ -87,10 +87,10 @@ class _KeptProbabilities(torch.autograd.Function):
         for heads in _some_heads(len(q)):
             for_kept = torch.bmm(gradient[heads], v[heads].transpose(1, 2))
             for_scores = torch.ops.aten._softmax_backward_data(for_kept, kept[heads], -1, kept.dtype)
-            for_q[heads] = torch.bmm(for_scores, k[heads]) * scale
-            for_k[heads] = torch.bmm(for_scores.transpose(1, 2), q[heads]) * scale
-            for_v[heads] = torch.bmm(kept[heads].transpose(1, 2), gradient[heads])
-        return for_q, for_k, for_v
+            torch.bmm(for_scores, k[heads], out=for_q[heads])
+            torch.bmm(for_scores.transpose(1, 2), q[heads], out=for_k[heads])
+            torch.bmm(kept[heads].transpose(1, 2), gradient[heads], out=for_v[heads])
+        return for_q.mul_(scale), for_k.mul_(scale), for_v
 
 
 def _some_heads(count: int) -> Iterator[slice]:

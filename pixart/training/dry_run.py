@@ -16,6 +16,7 @@ from .batch import Batch, Source
 from .blocks import wrap_blocks
 from .methods import Method
 from .methods.full import attention_of
+from .narrow_gradients import NarrowGradients
 from .optimizers import block_matrices, state_bytes
 from .precision import autocast
 from .recipe import Recipe, Stage
@@ -55,9 +56,10 @@ def _memory_lines(recipe: Recipe, method: Method, network: nn.Module, processes:
     every = [value for module in _modules(network) for value in _own_tensors(module)]
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     shares = processes if recipe.shard else 1
-    weights, gradients = sum(map(_weight_bytes, _modules(network))) / shares, _bytes(trained) / shares
+    weights = sum(map(_weight_bytes, _modules(network))) / shares
+    gradients = NarrowGradients.gradient_bytes(trained, method.blocks(network), recipe, processes) / shares
     states = state_bytes(recipe.optimizer, trained, block_matrices(method.blocks(network))) / shares
-    average = gradients if recipe.ema_decay else 0
+    average = _bytes(trained) / shares if recipe.ema_decay else 0
     total = weights + gradients + states + average
     return [
         f"trains {_count(trained):,} of {_count(every):,} parameters by {recipe.optimizer}, precision {recipe.precision}",
@@ -78,7 +80,8 @@ def _companion_lines(recipe: Recipe, method: Method, network: nn.Module, source:
         own /= shares if name in companions else 1  # others each process has whole
         trained = [parameter for parameter in beside.parameters() if parameter.requires_grad]
         states = state_bytes(recipe.optimizer, trained, block_matrices(method.blocks(beside))) / shares if trained else 0
-        more = f", gradients {_gib(_bytes(trained) / shares)}, optimizer {_gib(states)}" if trained else ""
+        gradients = NarrowGradients.gradient_bytes(trained, method.blocks(beside), recipe, processes) / shares if trained else 0
+        more = f", gradients {_gib(gradients)}, optimizer {_gib(states)}" if trained else ""
         lines.append(f"objective {recipe.objective.name} also keeps: {name}, weights of its own {_gib(own)}{more}")
     return lines
 

@@ -5,7 +5,7 @@ weight is cast again in the backward pass, to the same numbers. A LoRA is added 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,19 +19,31 @@ from .teacher import adapter_layers
 SMALLEST = 2**16  # values of a weight; below, a copy costs less than the call
 
 
-def cast_weights_anew(model: nn.Module) -> None:
-    """Replaces `forward` of large linear layers in training; names and parameters stay."""
-    for layer in model.modules():
-        if type(layer) is nn.Linear and layer.weight.requires_grad and layer.weight.numel() >= SMALLEST:
-            layer.forward = partial(_forward, layer)
+def cast_weights_anew(model: nn.Module, keep_copies: bool = False) -> None:
+    """Replaces `forward` of large linear layers in training; names and parameters stay.
+
+    keep_copies: cast once for both passes, where a copy doesn't outlive its block.
+    """
+    for layer in _large_layers(model):
+        layer.forward = partial(_forward, layer, keep_copies)
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+def large_weights(blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Those of the layers that `cast_weights_anew` changes."""
+    return [layer.weight for block in blocks for layer in _large_layers(block)]
+
+
+def _large_layers(model: nn.Module) -> list[nn.Linear]:
+    linear = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    return [layer for layer in linear if layer.weight.requires_grad and layer.weight.numel() >= SMALLEST]
+
+
+def _forward(layer: nn.Linear, keep_copies: bool, x: Tensor) -> Tensor:
     """(..., in) -> (..., out), in autocast's dtype; without autocast as ever."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not torch.is_grad_enabled():
         return F.linear(x, layer.weight, layer.bias)
-    return _Product.apply(x.to(torch.get_autocast_dtype(kind)), layer.weight, layer.bias)
+    return _Product.apply(x.to(torch.get_autocast_dtype(kind)), layer.weight, layer.bias, keep_copies)
 
 
 def add_adapters_in_place(model: nn.Module) -> None:
@@ -88,19 +100,23 @@ class _ProductWithLora(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b in the dtype of x, whatever that of W and b is."""
+    """x W^T + b in the dtype of x, whatever that of W and b is.
+
+    A weight whose gradient may be in any dtype (`grad_dtype` None) gets it as it was computed, in that of x.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias = None if bias is None else bias.dtype
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep_copies: bool) -> Tensor:
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast if keep_copies else weight)
+        ctx.bias, ctx.wanted = None if bias is None else bias.dtype, getattr(weight, "grad_dtype", weight.dtype)
+        return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
         for_x = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        for_weight = (rows.t() @ x.flatten(0, -2)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        for_weight = (rows.t() @ x.flatten(0, -2)).to(ctx.wanted or x.dtype) if ctx.needs_input_grad[1] else None
         for_bias = rows.sum(0).to(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[2] else None
-        return for_x, for_weight, for_bias
+        return for_x, for_weight, for_bias, None

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from .recipe import Recipe
 
 SHARDED = ("adamw", "muon")  # those that can step with slices of tensors (FSDP2)
+BY_PARAMETER = ("adamw", "adamw8bit", "muon")  # those whose steps of one parameter don't depend on the others
 SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # of bitsandbytes: smaller tensors stay in 32 bits; values that share a scale
 THIRD_BETA = 0.9999  # of CAME (Luo and others, 2023), as in the recipes of PixArt-Sigma
 

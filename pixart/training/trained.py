@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from .linear import large_weights
+from .narrow_gradients import NarrowGradients
 from .optimizer_state import optimizer_tensors, optimizer_values, prepare_optimizers
 from .optimizers import make_optimizers
 from .recipe import Recipe
@@ -29,6 +31,8 @@ class Trained:
         self.bare = module
         self.model = module if recipe.shard else accelerator.prepare(module)
         self.optimizers = make_optimizers(module, blocks, recipe)
+        suit = NarrowGradients.suit(recipe, accelerator.num_processes)
+        self.narrow = NarrowGradients(large_weights(blocks)) if suit else None
         self.names = {id(parameter): name for name, parameter in module.named_parameters()}
 
     def gradients(self, last: bool) -> AbstractContextManager:
@@ -44,6 +48,8 @@ class Trained:
             self.scaler.unscale_(optimizer)
         parameters = [parameter for parameter in self.bare.parameters() if parameter.grad is not None]
         limit = self.recipe.clip_norm or float("inf")
+        if self.narrow:
+            return self.narrow.clip(parameters, limit)
         return whole_tensor(nn.utils.clip_grad_norm_(parameters, limit))
 
     def step(self, rate: float, finite: bool) -> None:
@@ -51,7 +57,10 @@ class Trained:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            if finite:
+        if self.narrow and finite:
+            self.narrow.step(self.optimizers)
+        for optimizer in self.optimizers:
+            if finite and not self.narrow:
                 self.scaler.step(optimizer)
             optimizer.zero_grad()
         if self.scaler.is_enabled():
