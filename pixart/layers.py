@@ -30,17 +30,14 @@ class BlockInputs:
 
 
 def normalized(norm: nn.LayerNorm, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norm's output, scaled and shifted, in `dtype`. x: (B, N, D); shift, scale: (B or 1, 1, D); all fp32.
+    """The norm's output, scaled and shifted, in `dtype`. x: (B, N, D); shift, scale: (B, 1, D); all fp32.
 
-    A CPU does it in one pass through a picture instead of three; a graph does so by itself.
+    For one picture a CPU does it in one pass instead of three; a graph does so by itself.
     """
     weight = 1 + scale
-    if x.device.type != "cpu" or x.dtype != weight.dtype or torch.compiler.is_compiling():
+    if len(x) > 1 or x.device.type != "cpu" or x.dtype != weight.dtype or torch.compiler.is_compiling():
         return torch.addcmul(shift, norm(x), weight).to(dtype)
-    if len(x) == 1:
-        return F.layer_norm(x, norm.normalized_shape, weight[0, 0], shift[0, 0], norm.eps).to(dtype)
-    rows = zip(x, weight.expand(len(x), -1, -1), shift.expand(len(x), -1, -1), strict=True)
-    return torch.stack([F.layer_norm(one, norm.normalized_shape, by[0], add[0], norm.eps).to(dtype) for one, by, add in rows])
+    return F.layer_norm(x, norm.normalized_shape, weight[0, 0], shift[0, 0], norm.eps).to(dtype)
 
 
 def cast_table(table: Tensor, like: Tensor) -> Tensor:

