@@ -18,7 +18,7 @@ MOST_FREE = 2**28  # bytes; training XL/2 on a CPU else keeps 1.5 GB of gaps bes
 
 
 def give_back_freed_memory(blocks: Iterable[nn.Module]) -> None:
-    """After a block's forward, when the process has become larger than it ever needed to be."""
+    """After a block's forward and before its backward pass, when the process has become larger than it ever needed to be."""
     heap = Heap.of_this_process()
     if heap is not None:
         for block in blocks:
@@ -50,11 +50,12 @@ class Heap:
         """None where nothing is known of the heap."""
         return cls() if _libc() else None
 
-    def trim_behind(self, block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """A forward hook: trims after the block, and in the backward pass before it."""
+    def trim_behind(self, block: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
+        """A forward hook: trims after the block, and in the backward pass before it. T5's blocks return a tuple."""
         self.trim()
-        if output.requires_grad:
-            output.register_hook(lambda gradient: self.trim())
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: self.trim())
 
     def trim(self) -> None:
         """Gives free pages back, unless this much was in use before: then they are wanted again soon, and to get them anew takes time."""

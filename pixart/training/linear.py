@@ -1,7 +1,8 @@
 """Linear layers in training under autocast, faster and in less memory than by separate operations.
 
 No cast copy of a weight is kept: it would stay in memory from the forward to the backward pass, 1.1 GiB of XL/2 in 16 bits. The
-weight is cast again in the backward pass, to the same numbers. A LoRA is added inside the product.
+weight is cast again in the backward pass, to the same numbers; not so in checkpointed blocks, which are computed again anyway. A LoRA
+is added inside the product.
 """
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def large_weights(blocks: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 def _large_layers(model: nn.Module) -> list[nn.Linear]:
-    linear = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    """Adapters' own matrices are not among them: their gradients are fp32."""
+    adapters = {part for layer in adapter_layers(model) for part in layer.modules()}
+    linear = [layer for layer in model.modules() if type(layer) is nn.Linear and layer not in adapters]
     return [layer for layer in linear if layer.weight.requires_grad and layer.weight.numel() >= SMALLEST]
 
 
@@ -99,6 +102,11 @@ class _ProductWithLora(torch.autograd.Function):
         return for_x, None, None, for_down, for_up, None
 
 
+def _gradient_dtype(weight: Tensor) -> torch.dtype | None:
+    """Before torch 2.10, and where a weight is computed itself, that of the weight."""
+    return weight.grad_dtype if weight.is_leaf and hasattr(weight, "grad_dtype") else weight.dtype
+
+
 class _Product(torch.autograd.Function):
     """x W^T + b in the dtype of x, whatever that of W and b is.
 
@@ -109,7 +117,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep_copies: bool) -> Tensor:
         cast = weight.to(x.dtype)
         ctx.save_for_backward(x, cast if keep_copies else weight)
-        ctx.bias, ctx.wanted = None if bias is None else bias.dtype, getattr(weight, "grad_dtype", weight.dtype)
+        ctx.bias, ctx.wanted = None if bias is None else bias.dtype, _gradient_dtype(weight)
         return F.linear(x, cast, None if bias is None else bias.to(x.dtype))
 
     @staticmethod

@@ -31,7 +31,7 @@ class Trained:
         self.bare = module
         self.model = module if recipe.shard else accelerator.prepare(module)
         self.optimizers = make_optimizers(module, blocks, recipe)
-        suit = NarrowGradients.suit(recipe, accelerator.num_processes)
+        suit = self.model is module and NarrowGradients.suit(recipe, accelerator.num_processes)  # torchrun wraps a single process's too
         self.narrow = NarrowGradients(large_weights(blocks)) if suit else None
         self.names = {id(parameter): name for name, parameter in module.named_parameters()}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pixart.attention import torch_attention
 from pixart.cpu import bf16_instructions
@@ -106,6 +106,38 @@ assert 400 * 2**20 < freed < 600 * 2**20, freed
 heap.trim()
 assert all(bool((piece == 1).all()) for piece in pieces)
 """
+
+
+class Tuples(nn.Module):
+    """As T5's blocks, whose first output goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.layer(x), None
+
+
+def test_memory_goes_back_in_both_passes_of_blocks_that_return_tuples_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class Counting(heap.Heap):
+        def __init__(self) -> None:
+            pass
+
+        def trim(self) -> None:
+            calls.append(1)
+
+    monkeypatch.setattr(heap.Heap, "of_this_process", classmethod(lambda cls: Counting()))
+    for block, each in ((Tuples(), 2), (nn.Linear(4, 4), 2), (nn.Linear(4, 4).requires_grad_(False), 1)):
+        calls.clear()
+        heap.give_back_freed_memory([block])
+        out = block(torch.zeros(2, 4))
+        out = out[0] if isinstance(out, tuple) else out
+        if out.requires_grad:
+            out.sum().backward()
+        assert len(calls) == each
 
 
 @pytest.mark.skipif(heap._libc() is None, reason="of glibc from 2.33 on")

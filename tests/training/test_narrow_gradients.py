@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from pixart.training import linear, narrow_gradients
-from pixart.training.loop import Loop
+from pixart.training.loop import Loop, train
 from pixart.training.narrow_gradients import NarrowGradients
 from pixart.training.recipe import load_recipe
 from pixart.training.trained import Trained
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs torch 2.10")
 STAGE = {"base_size": 64, "steps": 4, "batch_size": 4, "learning_rate": 2e-3}
 LARGE = 72 * 72  # of the tiny model: every matrix of a block but the caption's projections
 
@@ -87,11 +90,37 @@ def test_where_sums_or_other_parameters_matter_gradients_stay_whole(recipe: Path
     assert not NarrowGradients.suit(load_recipe(recipe, [change]), 1)
 
 
-def test_a_dry_run_counts_them(recipe: Path) -> None:
+def test_gradients_that_are_sums_of_two_forwards_stay_whole(recipe: Path) -> None:
+    one = load_recipe(recipe, ['objective={"name": "dmd"}'])
+    two = load_recipe(recipe, ['objective={"name": "dmd", "pairs": "folder", "pair_loss": "l2"}'])
+    assert NarrowGradients.suit(one, 1) and not NarrowGradients.suit(two, 1)
+
+
+def test_a_single_process_of_torchrun_keeps_them_whole(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "prepare", lambda self, model: nn.Sequential(model))  # as its DDP is around the network
     loop = Loop(load_recipe(recipe, []))
+    assert loop.accelerator.num_processes == 1 and loop.trained.narrow is None
+
+
+def test_clipping_where_every_gradient_is_narrow() -> None:
+    weight = nn.Parameter(torch.zeros(4, 8))
+    narrow = NarrowGradients([weight])
+    weight.grad = torch.full((4, 8), 3.0, dtype=torch.bfloat16)
+    norm = narrow.clip([weight], 0.5)
+    assert float(norm) == pytest.approx(3 * 32**0.5, rel=1e-2)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    narrow.step([optimizer])
+    assert float(weight.detach().norm()) == pytest.approx(0.5, rel=1e-2) and weight.grad is None
+
+
+@pytest.mark.parametrize("changes", [[], ['method={"name": "lora", "rank": 72, "targets": "attention+mlp"}']])
+def test_a_dry_run_counts_them(recipe: Path, tmp_path: Path, changes: list[str]) -> None:
+    base = train(recipe, ["stages.0.steps=1", f"run_dir={tmp_path / 'base'}", f"output={tmp_path / 'base.safetensors'}"])
+    loop = Loop(load_recipe(recipe, [*changes, f"initialize={base}"]))
     loop.trained.step = lambda *_: None  # gradients stay
     loop._train_step()
     trained = [value for value in loop.network.parameters() if value.requires_grad]
     held = sum(value.grad.nbytes for value in trained if value.grad is not None)
     counted = NarrowGradients.gradient_bytes([value for value in trained if value.grad is not None], loop.method.blocks(loop.network), loop.recipe, 1)
-    assert counted == held < sum(value.nbytes for value in trained)
+    assert counted == held
+    assert changes or held < sum(value.nbytes for value in trained)

@@ -49,11 +49,16 @@ class Settings:
     vae: str | None = None  # that decodes for LPIPS; a small one, such as TAESD, is enough
     teacher: str | None = None  # the real score; null is what the run begins with
 
+    @property
+    def runs_network_twice(self) -> bool:
+        """Whether a step's gradients are sums over two forwards."""
+        return self.pairs is not None
+
 
 class Part(denoise.Part):
     """See `objectives.Objective`.
 
-    Memory: three networks. Of PixArt's 0.6 billion weights in fp32 each takes 2.4 GB, and generator and fake score 7.2 GB more for
+    Memory: three networks. Of PixArt's 0.6 billion weights in fp32 each takes 2.4 GB, and generator and fake score up to 7.2 GB more for
     gradients and AdamW: 22 GB, and 2.4 more with an average. As LoRA they share the frozen weights: 2.4 GB once, and some ten MB for each.
     """
 
