@@ -9,10 +9,10 @@ from pixart.layers import normalized
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("pictures", "modulations"), [(1, 1), (2, 2)])
-def test_a_scaled_and_shifted_norm_is_the_formulas(pictures: int, modulations: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_a_scaled_and_shifted_norm_is_the_formulas(pictures: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, shift, scale = 3 + 5 * torch.randn(pictures, 7, 24), torch.randn(modulations, 1, 24), torch.randn(modulations, 1, 24)
+    x, shift, scale = 3 + 5 * torch.randn(pictures, 7, 24), torch.randn(pictures, 1, 24), torch.randn(pictures, 1, 24)
     values, gradient = [x, shift, scale], torch.randn(pictures, 7, 24)
     found, exact = ([value.to(kind).requires_grad_() for value in values] for kind in (torch.float32, torch.float64))
     out = normalized(nn.LayerNorm(24, elementwise_affine=False, eps=1e-6), *found, dtype)

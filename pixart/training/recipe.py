@@ -74,7 +74,7 @@ class Recipe:
     save_every: int = 250  # steps
     log_every: int = 25  # steps
     compile_blocks: bool = False  # torch.compile, which needs a C++ compiler
-    trim_memory: bool = False  # on a CPU under Linux: what blocks freed goes back to the system; less memory, up to a tenth more time
+    trim_memory: bool = False  # on a CPU under Linux: what blocks freed goes back to the system; less memory, up to an eighth more time
     checkpoint_blocks: bool = False  # blocks keep little, and compute anew in the backward pass: up to a third more time, little memory
     shard: bool = False  # FSDP2: processes share weights, gradients and the optimizer's state instead of each holding all
     samples: Samples | None = None  # null draws none
