@@ -44,12 +44,12 @@ class Case:
 
 
 @lru_cache(maxsize=2)
-def make_case(name: str, depth: int = 1) -> Case:
-    """Random weights of a zoo entry's width, with fewer blocks."""
+def make_case(name: str, depth: int = 1, hidden: int | None = None) -> Case:
+    """Random weights of a zoo entry's width, or of another, with fewer blocks."""
     variant = get_variant(name)
     sizes = variant.transformer
     config = diffusers_config(
-        hidden=sizes.hidden_size, depth=depth, captions=sizes.caption_channels, pixels=variant.base_size,
+        hidden=hidden or sizes.hidden_size, depth=depth, captions=sizes.caption_channels, pixels=variant.base_size,
         position_range=sizes.position_range, micro=sizes.micro_condition, channels=sizes.in_channels,
     )  # fmt: skip
     reference = reference_model(config)
@@ -120,7 +120,8 @@ def load_through(case: Case, kind: str, folder: Path, variant: str) -> PixArtTra
 
 def in_memory(case: Case) -> PixArtTransformer:
     """Our model with the case's weights, without a file."""
-    config = replace(case.variant.transformer, depth=case.config["num_layers"])
+    heads, head_size = case.config["num_attention_heads"], case.config["attention_head_dim"]
+    config = replace(case.variant.transformer, depth=case.config["num_layers"], hidden_size=heads * head_size, num_heads=heads)
     model = PixArtTransformer(config, device="meta")
     model.load_state_dict(case.original, strict=True, assign=True)
     return model.eval().requires_grad_(False)
