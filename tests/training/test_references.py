@@ -1,7 +1,7 @@
-"""One step of each method and objective: the loss and every gradient are those of diffusers' transformer, PEFT and the formulas."""
+"""One step of each method and objective: the loss and every gradient are those of diffusers' transformer and the formulas."""
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,112 +9,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-peft = pytest.importorskip("peft")
 pytest.importorskip("diffusers")
 
 from pixart.checkpoints import load_transformer
-from pixart.config import TransformerConfig, Variant
 from pixart.errors import ConfigError
-from pixart.training import initialize
-from pixart.training.bases import PackedLinear
-from pixart.training.batch import Batch
-from pixart.training.draws import Draws
-from pixart.training.methods import full
-from pixart.training.objectives import denoise
-from pixart.training.recipe import Recipe, make_recipe
-from pixart.training.teacher import without_adapters
-from tests.support import checkpoint_factory as factory
 from tests.support import kv_reference, tiny_control
 from tests.support import training_reference as reference
-from tests.support.tiny_training import recipe_values
-
-TIMESTEPS = torch.tensor([0, 3, 420, 999])
-CONFIG = TransformerConfig(hidden_size=72, depth=3, num_heads=1, mlp_hidden=288, caption_channels=32)
-SPLIT = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn.kv_linear": ("attn2.to_k", "attn2.to_v"),
-         "attn.proj": ("attn1.to_out.0",), "cross_attn.q_linear": ("attn2.to_q",), "cross_attn.proj": ("attn2.to_out.0",),
-         "mlp.fc1": ("ff.net.0.proj",), "mlp.fc2": ("ff.net.2",)}  # fmt: skip
-OUTSIDE = {"t_block.1": "adaln_single.linear", "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
-           "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2", "y_embedder.y_proj.fc1": "caption_projection.linear_1",
-           "y_embedder.y_proj.fc2": "caption_projection.linear_2", "final_layer.linear": "proj_out"}  # fmt: skip
-
-
-@dataclass
-class Start:
-    """A base in a file and as diffusers' model, and what a step is given."""
-
-    path: Path
-    model: nn.Module
-    batch: Batch
-    noise: Tensor
-    draws: Draws
-    captions: dict[str, Any]  # of `reference.predict`
-
-    def recipe(self, folder: Path, **changes: Any) -> Recipe:
-        return make_recipe(recipe_values(folder, initialize=str(self.path), **{"objective": "denoise", **changes}), "r")
-
-
-class NoSource:
-    """A source that a method asks nothing but a few pictures to measure on."""
-
-    null_context, feature_count = torch.zeros(1, 32), 0
-
-    def __init__(self, batch: Batch) -> None:
-        self.kept = batch
-
-    def batch(self, settings: Any, stage: Any, draws: Draws) -> Batch:
-        picked = [row % len(self.kept.latent) for row in draws.rows]
-        return Batch(*(getattr(self.kept, name)[picked] for name in ("latent", "context", "mask", "size", "weight")), total=1.0)
-
-
-def start(folder: Path, monkeypatch: pytest.MonkeyPatch, micro: bool = False, captions: tuple[str, ...] | None = None) -> Start:
-    family, rows = ("alpha", 120) if micro else ("sigma", 300)
-    config = replace(CONFIG, micro_condition=micro, max_tokens=rows)
-    monkeypatch.setattr(full, "get_variant", lambda name: Variant("demo", "tiny", family, 1024, rows, 0.13025, "demo", config))
-    monkeypatch.setattr(initialize, "load_transformer", lambda path, variant, dtype: load_transformer(path, dtype=dtype))
-    monkeypatch.setattr(denoise, "draw_timesteps", lambda settings, draws: TIMESTEPS)
-    sizes, diffusers, original = factory.tiny_weights(micro=micro, null_rows=rows, hidden=72, depth=3, captions=32)
-    path = factory.write("safetensors", folder / "base", sizes, diffusers, original)
-    model = factory.reference_model(sizes).requires_grad_(True)
-    order = torch.Generator().manual_seed(7)
-    latent, context = torch.randn(4, 4, 8, 8, generator=order), torch.randn(4, 5, 32, generator=order)
-    mask = torch.arange(5) < torch.tensor([5, 1, 3, 4])[:, None]
-    size = torch.tensor([[64.0, 64], [64, 128], [128, 64], [96, 32]])
-    draws = Draws(3, 0, 0, range(4))
-    batch = Batch(latent, context, mask, size, torch.ones(4), 4.0, captions=captions)
-    told = {"context": context, "mask": mask, **({"size": size} if micro else {})}
-    return Start(path, model, batch, draws.normal("noise", (4, 8, 8)), draws, told)
-
-
-def step(begun: Start, recipe: Recipe, prepare: Any = lambda network: None) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The network after a backward pass, and the named losses."""
-    torch.manual_seed(0)
-    method, objective, source = recipe.method.make(recipe), recipe.objective.make(), NoSource(begun.batch)
-    network = method.build(source, torch.device("cpu"))
-    prepare(network)
-    model = objective.wrap(network, source)
-    losses = objective.losses(recipe.objective.settings, model, method.conditions(network, begun.batch), begun.batch, begun.draws)
-    sum(losses.values()).mean().backward()
-    return network, losses
-
-
-def expected_step(begun: Start, prediction: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference's losses after a backward pass of its own."""
-    errors, bounds = reference.losses(prediction, begun.batch.latent, begun.noise, TIMESTEPS)
-    (errors + bounds).mean().backward()
-    return errors, bounds
-
-
-def predicted(begun: Start, model: nn.Module) -> Tensor:
-    return reference.predict(model, reference.noisy(begun.batch.latent, begun.noise, TIMESTEPS).float(), TIMESTEPS, **begun.captions)
-
-
-def assert_losses(losses: dict[str, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    for name, wanted in zip(("noise_loss", "variance_loss"), expected):
-        torch.testing.assert_close(losses[name].double(), wanted, rtol=1e-5, atol=1e-5)
-
-
-def diffusers_gradients(model: nn.Module, depth: int = 3) -> dict[str, Tensor]:
-    return factory.original_keys(reference.gradients(model.named_parameters()), depth)
+from tests.support.one_step import (
+    TIMESTEPS,
+    NoSource,
+    Start,
+    assert_losses,
+    diffusers_gradients,
+    expected_step,
+    predicted,
+    randomize,
+    start,
+    step,
+)
 
 
 @pytest.mark.parametrize("micro", [False, True])
@@ -133,149 +45,6 @@ def test_weights_of_timesteps_and_of_the_bound(tmp_path: Path, monkeypatch: pyte
     ratio = (reference.SIGNAL / (1 - reference.SIGNAL))[TIMESTEPS]
     weight = (1 / reference.SIGNAL[TIMESTEPS]).clamp(max=20) * torch.minimum(ratio, torch.tensor(5.0)) / ratio
     assert_losses(losses, (errors * weight, bounds * 0.3))
-
-
-# -- adapters ------------------------------------------------------------------------------------
-
-KINDS = {
-    "lora": ({"kind": "lora", "rank": 4}, lambda targets: peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets)),
-    "alpha": ({"kind": "lora", "rank": 4, "alpha": 6}, lambda targets: peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)),
-    "rslora": ({"kind": "lora", "rank": 9, "alpha": 2, "rank_stabilized": True},
-               lambda targets: peft.LoraConfig(r=9, lora_alpha=2, use_rslora=True, target_modules=targets)),
-    "dora": ({"kind": "dora", "rank": 4}, lambda targets: peft.LoraConfig(r=4, lora_alpha=4, use_dora=True, target_modules=targets)),
-    "loha": ({"kind": "loha", "rank": 3, "alpha": 2}, lambda targets: peft.LoHaConfig(r=3, alpha=2, target_modules=targets)),
-    "lokr": ({"kind": "lokr", "rank": 2, "alpha": 3}, lambda targets: peft.LoKrConfig(r=2, alpha=3, target_modules=targets)),
-    "lokr-whole": ({"kind": "lokr", "rank": 64, "alpha": 32}, lambda targets: peft.LoKrConfig(r=64, alpha=32, target_modules=targets)),
-}  # fmt: skip
-ROWS = ("lora_B", "hada_w1_a", "hada_w2_a", "magnitude")  # are split where diffusers' layers are
-
-
-def randomize(network: nn.Module) -> None:
-    """Every matrix of an adapter, so that none is hidden behind a zero; by name, so that both sides agree."""
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            draw = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(sum(map(ord, name))))
-            parameter.data = parameter.data * (1 + 0.1 * draw) if "magnitude" in name else 0.2 * draw
-
-
-def sources_of(module: str) -> list[str]:
-    """diffusers' names of a native layer, spelled out once more."""
-    if module in OUTSIDE:
-        return [OUTSIDE[module]]
-    _, block, rest = module.split(".", 2)
-    return [f"transformer_blocks.{block}.{name}" for name in SPLIT[rest]]
-
-
-def pieces(name: str, prefix: str) -> list[tuple[str, int, int]]:
-    """(name in PEFT's model of diffusers, part, parts) of one of our adapter's parameters; parts is 1 for shared matrices."""
-    module, role = next((name[: name.index(f".{mark}")], name[name.index(f".{mark}") :]) for mark in ("lora_", "hada_", "lokr_") if f".{mark}" in name)
-    sources = sources_of(module)
-    split = any(mark in role for mark in ROWS)
-    return [(f"{prefix}{source}{role}", part if split else 0, len(sources) if split else 1) for part, source in enumerate(sources)]
-
-
-def copied_adapter(network: nn.Module, model: nn.Module, config: Any) -> nn.Module:
-    """PEFT's own model of diffusers' transformer, with the values of ours."""
-    made = peft.get_peft_model(model.requires_grad_(False), config)
-    named = dict(made.named_parameters())
-    for name, value in network.named_parameters():
-        if value.requires_grad:
-            for place, part, parts in pieces(name, "base_model.model."):
-                named[place].data = value.detach().chunk(parts)[part].clone()
-    return made
-
-
-def adapter_gradients(network: nn.Module, made: nn.Module) -> dict[str, Tensor]:
-    """PEFT's gradients by our names: those of a matrix that fused layers share are summed."""
-    theirs = reference.gradients(made.named_parameters())
-    found, used = {}, set()
-    for name, value in network.named_parameters():
-        if value.requires_grad:
-            places = pieces(name, "base_model.model.")
-            used |= {place for place, _, _ in places}
-            parts = [theirs[place] for place, _, _ in places]
-            found[name] = torch.cat(parts) if places[0][2] > 1 else sum(parts)
-    assert used == theirs.keys()
-    return found
-
-
-def targets_of(names: list[str]) -> list[str]:
-    return [source for name in names for source in sources_of(name)]
-
-
-ON_BASES = [*((kind, None) for kind in KINDS), *((kind, base) for kind in ("lora", "dora", "loha", "lokr") for base in ("fp8", "nf4"))]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("kind", "base"), ON_BASES)
-def test_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, base: str | None) -> None:
-    if base == "nf4":
-        pytest.importorskip("bitsandbytes")
-    begun = start(tmp_path, monkeypatch)
-    settings, config = KINDS[kind]
-    layers = ("attn.proj", "cross_attn.q_linear", "mlp.fc2") if kind.startswith("lokr") else ("attn.qkv", "cross_attn.kv_linear", "mlp.fc1")
-    method = {"name": "lora", **settings, "base": base, "targets": list(layers), "blocks": [0, 2]}
-    network, losses = step(begun, begun.recipe(tmp_path, method=method), randomize)
-    packed = {name: module for name, module in network.named_modules() if isinstance(module, PackedLinear)}
-    assert len(packed) == (3 * 7 if base else 0)
-    with torch.no_grad():
-        for name, layer in packed.items():  # the reference computes with the unpacked weights
-            sources = sources_of(name.replace(".base_layer", ""))
-            for source, piece in zip(sources, layer.weight.chunk(len(sources))):
-                begun.model.get_submodule(source).weight.copy_(piece)
-    targets = targets_of([f"blocks.{block}.{layer}" for block in (0, 2) for layer in layers])
-    made = copied_adapter(network, begun.model, config(targets))
-    assert_losses(losses, expected_step(begun, predicted(begun, made)))
-    reference.assert_gradients(reference.gradients(network.named_parameters()), adapter_gradients(network, made))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_linear_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = start(tmp_path, monkeypatch)
-    network, losses = step(begun, begun.recipe(tmp_path, method={"name": "lora", "rank": 2, "targets": "all"}), randomize)
-    layers = [*OUTSIDE, *(f"blocks.{block}.{layer}" for block in range(3) for layer in SPLIT)]
-    made = copied_adapter(network, begun.model, peft.LoraConfig(r=2, lora_alpha=2, target_modules=targets_of(layers)))
-    assert_losses(losses, expected_step(begun, predicted(begun, made)))
-    reference.assert_gradients(reference.gradients(network.named_parameters()), adapter_gradients(network, made))
-    with without_adapters(network), torch.no_grad():
-        plain = network(begun.batch.latent, TIMESTEPS, begun.batch.context, begun.batch.mask)
-    torch.testing.assert_close(plain, load_transformer(begun.path)(begun.batch.latent, TIMESTEPS, begun.batch.context, begun.batch.mask))
-    assert all(value.requires_grad == ("lora_" in name) for name, value in network.named_parameters())
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_t5_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sentencepiece")
-    from tests.support.tiny_pipeline import padded_embeddings
-    from tests.support.tiny_text import save_t5_file, tiny_t5
-
-    texts = ("a red circle", "", "green star above the tree", "dog")
-    begun = start(tmp_path, monkeypatch, captions=texts)
-    t5 = tiny_t5(width=32)
-    source = {"name": "scenes", "text_encoder": str(save_t5_file(t5, tmp_path / "t5.safetensors"))}
-    method = {"name": "lora", "rank": 4, "text_rank": 2, "targets": "attention+mlp"}
-    network, losses = step(begun, begun.recipe(tmp_path, method=method, source=source), randomize)
-
-    names = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
-    text = peft.get_peft_model(t5.requires_grad_(False), peft.LoraConfig(r=2, lora_alpha=2, target_modules=names))
-    own = {name.removeprefix("text_encoder."): value for name, value in network.named_parameters() if name.startswith("text_encoder.")}
-    for name, value in text.named_parameters():
-        if value.requires_grad:
-            value.data = own[name.removeprefix("base_model.model.")].detach().clone()
-    layers = [f"blocks.{block}.{layer}" for block in range(3) for layer in SPLIT]
-    made = copied_adapter(network.transformer, begun.model, peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets_of(layers)))
-    monkeypatch.setattr(torch, "no_grad", torch.enable_grad)  # the support module encodes without gradients
-    states, mask = padded_embeddings(text, list(texts), 12)
-    begun.captions = {"context": states, "mask": mask}
-    assert_losses(losses, expected_step(begun, predicted(begun, made)))
-    ours = reference.gradients(network.named_parameters())
-    theirs = {f"text_encoder.{name.removeprefix('base_model.model.')}": value for name, value in reference.gradients(text.named_parameters()).items()}
-    theirs |= {f"transformer.{name}": value for name, value in adapter_gradients(network.transformer, made).items()}
-    reference.assert_gradients(ours, theirs)
-    assert any(name.startswith("text_encoder.") and bool(value.any()) for name, value in ours.items())
-
-
-# -- ControlNet and KV compression ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("depth", [1, 2])
