@@ -258,7 +258,9 @@ def test_cast_weights_are_let_go_of_layer_by_layer(tmp_path: Path, monkeypatch) 
 
     monkeypatch.setattr(weights, "cast", watched)
     path = tiny_text.save_t5_file(tiny_text.tiny_t5(layers=6), tmp_path / "t5.safetensors")
+    gc.freeze()  # what was there before needn't be looked at after each weight
     loaded = encoder.load_t5(str(path), "bf16", "default")
+    gc.unfreeze()
     assert len(total) > 50 and max(most) < 0.5 * sum(total)
     assert torch.isfinite(node(loaded, PROMPTS[0])[0]).all()
 
