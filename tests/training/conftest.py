@@ -11,6 +11,7 @@ from pixart.checkpoints import load_transformer
 from pixart.training import initialize
 from pixart.training.methods import full
 from pixart.training.sources import scenes
+from tests.support.tiny_methods import use_variant, write_base
 from tests.support.tiny_training import VARIANT, TwoPictures, recipe_values
 
 
@@ -27,3 +28,10 @@ def recipe_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         return path
 
     return write
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model's weights in a file."""
+    use_variant(monkeypatch)
+    return write_base(tmp_path / "base")
