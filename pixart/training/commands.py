@@ -25,7 +25,8 @@ def add_training_commands(commands: Any) -> None:
     train.add_argument("recipe", type=Path, help="a recipe, e.g. configs/train/demo.json")
     add_places(train)
     train.add_argument("--transformer", metavar="PLACE", help="weights to start from: a file or folder, in any format that loads")
-    train.add_argument("--output", metavar="FILE", help="where the weights go; states, log and samples go to a folder beside it, NAME-run")
+    where = "where the weights go; states, log and samples go beside it, to NAME-run, unless the recipe sets run_dir"
+    train.add_argument("--output", metavar="FILE", help=where)
     train.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
         help="change one field of the recipe, e.g. seed=1 or stages.0.steps=500; may be repeated",
@@ -58,7 +59,7 @@ def _train(given: argparse.Namespace) -> None:
     from .loop import dry_run, train
 
     if given.dry_run:
-        sys.stdout.write("".join(f"{line}\n" for line in dry_run(given.recipe, changes_of(given))))
+        sys.stdout.write("".join(f"{line}\n" for line in dry_run(given.recipe, changes_of(given), overwrite=given.overwrite)))
         return
     options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes, "stop_after": given.stop_after}
     sys.stdout.write(f"{train(given.recipe, changes_of(given), **options)}\n")

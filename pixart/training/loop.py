@@ -4,6 +4,7 @@ It knows neither what is trained (methods), nor what a step computes (objectives
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,10 @@ from .heap import give_back_freed_memory
 from .precision import autocast, make_scaler
 from .processes import agreed, check_batches, make_accelerator, stopped_by_signals
 from .recipe import Recipe, check_given, load_recipe
+from .run_places import check_places, check_start, locked
 from .samples import Sampler
 from .shard import gathered, shard_model, whole_tensors
-from .state import check_same, clear_run, completed, newest_state, read_info, read_tensors, stored_tensors, write_state
+from .state import check_recipe, clear_run, read_info, read_tensors, stored_tensors, write_state
 from .trained import Trained
 from .validation import validation_losses
 from .watch import Watch
@@ -49,37 +51,34 @@ def train(
     """
     recipe = load_recipe(path, changes)
     check_given(recipe)
-    run_dir, output = Path(recipe.run_dir), Path(recipe.output)
-    state = None if overwrite else newest_state(run_dir)
-    if output.exists() and not overwrite and (state is None or not _wrote(state, output)):
-        raise ConfigError(
-            f"{output} exists, and {run_dir} has no saved state to resume from. --overwrite replaces it, --output writes elsewhere."
-        )
-    loop = Loop(recipe)
-    if state is not None:
-        loop.resume(state, accept_changes)
-    if loop.accelerator.is_main_process:
-        if state is None:
-            clear_run(run_dir)
-        keep_contents(run_dir, loop.contents)
-    loop.accelerator.wait_for_everyone()
-    with stopped_by_signals(loop.ask_to_stop):
-        loop.run(stop_after)
-    return output
+    state = check_places(recipe, overwrite)
+    check_start(recipe)
+    if state is not None and not accept_changes:
+        check_recipe(state, recipe)  # before features are computed
+    run_dir = Path(recipe.run_dir)
+    with locked(run_dir):
+        loop = Loop(recipe)
+        if state is not None:
+            loop.resume(state, accept_changes)
+        if loop.accelerator.is_main_process:
+            if state is None:
+                clear_run(run_dir)
+            keep_contents(run_dir, loop.contents)
+        loop.accelerator.wait_for_everyone()
+        with stopped_by_signals(loop.ask_to_stop):
+            loop.run(stop_after)
+        loop.say_where_it_stopped()
+    return Path(recipe.output)
 
 
-def dry_run(path: str | Path, changes: Sequence[str] = ()) -> list[str]:
+def dry_run(path: str | Path, changes: Sequence[str] = (), *, overwrite: bool = False) -> list[str]:
     """What `train` would do, as lines; no weights are loaded and nothing is written."""
     recipe = load_recipe(path, changes)
     check_given(recipe)
+    state = check_places(recipe, overwrite)
     accelerator = make_accelerator(recipe)
     check_batches(recipe, accelerator.num_processes)
-    return describe_run(recipe, accelerator)
-
-
-def _wrote(state: Path, output: Path) -> bool:
-    """Whether the run of a state writes to `output`."""
-    return Path(str(read_info(state)["recipe"].get("output"))).resolve() == output.resolve()
+    return [*describe_run(recipe, accelerator), *([f"goes on from step {read_info(state)['step']} of {recipe.steps}"] if state else [])]
 
 
 class Loop:
@@ -155,6 +154,11 @@ class Loop:
                 self.save()
         finally:
             watch.close()
+
+    def say_where_it_stopped(self) -> None:
+        """A line for whoever stopped a run, on stderr; a finished one needs none."""
+        if self.step < self.recipe.steps and self.accelerator.is_main_process:
+            sys.stderr.write(f"Stopped after step {self.step} of {self.recipe.steps}; the same command resumes.\n")
 
     def _look(self, stage: int, watch: Watch) -> None:
         """Validation and sample pictures where they are due, with the averaged weights."""
@@ -276,9 +280,8 @@ class Loop:
         """Goes on from a state; raises ConfigError where the recipe or the file that it starts from has changed since."""
         info = read_info(folder)
         if not accept_changes:
-            now = {**self.recipe.to_dict(), "content of initialize": file_mark(self.recipe.initialize)}
             check_contents(Path(self.recipe.run_dir), info.get("contents"), self.contents)
-            check_same(folder, {**completed(info["recipe"]), "content of initialize": info.get("base")}, now)
+            check_recipe(folder, self.recipe, with_base=True)
             self._skipped = int(info.get("skipped", 0))
         stored = stored_tensors(folder)
         self.trained.prepare(stored, info.get("optimizers", {}))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,9 @@ CHOICES = {
 SCHEDULES = ("constant", "linear", "cosine")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SCALED_BATCH = 256  # the batch that a learning rate is meant for, in the reference's diffusion/utils/optimizer.py
-AT_LEAST = {"warmup_steps": 0, "save_every": 1, "log_every": 1, "clip_norm": 0, "weight_decay": 0}
+AT_LEAST = {"seed": 0, "warmup_steps": 0, "save_every": 1, "log_every": 1, "clip_norm": 0, "weight_decay": 0}
 STAGE_AT_LEAST = {"base_size": 1, "steps": 1, "batch_size": 1, "accumulation": 1, "learning_rate": 0}
-SHARES = ("ema_decay", "caption_dropout")
+MOST_SEED = 2**63
 
 
 def scheduled(stage: Stage, inside: int) -> float:
@@ -181,9 +181,14 @@ def _check(recipe: Recipe, source: str) -> None:
         if name not in TRACKERS:
             raise ConfigError(f"{source}: trackers has {name!r}; expected some of {', '.join(TRACKERS)}.")
     _at_least(recipe, AT_LEAST, source)
-    for name in SHARES:
-        if not 0 <= getattr(recipe, name) <= 1:
-            raise ConfigError(f"{source}: {name} is {getattr(recipe, name)}; expected 0 to 1.")
+    if not 0 <= recipe.caption_dropout <= 1:
+        raise ConfigError(f"{source}: caption_dropout is {recipe.caption_dropout}; expected 0 to 1.")
+    if not 0 <= recipe.ema_decay < 1:  # at 1 the average would never move
+        raise ConfigError(f"{source}: ema_decay is {recipe.ema_decay}; expected 0 to below 1.")
+    if recipe.seed >= MOST_SEED:
+        raise ConfigError(f"{source}: seed is {recipe.seed}; expected a whole number below 2^63.")
+    if recipe.epsilon is not None and not recipe.epsilon > 0:
+        raise ConfigError(f"{source}: epsilon is {recipe.epsilon}; expected a number above 0, or null for the optimizer's own.")
     if any(not 0 <= beta < 1 for beta in recipe.betas):
         raise ConfigError(f"{source}: betas are {list(recipe.betas)}; expected numbers from 0 to below 1.")
     if recipe.validation_every is not None:
@@ -196,10 +201,24 @@ def _check(recipe: Recipe, source: str) -> None:
         _check_stage(stage, f"{source}, stage {number}")
         for kind in ("objective", "source"):
             recipe.part_at(kind, number)  # names are checked here, not hours later
+    endless = next(_endless(recipe.to_dict()), None)
+    if endless:
+        raise ConfigError(f"{source}: {endless}; expected a finite number.")
+
+
+def _endless(value: Any, name: str = "") -> Iterator[str]:
+    """Every number that is infinite or none at all, as "stages.0.learning_rate is inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} is {value}"
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _endless(part, f"{name}.{key}" if name else str(key))
 
 
 def _check_stage(stage: Stage, source: str) -> None:
     _at_least(stage, STAGE_AT_LEAST, source)
+    if stage.final_learning_rate is not None:
+        _at_least(stage, {"final_learning_rate": 0}, source)
     if stage.batch_size % stage.accumulation:
         raise ConfigError(f"{source}: a batch of {stage.batch_size} doesn't divide into {stage.accumulation} parts (accumulation).")
     if stage.schedule not in (None, *SCHEDULES):
@@ -234,7 +253,7 @@ def check_given(recipe: Recipe) -> None:
 def read_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe's values, on top of those of the recipe that it `extends`, a path beside it."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"Can't read the training recipe {path}: {error}. Expected a JSON file like {EXAMPLE}.") from None
     if not isinstance(values, dict):

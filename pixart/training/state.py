@@ -22,9 +22,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor
 
 from ..errors import CheckpointError, ConfigError
-from .recipe import make_recipe
+from .base import file_mark
+from .recipe import Recipe, make_recipe
 
 INFO, PARTIAL, AGAIN = "info.json", ".partial", "-again"
+LEFT_FOLDERS, LEFT_FILES = ("states", "samples"), ("log.jsonl", "loss.png")
+LEFT = (*LEFT_FOLDERS, *LEFT_FILES)  # what a run leaves in its folder, beside its contents
 FREE = (  # fields of a recipe that change no weight, but for rounding
     "output", "run_dir", "save_every", "log_every", "compile_blocks", "checkpoint_blocks", "trim_memory", "shard", "accumulation",
     "samples", "validation_every", "trackers", "notes",
@@ -39,9 +42,9 @@ def newest_state(run_dir: Path) -> Path | None:
 
 def clear_run(run_dir: Path) -> None:
     """Removes what a former run left in its folder: states, log and pictures."""
-    for name in ("states", "samples"):
+    for name in LEFT_FOLDERS:
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in ("log.jsonl", "loss.png"):
+    for name in LEFT_FILES:
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -123,6 +126,15 @@ def _damage(folder: Path) -> Iterator[None]:
             yield
     except Exception as error:
         raise CheckpointError(f"{folder} is damaged ({error}). Remove it, or start over with --overwrite.") from None
+
+
+def check_recipe(folder: Path, recipe: Recipe, with_base: bool = False) -> None:
+    """`check_same` of the recipe that a state was made with and of today's. with_base: the weights that both begin from, too."""
+    info = read_info(folder)
+    then, now = completed(info["recipe"]), recipe.to_dict()
+    if with_base:
+        then, now = {**then, "content of initialize": info.get("base")}, {**now, "content of initialize": file_mark(recipe.initialize)}
+    check_same(folder, then, now)
 
 
 def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -203,8 +203,9 @@ def test_a_dry_run_counts_the_model_that_is_imitated(
 @pytest.mark.parametrize("run", [dry_run, train])
 def test_a_prior_that_isnt_there_is_told_first(recipe_path: Callable[..., Path], run: Callable[[Path], Any]) -> None:
     objective = {"name": "imitate", "prior_only": True}
+    (recipe_path().parent / "empty.safetensors").touch()
     with pytest.raises(ConfigError, match="no picture shows what to keep"):
-        run(recipe_path(initialize="not here.safetensors", objective=objective))
+        run(recipe_path(initialize=str(recipe_path().parent / "empty.safetensors"), objective=objective))
     with pytest.raises(ConfigError, match="there is nothing to keep; set initialize"):
         run(recipe_path(objective=objective))
 

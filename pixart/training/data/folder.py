@@ -18,6 +18,7 @@ from ...errors import DataError
 from .captions import captions_of_file, captions_of_row, check_fields
 from .item import PICTURES, Caption, File, Item, Listing
 
+LAYOUT = "folder of pictures"
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_FIELDS = ("file_name", "image_file_name", "image")
 HIDDEN = (".", "__MACOSX")
@@ -27,13 +28,14 @@ REPEATS = re.compile(r"(\d+)_(.*)")
 
 def read_folder(root: Path, fields: Mapping[str, float] | None = None) -> Listing:
     """Every picture below `root`, in the order of names; raises DataError for metadata that can't be right."""
-    listing, files = Listing("folder of pictures"), visible_files(root)
+    listing, files = Listing(LAYOUT), visible_files(root)
     if (root / TRAIN).is_dir() and any((root / name).is_dir() for name in OTHERS):  # Hugging Face's splits
         listing.layout += f", of its splits {TRAIN}"
         files = [path for path in files if path.relative_to(root).parts[0] not in OTHERS]
     told: dict[Path, tuple[Caption, ...]] = {}
     for folder in sorted({path.parent for path in files if path.name in METADATA}):
-        told.update(_metadata(folder, root, fields, listing))
+        for path, captions in _metadata(folder, root, fields, listing):
+            told[path] = (*told.get(path, ()), *captions)  # several rows of one picture are several captions
     for path in (path for path in files if path.suffix.lower() in PICTURES):
         name = path.relative_to(root).as_posix()
         repeats, words = _repeats(path.relative_to(root).parent)
@@ -105,7 +107,7 @@ def _metadata(folder: Path, root: Path, fields: Mapping[str, float] | None, list
 
 
 def _json_rows(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_text(file).split("\n"), start=1):
+    for number, line in enumerate(text_of(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -119,13 +121,19 @@ def _json_rows(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
 
 def _csv_rows(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     try:
-        for number, row in enumerate(csv.DictReader(io.StringIO(_text(file), newline=""), strict=True), start=2):
-            yield f"{file}, row {number},", {key: value for key, value in row.items() if key is not None}
+        for number, row in enumerate(csv.DictReader(io.StringIO(text_of(file), newline=""), strict=True), start=2):
+            if None in row:  # more cells than columns
+                raise DataError(
+                    f"{file}, row {number}, has more cells than the first line has columns: {', '.join(row[None])!r:.80} is left over. Put "
+                    "captions with a comma into double quotes."
+                )
+            yield f"{file}, row {number},", row
     except csv.Error as error:
         raise DataError(f"{file} is not CSV ({error}); expected a first line like file_name,text.") from None
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
+    """A file's text, with or without a mark of its byte order; raises DataError."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import DataError
 from .captions import captions_of_file, captions_of_row, check_fields
-from .folder import inside
+from .folder import inside, text_of
 from .item import PICTURES, Caption, File, Item, Listing, StoredLatent
 
 INFO, DATA, IMAGES = "data_info.json", "InternData", "InternImgs"
@@ -85,7 +85,7 @@ def read_sa(root: Path) -> Listing:
     """Every picture that SA-1B's partition/*.txt name."""
     listing = Listing("SA-1B")
     for file in sorted((root / "partition").glob("*.txt")):
-        for line in file.read_text(encoding="utf-8").split("\n"):
+        for line in text_of(file).split("\n"):
             if not line.strip():
                 continue
             name = inside(root / "images", line.strip(), str(file)).relative_to(root / "images").as_posix()
@@ -104,7 +104,7 @@ def read_sa(root: Path) -> Listing:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} can't be read as JSON ({error}).") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

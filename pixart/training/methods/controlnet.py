@@ -66,7 +66,7 @@ class Part(full.Part):
 
     def conditions(self, network: nn.Module, batch: Batch) -> dict[str, Any]:
         if batch.hint is None:
-            raise ConfigError(f"The source {self.recipe.source.name!r} gives no hints; a ControlNet can't be trained on it.")
+            raise ConfigError(f"The source {self.recipe.source.name!r} gives no hints; a ControlNet learns from them. Set source.hints.")
         return {**super().conditions(network, batch), "hint": batch.hint}
 
     def write(self, network: nn.Module, averages: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -7,12 +7,14 @@ method takes it: `full` as in the paper, `lora` at a fraction of the memory.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,13 +27,13 @@ from ..data.item import Caption, Item, Listing
 from ..data.marks import mark_of, model_mark
 from ..data.spread import spread
 from ..recipe import Recipe
-from ..write import replace_file
+from ..write import replace_file, write_weights
 from . import pictures
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-DRAWN = "drawn-{:05}.png"
+DRAWN, UNFINISHED = "drawn-{:05}.png", ".latents"  # the second a folder of what is drawn and not yet decoded
 NEEDS = ("text_encoder", "vae")
 
 
@@ -47,6 +49,9 @@ class Settings(PictureSettings):
     class_pictures: int = 100  # as many are drawn by the first weights themselves, unless they are there
     class_steps: int = 20
     class_guidance: float = 4.5
+
+
+WHOLE_RUN = tuple(each.name for each in fields(Settings) if each.name not in pictures.PER_STAGE)
 
 
 def check(settings: Settings) -> None:
@@ -96,6 +101,8 @@ class Part(pictures.Part):
 
     def listing(self) -> Listing:
         """Instance pictures, and those of the class that are there."""
+        if self.place is not None and self.settings.data:
+            pictures.check_apart(self.settings.data, self.place, "the folder of class pictures (source.class_data)")
         instance, found = super().listing(), self._class_listing()
         classes = found.items
         count = sum(not item.prior for item in instance.items)
@@ -115,8 +122,9 @@ class Part(pictures.Part):
         if self.place is None or not self.place.is_dir():
             return Listing("no pictures of the class")
         found, place = read_folder(self.place), self.place.name
-        texts = map(self._class_captions, found.items)
-        items = [replace(item, name=f"{place}/{item.name}", captions=own, repeats=1, prior=True) for item, own in zip(found.items, texts)]
+        kept = found.items if self.settings.class_data else found.items[: self.settings.class_pictures]  # another run may have drawn more
+        texts = map(self._class_captions, kept)
+        items = [replace(item, name=f"{place}/{item.name}", captions=own, repeats=1, prior=True) for item, own in zip(kept, texts)]
         return Listing(found.layout, items, {f"{place}/{name}": why for name, why in found.broken.items()})
 
     def _class_captions(self, item: Item) -> tuple[Caption, ...]:
@@ -160,6 +168,8 @@ class Part(pictures.Part):
             super().prepare(class_prompts(self.settings), accelerator, over)  # states first: T5 leaves before the transformer comes
             self._draw(missing[accelerator.process_index :: accelerator.num_processes], accelerator.device)
             accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                shutil.rmtree(self.place / UNFINISHED, ignore_errors=True)
             Part.__init__(self, self.settings, self.recipe)  # with what is there now
         super().prepare(prompts, accelerator, over)
 
@@ -188,22 +198,31 @@ class Part(pictures.Part):
         release(device)
 
     def _latents(self, numbers: Sequence[int], sizes: Sequence[tuple[int, int]], device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        from ...pipeline import Pipeline  # which imports diffusers
-
-        settings, recipe = self.settings, self.recipe
-        dtype = None if device.type == "cpu" else DTYPES[recipe.precision]
-        pipe = Pipeline.from_files(recipe.initialize, variant=recipe.variant, dtype=dtype, device=device)
-        prompts = class_prompts(settings)
+        """Each is kept as soon as it is drawn, so that a run that is stopped here goes on after it."""
+        settings, recipe, prompts = self.settings, self.recipe, class_prompts(self.settings)
+        pipe, start = None, model_mark(recipe.initialize)
         for number in numbers:
             turn, chosen = divmod(number, len(prompts))
             height, width = sizes[(turn + chosen) % len(sizes)]  # other sizes in each turn, if there are as many as prompts
-            states, mask = self.encode([prompts[chosen], ""])
-            latent = pipe(
-                prompt_embeds=states[:1], prompt_attention_mask=mask[:1], negative_prompt_embeds=states[1:],
-                negative_prompt_attention_mask=mask[1:], steps=settings.class_steps, guidance=settings.class_guidance, height=height,
-                width=width, use_bins=False, seed=recipe.seed + number, output="latent", progress=False,
-            )  # fmt: skip
-            yield number, latent.float().cpu()
+            asked = {"steps": settings.class_steps, "guidance": settings.class_guidance, "height": height, "width": width}
+            asked["seed"] = recipe.seed + number
+            kept = self.place / UNFINISHED / f"{mark_of(start, prompts[chosen], sorted(asked.items()))}.safetensors"
+            if not kept.is_file():
+                pipe = pipe or self._pipeline(device)
+                states, mask = self.encode([prompts[chosen], ""])
+                latent = pipe(
+                    prompt_embeds=states[:1], prompt_attention_mask=mask[:1], negative_prompt_embeds=states[1:],
+                    negative_prompt_attention_mask=mask[1:], use_bins=False, output="latent", progress=False, **asked,
+                )  # fmt: skip
+                write_weights({"latent": latent.float()}, kept, {}, dtype=None)
+            yield number, load_file(kept)["latent"]
+
+    def _pipeline(self, device: torch.device) -> Any:
+        """The transformer alone; T5 and the VAE have their turns before and after."""
+        from ...pipeline import Pipeline  # which imports diffusers
+
+        dtype = None if device.type == "cpu" else DTYPES[self.recipe.precision]
+        return Pipeline.from_files(self.recipe.initialize, variant=self.recipe.variant, dtype=dtype, device=device)
 
 
 def _place_of(settings: Settings, recipe: Recipe) -> Path | None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ...vae import decode_pictures
 from ..batch import Batch
 from ..data.album import Album, Entry, Settings, Shape
 from ..data.features import TEXT
+from ..data.folder import LAYOUT
 from ..data.item import Caption, Listing
 from ..data.marks import mark_of
 from ..data.order import Plan
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "Settings"]
 
+PER_STAGE = ("buckets", "picture_size", "sample_latents", "prior_weight")  # what the stages of a recipe may have others of
+WHOLE_RUN = tuple(each.name for each in fields(Settings) if each.name not in PER_STAGE)
+
 
 class Part:
     """See `batch.Source`."""
@@ -38,7 +42,7 @@ class Part:
     feature_count = 0
 
     def __init__(self, settings: Settings, recipe: Recipe) -> None:
-        self.settings, self.variant = settings, get_variant(recipe.variant)
+        self.settings, self.variant, self.run_dir = settings, get_variant(recipe.variant), recipe.run_dir
         self.null_context: Tensor | None = None
         check(settings)
         stages = [(stage, recipe.part_at("source", number).settings) for number, stage in enumerate(recipe.stages)]
@@ -60,11 +64,14 @@ class Part:
             raise ConfigError("source.data is not set: give --data, the place of the pictures.")
         if not self.settings.prior_data:
             return self._read(self.settings.data)
-        check_apart(self.settings.data, self.settings.prior_data)
+        check_apart(self.settings.data, self.settings.prior_data, "source.prior_data")
         return with_prior(self._read(self.settings.data), self._read(self.settings.prior_data))
 
     def _read(self, place: str) -> Listing:
-        return read_place(place, self.variant.family, self.settings.captions)
+        found = read_place(place, self.variant.family, self.settings.captions)
+        if found.layout.startswith(LAYOUT):  # all pictures below it are read
+            check_outside(place, self.run_dir)
+        return found
 
     def _choose_held_out(self) -> frozenset[str]:
         """Marks of the pictures that are only for validation: by chance, but always the same of the same pictures."""
@@ -197,12 +204,22 @@ def cache_of(settings: Settings, recipe: Recipe) -> Path:
     return Path(settings.cache) if settings.cache else Path(recipe.run_dir).parent / "cache"
 
 
-def check_apart(data: str, prior: str) -> None:
-    """Raises ConfigError where a picture would be both learnt and kept."""
+def check_apart(data: str, prior: str | Path, name: str) -> None:
+    """Raises ConfigError where a picture would be both learnt and kept. name: of the setting that says where `prior` is."""
     first, second = Path(data).resolve(), Path(prior).resolve()
     if first == second or first in second.parents or second in first.parents:
         raise ConfigError(
-            f"source.data is {data} and source.prior_data {prior}, and one holds the other; expected two places with other pictures each."
+            f"source.data is {data} and {name} {prior}, and one holds the other; expected two places with other pictures each."
+        )
+
+
+def check_outside(data: str, run_dir: str | None) -> None:
+    """Raises ConfigError where a run would train on its own samples."""
+    folder = Path(data).resolve()
+    if run_dir and folder in (Path(run_dir).resolve(), *Path(run_dir).resolve().parents):
+        raise ConfigError(
+            f"The run's folder {run_dir} lies in {data}, whose pictures are trained, so that its own samples would be too. Give an "
+            "--output (or run_dir) outside."
         )
 
 

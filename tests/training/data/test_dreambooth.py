@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,50 @@ def test_what_drawing_lacks_is_named_before_anything_is_computed(tmp_path: Path,
     with pytest.raises(ConfigError, match="3 class pictures are missing in .*can't be drawn without initialize"):
         source.prepare([], Accelerator(cpu=True))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("place", ["data", "data/class"])
+def test_class_pictures_among_those_to_learn_are_refused(tmp_path: Path, dreams, place: str) -> None:
+    folder(tmp_path / "data", [(64, 64)])
+    with pytest.raises(ConfigError, match="one holds the other"):
+        dreams(class_data=str(tmp_path / place)).source.make(dreams(class_data=str(tmp_path / place)))
+
+
+def test_a_run_among_the_pictures_is_refused(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)])
+    inside = replace(dreams(), run_dir=str(tmp_path / "data" / "run"))
+    with pytest.raises(ConfigError, match="its own samples would be too|one holds the other"):
+        inside.source.make(inside)
+
+
+def test_more_that_another_run_drew_are_left_out(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)])
+    few = dreams(class_pictures=2)
+    before = prepared(few.source.make(few)).contents()
+    prepared(dreams().source.make(dreams()))
+    assert len(list(few.source.make(few).place.glob("*.png"))) == 3
+    assert prepared(few.source.make(few)).contents() == before
+
+
+def test_what_was_drawn_before_a_stop_is_not_drawn_again(tmp_path: Path, dreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "data", [(64, 64)])
+    original, calls = Pipeline.__call__, []
+
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        calls.append(options["seed"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "__call__", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(dreams().source.make(dreams()))
+    source = prepared(dreams().source.make(dreams()))
+    assert calls == [5, 6, 7, 7] and sorted(path.name for path in source.place.iterdir()) == [f"drawn-{n:05}.png" for n in range(3)]
+
+
+def test_a_stage_can_not_have_other_pictures(dreams) -> None:
+    values = dreams().to_dict()
+    values["stages"][0]["source"] = {"data": "elsewhere"}
+    with pytest.raises(ConfigError, match="data can't differ from stage to stage"):
+        make_recipe(values, "test")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pixart.errors import ConfigError
+from pixart.errors import ConfigError, DataError
 from pixart.training.data.captions import captions_of_row
 from pixart.training.data.item import Caption, Listing
 from pixart.training.data.look import Memory
@@ -84,6 +84,19 @@ def test_metadata_of_an_imagefolder(tmp_path, kind):
     assert captions_of(read_place(tmp_path, "sigma")) == {
         "train/p0.png": ["first, with comma"], "train/p1.png": ['second "quoted"\nin two lines'], "train/p2.png": ["beside"],
     }  # fmt: skip
+
+
+def test_rows_of_one_picture_are_its_captions(tmp_path):
+    folder(tmp_path, [(16, 16)], caption=None)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "p0.png", "text": "one"}\n{"file_name": "p0.png", "text": "two"}\n')
+    assert captions_of(read_place(tmp_path, "sigma")) == {"p0.png": ["one", "two"]}
+
+
+def test_captions_with_commas_need_quotes(tmp_path):
+    folder(tmp_path, [(16, 16)], caption=None)
+    (tmp_path / "metadata.csv").write_text("file_name,text\np0.png,a bar, at the top\n")
+    with pytest.raises(DataError, match="row 2, has more cells than the first line has columns: ' at the top' is left over"):
+        read_place(tmp_path, "sigma")
 
 
 def test_fields_have_weights_and_lists_share_theirs():
