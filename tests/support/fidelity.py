@@ -121,7 +121,10 @@ def load_through(case: Case, kind: str, folder: Path, variant: str) -> PixArtTra
 def in_memory(case: Case) -> PixArtTransformer:
     """Our model with the case's weights, without a file."""
     heads, head_size = case.config["num_attention_heads"], case.config["attention_head_dim"]
-    config = replace(case.variant.transformer, depth=case.config["num_layers"], hidden_size=heads * head_size, num_heads=heads)
+    width = heads * head_size
+    config = replace(
+        case.variant.transformer, depth=case.config["num_layers"], hidden_size=width, num_heads=heads, mlp_hidden=4 * width
+    )
     model = PixArtTransformer(config, device="meta")
     model.load_state_dict(case.original, strict=True, assign=True)
     return model.eval().requires_grad_(False)
