@@ -58,11 +58,11 @@ def changes_of(given: argparse.Namespace) -> list[str]:
 def _train(given: argparse.Namespace) -> None:
     from .loop import dry_run, train
 
+    options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes}
     if given.dry_run:
-        sys.stdout.write("".join(f"{line}\n" for line in dry_run(given.recipe, changes_of(given), overwrite=given.overwrite)))
+        sys.stdout.write("".join(f"{line}\n" for line in dry_run(given.recipe, changes_of(given), **options)))
         return
-    options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes, "stop_after": given.stop_after}
-    sys.stdout.write(f"{train(given.recipe, changes_of(given), **options)}\n")
+    sys.stdout.write(f"{train(given.recipe, changes_of(given), **options, stop_after=given.stop_after)}\n")
 
 
 def _score(given: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from .recipe import Recipe, check_given, load_recipe
 from .run_places import check_places, check_start, locked
 from .samples import Sampler
 from .shard import gathered, shard_model, whole_tensors
-from .state import check_recipe, clear_run, read_info, read_tensors, stored_tensors, write_state
+from .state import clear_run, read_info, read_tensors, stored_tensors, write_state
 from .trained import Trained
 from .validation import validation_losses
 from .watch import Watch
@@ -51,10 +51,8 @@ def train(
     """
     recipe = load_recipe(path, changes)
     check_given(recipe)
-    state = check_places(recipe, overwrite)
     check_start(recipe)
-    if state is not None and not accept_changes:
-        check_recipe(state, recipe)  # before features are computed
+    state = check_places(recipe, overwrite, accept_changes)  # before features are computed
     run_dir = Path(recipe.run_dir)
     with locked(run_dir):
         loop = Loop(recipe)
@@ -71,11 +69,13 @@ def train(
     return Path(recipe.output)
 
 
-def dry_run(path: str | Path, changes: Sequence[str] = (), *, overwrite: bool = False) -> list[str]:
+def dry_run(
+    path: str | Path, changes: Sequence[str] = (), *, overwrite: bool = False, accept_changes: bool = False
+) -> list[str]:
     """What `train` would do, as lines; no weights are loaded and nothing is written."""
     recipe = load_recipe(path, changes)
     check_given(recipe)
-    state = check_places(recipe, overwrite)
+    state = check_places(recipe, overwrite, accept_changes)
     accelerator = make_accelerator(recipe)
     check_batches(recipe, accelerator.num_processes)
     return [*describe_run(recipe, accelerator), *([f"goes on from step {read_info(state)['step']} of {recipe.steps}"] if state else [])]
@@ -277,11 +277,10 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def resume(self, folder: Path, accept_changes: bool = False) -> None:
-        """Goes on from a state; raises ConfigError where the recipe or the file that it starts from has changed since."""
+        """Goes on from a state; raises ConfigError where the pictures have changed since. `check_places` has looked at the recipe."""
         info = read_info(folder)
         if not accept_changes:
             check_contents(Path(self.recipe.run_dir), info.get("contents"), self.contents)
-            check_recipe(folder, self.recipe, with_base=True)
             self._skipped = int(info.get("skipped", 0))
         stored = stored_tensors(folder)
         self.trained.prepare(stored, info.get("optimizers", {}))

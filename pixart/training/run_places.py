@@ -12,21 +12,21 @@ from filelock import FileLock, Timeout
 from ..errors import ConfigError
 from .contents import NAME as CONTENTS
 from .recipe import Recipe
-from .state import LEFT, newest_state, read_info
+from .state import LEFT, check_recipe, newest_state, read_info
 
 SUFFIX, LOCK = ".safetensors", ".lock"
 SOURCE_PLACES = ("text_encoder", "vae", "data", "prior_data", "class_data")
 
 
-def check_places(recipe: Recipe, overwrite: bool) -> Path | None:
-    """The state that the run goes on from, if any; raises ConfigError for a place that it can't have."""
+def check_places(recipe: Recipe, overwrite: bool, accept_changes: bool) -> Path | None:
+    """The state that the run goes on from, if any; raises ConfigError for a place that it can't have, or a state of another recipe."""
     run_dir, output = Path(recipe.run_dir), Path(recipe.output)
     _check_output(recipe, output)
     if not _is_folder_to_be(run_dir):
         raise ConfigError(f"run_dir is {run_dir}, which is a file, or lies below one; expected a folder for states, log and samples.")
-    state = None if overwrite else newest_state(run_dir)
     if overwrite:
         return None
+    state = newest_state(run_dir)
     if state is None and not (run_dir / CONTENTS).is_file():
         foreign = [name for name in LEFT if (run_dir / name).exists()]
         if foreign:
@@ -37,6 +37,8 @@ def check_places(recipe: Recipe, overwrite: bool) -> Path | None:
         if place.exists() and (state is None or not _wrote(state, output)):
             without = "has no saved state to resume from" if state is None else "has the state of a run that writes elsewhere"
             raise ConfigError(f"{place} exists, and {run_dir} {without}. --overwrite replaces it, --output writes elsewhere.")
+    if state is not None and not accept_changes:
+        check_recipe(state, recipe)
     return state
 
 
@@ -90,8 +92,9 @@ def _is_folder_to_be(folder: Path) -> bool:
 
 
 def _folders(recipe: Recipe, output: Path) -> list[Path]:
-    """What else the method writes beside the output."""
-    return [output.with_name(f"{output.stem}-peft")] if getattr(recipe.method.settings, "peft_folder", False) else []
+    """What the method lora writes beside the output, if asked."""
+    asked = getattr(recipe.method.settings, "peft_folder", False)
+    return [output.with_name(output.stem + end) for end in ("-peft", "-peft-text")] if asked else []
 
 
 def _wrote(state: Path, output: Path) -> bool:

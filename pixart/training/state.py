@@ -128,13 +128,10 @@ def _damage(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} is damaged ({error}). Remove it, or start over with --overwrite.") from None
 
 
-def check_recipe(folder: Path, recipe: Recipe, with_base: bool = False) -> None:
-    """`check_same` of the recipe that a state was made with and of today's. with_base: the weights that both begin from, too."""
-    info = read_info(folder)
-    then, now = completed(info["recipe"]), recipe.to_dict()
-    if with_base:
-        then, now = {**then, "content of initialize": info.get("base")}, {**now, "content of initialize": file_mark(recipe.initialize)}
-    check_same(folder, then, now)
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """`check_same` of the recipe, and of the weights to begin from, that a state was made with and of today's."""
+    info, start = read_info(folder), "content of initialize"
+    check_same(folder, {**completed(info["recipe"]), start: info.get("base")}, {**recipe.to_dict(), start: file_mark(recipe.initialize)})
 
 
 def check_same(folder: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -66,10 +66,11 @@ def test_a_changed_recipe_is_told_before_features_are_computed(
 ) -> None:
     train(recipe_path())
     monkeypatch.setattr(importlib.import_module("pixart.training.dry_run"), "get_variant", lambda name: VARIANT)
-    assert any("goes on from step 6 of 9" in line for line in dry_run(recipe_path(9)))
+    assert any("goes on from step 6 of 9" in line for line in dry_run(recipe_path(9), accept_changes=True))
     monkeypatch.setattr(Loop, "__init__", lambda self, recipe: pytest.fail("it is told before anything is computed"))
-    with pytest.raises(ConfigError, match="trained with another recipe: seed"):
-        train(recipe_path(seed=5))
+    for run in (train, dry_run):
+        with pytest.raises(ConfigError, match="trained with another recipe: seed"):
+            run(recipe_path(seed=5))
 
 
 @pytest.mark.parametrize(

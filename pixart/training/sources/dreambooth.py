@@ -103,6 +103,7 @@ class Part(pictures.Part):
         """Instance pictures, and those of the class that are there."""
         if self.place is not None and self.settings.data:
             pictures.check_apart(self.settings.data, self.place, "the folder of class pictures (source.class_data)")
+            pictures.check_outside(str(self.place), self.run_dir)
         instance, found = super().listing(), self._class_listing()
         classes = found.items
         count = sum(not item.prior for item in instance.items)

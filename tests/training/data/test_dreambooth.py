@@ -182,9 +182,10 @@ def test_class_pictures_among_those_to_learn_are_refused(tmp_path: Path, dreams,
 
 def test_a_run_among_the_pictures_is_refused(tmp_path: Path, dreams) -> None:
     folder(tmp_path / "data", [(64, 64)])
-    inside = replace(dreams(), run_dir=str(tmp_path / "data" / "run"))
-    with pytest.raises(ConfigError, match="its own samples would be too|one holds the other"):
-        inside.source.make(inside)
+    for recipe, run_dir in ((dreams(class_prompt=None), "data/run"), (dreams(class_data=str(tmp_path / "class")), "class/run")):
+        inside = replace(recipe, run_dir=str(tmp_path / run_dir))
+        with pytest.raises(ConfigError, match="its own samples would be too"):
+            inside.source.make(inside)
 
 
 def test_more_that_another_run_drew_are_left_out(tmp_path: Path, dreams) -> None:
