@@ -46,6 +46,9 @@ class SceneSource:
         """There is nothing to count: every scene is drawn when it is needed."""
         return ["scenes are drawn anew for every step, and nothing is cached"]
 
+    def check(self) -> None:
+        """Nothing can be broken."""
+
     def prepare(self, prompts: Sequence[str], accelerator: Accelerator) -> None:
         """Nothing is cached: the demo's T5 is so small that it stays."""
 

@@ -86,7 +86,10 @@ def fit_adapter(adapter: Adapter, transformer: Shapes, text_encoder: Shapes | No
     if unfit:
         advice = "choose an adapter that was trained on this model, or merge it with the program that trained it"
         if set(unfit.values()) == {NO_TEXT_ENCODER}:
-            advice = "give a text encoder (connect a CLIP), or leave that part out by text_strength (strength_clip) 0"
+            advice = (
+                "give a text encoder (connect a CLIP), or leave that part out: strength_clip 0 in ComfyUI, text_strength=0 in Python, "
+                "--leave-text of `merge`"
+            )
         raise CheckpointError(f"{name}: {len(unfit)} of {adapter.total} keys can't be applied, so none was; {advice}{describe_left(unfit)}")
     return Fit(adapter.source, tuple(fitting[TRANSFORMER]), tuple(fitting[TEXT]), adapter.total, left)
 

@@ -29,7 +29,7 @@ class Over:
 
     def __call__(self, job: Job, work: Sequence[Any], title: str, device: torch.device) -> list[Any]:
         """The results of all of the work; raises PixArtError and OSError. device: that of `chosen` is used instead."""
-        stage = FeatureStage(job, _same_everywhere(work), title)
+        stage = FeatureStage(job, work, title)
         forget_failures(stage)
         run([stage], self.chosen)
         return stage.results()
@@ -115,14 +115,3 @@ def is_kept(cache: Cache, item: Text | Picture) -> bool:
 def extract_over(chosen: Where) -> Over | None:
     """How `extract` shares its work; None leaves it to the processes of a torchrun that started this command without --on torchrun."""
     return None if chosen.on == "local" and "RANK" in os.environ else Over(chosen)
-
-
-def _same_everywhere(work: Sequence[Any]) -> Sequence[Any]:
-    """The first process's list, for all that torchrun started: the others may have looked a moment later."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return work
-    shared = [list(work)]
-    dist.broadcast_object_list(shared)
-    return shared[0]

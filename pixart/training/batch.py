@@ -57,6 +57,9 @@ class Source(Protocol):
     def report(self) -> list[str]:
         """Lines that say what would be trained on, for `--dry-run`; nothing is computed or written."""
 
+    def check(self) -> None:
+        """Raises DataError where `prepare` would, as far as that can be told without computing."""
+
     def prepare(self, prompts: Sequence[str], accelerator: Accelerator) -> None:
         """Computes and caches whatever features are missing, those of `prompts` and of "" too; every process calls it."""
 

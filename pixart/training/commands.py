@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def add_training_commands(commands: Any) -> None:
     train.add_argument("--dry-run", action="store_true", help="only say what would happen and how much memory it takes")
     train.add_argument("--overwrite", action="store_true", help="start over, replacing an earlier run and its output")
     train.add_argument("--accept-changes", action="store_true", help="resume even if recipe, base or pictures have changed since")
-    train.add_argument("--stop-after", type=float, metavar="SECONDS", help="save and stop after this long")
+    train.add_argument("--stop-after", type=_seconds, metavar="SECONDS", help="save and stop after this long")
     train.set_defaults(run=_train)
 
     score = commands.add_parser("score", help="FID and CLIP score of pictures", description=SCORE, formatter_class=raw)
@@ -55,12 +56,21 @@ def changes_of(given: argparse.Namespace) -> list[str]:
     return [*given.changes, *place_changes(given), *own]
 
 
+def _seconds(text: str) -> float:
+    """Of --stop-after."""
+    with suppress(ValueError):
+        if float(text) >= 0:  # not NaN
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r}; expected seconds, 0 or more")
+
+
 def _train(given: argparse.Namespace) -> None:
     from .loop import dry_run, train
 
     options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes}
     if given.dry_run:
-        sys.stdout.write("".join(f"{line}\n" for line in dry_run(given.recipe, changes_of(given), **options)))
+        for line in dry_run(given.recipe, changes_of(given), **options):
+            sys.stdout.write(f"{line}\n")
         return
     sys.stdout.write(f"{train(given.recipe, changes_of(given), **options, stop_after=given.stop_after)}\n")
 

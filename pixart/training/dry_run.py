@@ -25,9 +25,9 @@ from .teachers import networks_of
 GIB = 2**30
 
 
-def describe_run(recipe: Recipe, accelerator: Accelerator) -> list[str]:
+def describe_run(recipe: Recipe, source: Source, accelerator: Accelerator) -> list[str]:
     """Lines on the pictures, the steps, what is trained, and the bytes in each process's memory."""
-    source, method = recipe.source.make(recipe), recipe.method.make(recipe)
+    method = recipe.method.make(recipe)
     recipe.objective.make().check_run(recipe, source)
     with torch.device("meta"):
         network = method.build(source, torch.device("meta"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -62,12 +63,12 @@ def copy_weights(model: PixArtTransformer, path: str, variant: str) -> list[int]
     which are left out, and the null caption, which has other rows. So may a file without KV compression begin one with it:
     the blocks that the model compresses and the file doesn't are returned. Positions are always computed.
     """
-    if is_dry():
+    if is_dry() and not Path(path).exists():
         return []
-    loaded = load_transformer(path, variant=variant, dtype=torch.float32)
-    _check_compression(model.config, loaded.config, path)
-    start, own = dict(loaded.state_dict()), model.state_dict()
-    new = sorted(dict(model.config.compressed_blocks).keys() - dict(loaded.config.compressed_blocks).keys())
+    start, found = _read(path, variant, torch.float32)
+    _check_compression(model.config, found, path)
+    own = model.state_dict()
+    new = sorted(dict(model.config.compressed_blocks).keys() - dict(found.compressed_blocks).keys())
     optional = {key for key in own if key.startswith(tuple(f"blocks.{i}.attn.{part}." for i in new for part in ("sr", "norm")))}
     if variant == AUTO:
         _leave_alphas_own(start, own, path)
@@ -78,11 +79,20 @@ def copy_weights(model: PixArtTransformer, path: str, variant: str) -> list[int]
             f"{path} can't begin this run, whose model has other sizes: missing {', '.join(missing[:4]) or 'nothing'}; unknown or of "
             f"another shape: {', '.join(other[:4]) or 'nothing'}. Give weights of the recipe's variant, or change its variant."
         )
-    model.load_state_dict(start, strict=False)
+    if not is_dry():
+        model.load_state_dict(start, strict=False)
     if NULL_CAPTION_KEY in own and NULL_CAPTION_KEY not in start:
         model.y_embedder.y_embedding = None  # zeros would be no empty caption
         model.config = replace(model.config, null_caption=False)
-    return new
+    return [] if is_dry() else new
+
+
+def _read(path: str, variant: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], TransformerConfig]:
+    """A file's weights and sizes; in a dry run the weights stay mapped to the file, in its own dtype."""
+    dry = is_dry()
+    with torch.device("cpu"):
+        loaded = load_transformer(path, variant=variant, dtype=None if dry else dtype)
+    return dict(loaded.state_dict()), loaded.config
 
 
 def _leave_alphas_own(start: dict[str, Tensor], own: Mapping[str, Tensor], path: str) -> None:
@@ -103,16 +113,17 @@ def load_base(
 
     Raises ConfigError if they are another model's than `config`, that of the recipe's variant.
     """
-    if is_dry():
+    if is_dry() and not Path(path).exists():
         return PixArtTransformer(config, attention=attention, dtype=dtype).requires_grad_(False)
-    loaded = load_transformer(path, variant=variant, dtype=dtype)
-    wanted = replace(config, **{name: getattr(loaded.config, name) for name in OF_FILES})
-    differing = [name for name in LAYER_SIZES if getattr(loaded.config, name) != getattr(wanted, name)]
+    weights, found = _read(path, variant, dtype)
+    wanted = replace(config, **{name: getattr(found, name) for name in OF_FILES})
+    differing = [name for name in LAYER_SIZES if getattr(found, name) != getattr(wanted, name)]
     if differing:
-        found = ", ".join(f"{name} {getattr(loaded.config, name)} instead of {getattr(wanted, name)}" for name in differing)
-        raise ConfigError(f"{path} is another model than the recipe's variant: {found}. Give weights of that variant, or change it.")
+        named = ", ".join(f"{name} {getattr(found, name)} instead of {getattr(wanted, name)}" for name in differing)
+        raise ConfigError(f"{path} is another model than the recipe's variant: {named}. Give weights of that variant, or change it.")
     model = PixArtTransformer(wanted, attention=attention, dtype=dtype, device="meta")
-    model.load_state_dict(loaded.state_dict(), assign=True)
+    if not is_dry():
+        model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False)
 
 

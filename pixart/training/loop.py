@@ -71,14 +71,21 @@ def train(
 
 def dry_run(
     path: str | Path, changes: Sequence[str] = (), *, overwrite: bool = False, accept_changes: bool = False
-) -> list[str]:
-    """What `train` would do, as lines; no weights are loaded and nothing is written."""
+) -> Iterator[str]:
+    """What `train` would do, as lines; the transformer and T5 are not loaded, and nothing is written.
+
+    Raises PixArtError for what would stop the run; where that is pictures, after all lines.
+    """
     recipe = load_recipe(path, changes)
     check_given(recipe)
     state = check_places(recipe, overwrite, accept_changes)
     accelerator = make_accelerator(recipe)
     check_batches(recipe, accelerator.num_processes)
-    return [*describe_run(recipe, accelerator), *([f"goes on from step {read_info(state)['step']} of {recipe.steps}"] if state else [])]
+    source = recipe.source.make(recipe)
+    yield from describe_run(recipe, source, accelerator)
+    if state is not None:
+        yield f"goes on from step {read_info(state)['step']} of {recipe.steps}"
+    source.check()
 
 
 class Loop:
@@ -89,11 +96,13 @@ class Loop:
         self.accelerator = make_accelerator(recipe)
         self.device = self.accelerator.device
         check_batches(recipe, self.accelerator.num_processes)
-        torch.manual_seed(recipe.seed)
         self.source = recipe.source.make(recipe)
         self.method = recipe.method.make(recipe)
         self.objective = recipe.objective.make()
         self.objective.check_run(recipe, self.source)
+        with torch.device("meta"):  # tells what is wrong with the first weights, before hours of computing features
+            self.method.build(self.source, torch.device("meta"))
+        torch.manual_seed(recipe.seed)
         prompts = (*recipe.samples.prompts, recipe.samples.negative) if recipe.samples else ()
         self.source.prepare(prompts, self.accelerator)  # before the network is in memory: the text encoder and the VAE are large
         self.contents = self.source.contents()

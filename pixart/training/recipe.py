@@ -104,7 +104,7 @@ class Recipe:
 
     def part_at(self, kind: str, stage: int) -> Chosen:
         """The objective or source with the settings of one stage."""
-        return getattr(self, kind).changed(getattr(self.stages[stage], kind), f"stage {stage}")
+        return getattr(self, kind).changed(getattr(self.stages[stage], kind), f"stages.{stage}.{kind}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a recipe's file has them."""

@@ -27,6 +27,9 @@ class TwoPictures:
         """Nothing to count."""
         return ["two pictures"]
 
+    def check(self) -> None:
+        """Nothing can be broken."""
+
     def prepare(self, prompts: Any, accelerator: Any) -> None:
         """Nothing to compute."""
 

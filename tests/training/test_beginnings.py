@@ -128,7 +128,7 @@ def test_adapters_that_can_not_be(tmp_path: Path, base: Path, case: str) -> None
         ("full", {"objective": {"name": "imitate", "imitate_weight": 0}}, "imitate_weight is 0 and denoise_weight 0.0; expected above 0"),
         ("full", {"objective": {"name": "denoise", "variance_weight": float("nan")}}, "variance_weight is nan; expected 0 or more"),
         ("full", {"stages": [{"base_size": 64, "steps": 1, "batch_size": 1, "learning_rate": 1, "objective": {"timesteps": "cosine"}}]},
-         "stage 0, objective denoise: timesteps is 'cosine'; expected 'uniform' or 'logit_normal'"),
+         "stages.0.objective, objective denoise: timesteps is 'cosine'; expected 'uniform' or 'logit_normal'"),
     ],
 )  # fmt: skip
 def test_recipes_that_can_not_be(tmp_path: Path, base: Path, method: Any, changes: dict, message: str) -> None:

@@ -234,7 +234,7 @@ def test_a_note_is_of_the_stage_that_made_the_weights(base: Path, recipe_path) -
 @pytest.mark.parametrize("name", ["dmd", "lcm"])
 def test_what_holds_for_the_whole_run_is_no_stages(base: Path, recipe_path, name: str) -> None:
     stage = {"base_size": 64, "steps": 1, "batch_size": 2, "learning_rate": 1e-3, "objective": {"teacher": "other"}}
-    with pytest.raises(ConfigError, match="stage 0: teacher can't differ from stage to stage"):
+    with pytest.raises(ConfigError, match="stages.0.objective: teacher can't differ from stage to stage"):
         load_recipe(recipe_path(**run_changes(base, objective=name, stages=[stage])))
 
 
@@ -262,8 +262,8 @@ def test_a_teacher_that_is_distilled_or_quantized_is_refused(base: Path, recipe_
 def test_a_dry_run_counts_the_networks_beside(recipe_path, base: Path, monkeypatch) -> None:
     """Of a whole network copies; of a LoRA its matrices alone."""
     monkeypatch.setattr(dry_run_module, "get_variant", lambda name: VARIANT)
-    whole = dry_run(recipe_path(**run_changes(base)))
+    whole = list(dry_run(recipe_path(**run_changes(base))))
     assert [line.split(": ")[1].split(",")[0] for line in whole if "also keeps" in line] == ["teacher", "fake"]
     assert next(line for line in whole if "also keeps: fake" in line).count("GiB") == 3
-    lora = dry_run(recipe_path(**run_changes(base, method={"name": "lora", "rank": 2})))
+    lora = list(dry_run(recipe_path(**run_changes(base, method={"name": "lora", "rank": 2}))))
     assert [line.split(": ")[1].split(",")[0] for line in lora if "also keeps" in line] == ["fake"]

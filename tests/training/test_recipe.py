@@ -137,7 +137,7 @@ BAD = {
     "a path for a source": ({"source": {"name": "../scenes", "text_encoder": ""}}, "Unknown source '../scenes'"),
     "a part that is a number": ({"objective": 3}, "objective is 3; expected a name, or an object"),
     "unknown setting": ({"objective": {"name": "denoise", "snr": 5}}, "objective denoise: unknown field.*snr"),
-    "unknown setting of a stage": ({"stages": [{**STAGE, "objective": {"snr": 5}}]}, "stage 0, objective denoise: unknown field.*snr"),
+    "unknown setting of a stage": ({"stages": [{**STAGE, "objective": {"snr": 5}}]}, "stages.0.objective, objective denoise: unknown field.*snr"),
     "missing setting": ({"source": "scenes"}, "source scenes: field.*text_encoder.*missing"),
     "blocks that are no pairs": ({"method": {"name": "kv", "blocks": [4, 5]}}, "method kv: blocks is"),
     "unknown precision": ({"precision": "fp64"}, "precision is 'fp64'; expected one of bf16, fp16, fp32"),

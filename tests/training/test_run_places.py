@@ -39,7 +39,7 @@ def test_outputs_that_can_not_be(recipe_path: Callable[..., Path], tmp_path: Pat
     monkeypatch.setattr(Loop, "__init__", lambda self, recipe: pytest.fail("it is told before anything is computed"))
     for run in (train, dry_run):
         with pytest.raises(ConfigError, match="--output is"):
-            run(recipe_path(output=str(tmp_path / output)))
+            list(run(recipe_path(output=str(tmp_path / output))))
 
 
 def test_what_is_read_is_never_written(recipe_path: Callable[..., Path], tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_changed_recipe_is_told_before_features_are_computed(
     monkeypatch.setattr(Loop, "__init__", lambda self, recipe: pytest.fail("it is told before anything is computed"))
     for run in (train, dry_run):
         with pytest.raises(ConfigError, match="trained with another recipe: seed"):
-            run(recipe_path(seed=5))
+            list(run(recipe_path(seed=5)))
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_a_dry_run_counts_the_model_that_is_imitated(
 ) -> None:
     """A LoRA's is the network itself."""
     monkeypatch.setattr(planning, "get_variant", lambda name: VARIANT)
-    lines = dry_run(recipe_path(initialize="not here.safetensors", method=method, objective="imitate"))
+    lines = list(dry_run(recipe_path(initialize="not here.safetensors", method=method, objective="imitate")))
     assert len([line for line in lines if "imitate also keeps: teacher" in line]) == kept
 
 
@@ -205,14 +205,14 @@ def test_a_prior_that_isnt_there_is_told_first(recipe_path: Callable[..., Path],
     objective = {"name": "imitate", "prior_only": True}
     (recipe_path().parent / "empty.safetensors").touch()
     with pytest.raises(ConfigError, match="no picture shows what to keep"):
-        run(recipe_path(initialize=str(recipe_path().parent / "empty.safetensors"), objective=objective))
+        list(run(recipe_path(initialize=str(recipe_path().parent / "empty.safetensors"), objective=objective)))
     with pytest.raises(ConfigError, match="there is nothing to keep; set initialize"):
-        run(recipe_path(objective=objective))
+        list(run(recipe_path(objective=objective)))
 
 
 def test_a_dry_run_loads_and_writes_nothing(recipe_path: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "get_variant", lambda name: VARIANT)
-    lines = dry_run(recipe_path(steps=7, initialize="not here.safetensors", optimizer="came"))
+    lines = list(dry_run(recipe_path(steps=7, initialize="not here.safetensors", optimizer="came")))
     text = "\n".join(lines)
     assert lines[0] == "two pictures" and "7 steps at 64 px, 8 pictures each, 56 in all" in text
     trained = sum(value.numel() for value in Loop(load_recipe(recipe_path())).network.parameters() if value.requires_grad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from .item import Caption, File, Item, Listing, StoredLatent
 from .look import Memory, Seen
 from .marks import mark_of, model_mark
 from .picture import LANCZOS_FROM
-from .spread import is_first, spread
+from .spread import is_first, same_everywhere, spread
 from .stored import check_latent, read_latent, read_states
 
 logger = get_logger(__name__)
@@ -81,12 +81,12 @@ class Album:
     """See the module. `shapes`: of all stages; nothing is computed or written before `prepare`."""
 
     def __init__(self, listing: Listing, settings: Settings, variant: Variant, cache: Path, shapes: Iterable[Shape]) -> None:
-        self.listing, self.settings, self.variant = listing, settings, variant
+        self.listing = replace(listing, left_out=dict(listing.left_out))
+        self.settings, self.variant = settings, variant
         self.shapes = list(dict.fromkeys(shapes))
         self.cache, self.memory = Cache(cache), Memory(cache)
         self.hints = Hints(settings.hints, settings.hed, settings.canny) if settings.hints else None
         self.broken = dict(listing.broken)
-        self.left_out = dict(listing.left_out)
         self.text_mark = self._mark("text_encoder", ("text_encoder", "tokenizer"))
         self.vae_mark = self._mark("vae", ("vae",))
         self.entries = self._looked_at()
@@ -116,7 +116,7 @@ class Album:
                 self.broken[item.name] = str(error)
                 continue
             if self.settings.skip_small and any(is_small(entry.size, self._nearest(shape, [entry.size])[0]) for shape in self.shapes):
-                self.left_out["smaller than their bin"] = self.left_out.get("smaller than their bin", 0) + 1
+                self.listing.leave_out("smaller than their bin")
             else:
                 entries.append(entry)
         return entries
@@ -170,7 +170,7 @@ class Album:
     def _check_needs(self) -> None:
         """Raises ConfigError or DataError for what no run can do."""
         if not self.entries:
-            raise DataError(f"No picture can be used: {self.broken_words() or self.left_out}.")
+            raise DataError(f"No picture can be used: {self.broken_words() or self.listing.left_out}.")
         if not any(caption.text or caption.states for entry in self.entries for caption in entry.captions):
             raise DataError(
                 "No picture has a caption; expected name.txt beside name.png, a field text, caption or prompt in the metadata "
@@ -221,18 +221,29 @@ class Album:
 
     def compute(self, prompts: Sequence[str], device: torch.device, over: Callable[..., list[Any]] = spread) -> None:
         """Fills the cache: T5 first, then the VAE, never both in memory. over: applies one function to all of the work."""
-        texts = self.missing_texts(prompts) if self.settings.text_encoder else []
+        texts = same_everywhere(self.missing_texts(prompts) if self.settings.text_encoder else [])
         if texts:
-            job = TextStates(self.cache, self.settings.text_encoder, self.settings.text_precision, self.variant)
-            over(job, texts, "captions", device)
+            over(self._text_states(), texts, "captions", device)
             release(device)
-        pictures = self.missing_pictures()
+        pictures = same_everywhere(self.missing_pictures())
         if pictures:
-            job = Latents(self.cache, self.settings.vae, self.variant, self.hints)
-            done = over(job, pictures, "pictures", device)
+            done = over(self._latents(), pictures, "pictures", device)
             self._drop({number: problem for number, problem in done if problem})
             release(device)
-        self._check_broken()
+        self._say_broken()
+
+    def check_encoders(self) -> None:
+        """Raises PixArtError where what was given as T5, VAE or HED is something else, or of another size than the model reads."""
+        if self.settings.text_encoder:
+            self._text_states().check()
+        if self.settings.vae:
+            self._latents().open(torch.device("cpu"))
+
+    def _text_states(self) -> TextStates:
+        return TextStates(self.cache, self.settings.text_encoder, self.settings.text_precision, self.variant)
+
+    def _latents(self) -> Latents:
+        return Latents(self.cache, self.settings.vae, self.variant, self.hints)
 
     def _drop(self, problems: dict[int, str]) -> None:
         """Pictures that broke while they were read in full leave the run."""
@@ -244,10 +255,14 @@ class Album:
         self.entries = [entry for entry in self.entries if entry.mark not in marks]
         self.bins = {shape: self._bins(shape) for shape in self.shapes}
 
-    def _check_broken(self) -> None:
+    def _say_broken(self) -> None:
         """Names what is skipped; raises DataError if it is too much."""
         if self.broken and is_first():
             logger.warning("%s They are left out.", self.broken_words())
+        self.check_broken()
+
+    def check_broken(self) -> None:
+        """Raises DataError for more broken pictures than a run bears."""
         if not self.entries or (self.too_broken and not self.settings.allow_broken):
             raise DataError(f"{self.broken_words()} Mend or remove them, or set source.allow_broken to go on without them.")
 

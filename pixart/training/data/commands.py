@@ -45,7 +45,9 @@ def _extract(given: argparse.Namespace) -> None:
         from ..recipe import load_recipe
 
         recipe = load_recipe(given.recipe, changes)
-        sys.stdout.write("".join(f"{line}\n" for line in recipe.source.make(recipe).report()))
+        source = recipe.source.make(recipe)
+        sys.stdout.write("".join(f"{line}\n" for line in source.report()))
+        source.check()
         return
     from ...scale.extract_stage import extract_over
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...config import Variant
 from ...errors import ConfigError, DataError
-from ...text.encoder import load_text_encoder
+from ...text.encoder import load_text_encoder, open_weights
 from ...vae import load_vae
 from .cache import MEAN, STATES, STD, Cache
 from .hints import Hints
@@ -53,12 +53,17 @@ class TextStates:
     precision: str | None
     variant: Variant
 
+    def check(self) -> None:
+        """Raises PixArtError unless the place holds a T5 that the model reads; only names and sizes of its weights are read."""
+        width = int(open_weights(self.encoder, None, self.precision)[0].config["d_model"])
+        wanted = self.variant.transformer.caption_channels
+        if width != wanted:
+            raise ConfigError(f"The text encoder {self.encoder} is {width} wide; {self.variant.name} reads captions {wanted} wide.")
+
     def open(self, device: torch.device) -> Callable[[Sequence[Text]], Iterator[str]]:
         """Loads T5; the function yields the key of each text when it is in the cache."""
+        self.check()
         encoder = load_text_encoder(self.encoder, device=device, precision=self.precision)
-        width = self.variant.transformer.caption_channels
-        if encoder.width != width:
-            raise ConfigError(f"The text encoder {self.encoder} is {encoder.width} wide; {self.variant.name} reads captions {width} wide.")
 
         def encode(work: Sequence[Text]) -> Iterator[str]:
             work = sorted(work, key=lambda each: len(each.text))  # neighbours in length share a batch: little of it is padding

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ...errors import DataError
@@ -23,6 +23,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_FIELDS = ("file_name", "image_file_name", "image")
 HIDDEN = (".", "__MACOSX")
 TRAIN, OTHERS = "train", ("test", "validation", "valid", "val", "dev", "eval")  # names of splits
+OTHER_FORMATS = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".jxl", ".psd")  # of pictures that aren't read
 REPEATS = re.compile(r"(\d+)_(.*)")
 
 
@@ -36,9 +37,10 @@ def read_folder(root: Path, fields: Mapping[str, float] | None = None) -> Listin
     for folder in sorted({path.parent for path in files if path.name in METADATA}):
         for path, captions in _metadata(folder, root, fields, listing):
             told[path] = (*told.get(path, ()), *captions)  # several rows of one picture are several captions
+    listing.leave_out(f"of other formats than {', '.join(PICTURES)}", sum(path.suffix.lower() in OTHER_FORMATS for path in files))
     for path in (path for path in files if path.suffix.lower() in PICTURES):
         name = path.relative_to(root).as_posix()
-        repeats, words = _repeats(path.relative_to(root).parent)
+        repeats, words = repeats_of(path.relative_to(root).parent)
         try:
             captions = told.get(path) or _beside(path) or ((Caption(words),) if words else ())
         except DataError as error:
@@ -47,7 +49,7 @@ def read_folder(root: Path, fields: Mapping[str, float] | None = None) -> Listin
         if repeats:
             listing.items.append(Item(name, File(path), captions, repeats))
         else:
-            listing.left_out["in folders that count 0 times"] = listing.left_out.get("in folders that count 0 times", 0) + 1
+            listing.leave_out("in folders that count 0 times")
     return listing
 
 
@@ -75,7 +77,7 @@ def _beside(path: Path) -> tuple[Caption, ...]:
     return captions_of_file(text) if text.is_file() else ()
 
 
-def _repeats(folder: Path) -> tuple[int, str]:
+def repeats_of(folder: PurePath) -> tuple[int, str]:
     """What the innermost folder named N_something says; 1 and no words if none is."""
     found = next((match for part in reversed(folder.parts) if (match := REPEATS.fullmatch(part))), None)
     return (int(found[1]), found[2].strip()) if found else (1, "")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".avif")  # in any case
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif")  # in any case
 
 
 class Content(Protocol):
@@ -75,6 +75,11 @@ class Listing:
     items: list[Item] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)  # name -> what is wrong, of pictures that can't take part
     left_out: dict[str, int] = field(default_factory=dict)  # why -> how many, of pictures that the layout's own rules leave out
+
+    def leave_out(self, why: str, count: int = 1) -> None:
+        """Counts what takes no part."""
+        if count:
+            self.left_out[why] = self.left_out.get(why, 0) + count
 
 
 def file_stamp(path: Path) -> str:

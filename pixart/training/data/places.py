@@ -26,7 +26,8 @@ def read_place(place: str | Path, family: str, fields: Mapping[str, float] | Non
         raise DataError(f"{root} does not exist; expected {EXPECTED}.")
     listing = _read(root, family, fields)
     if not listing.items and not listing.broken:
-        raise DataError(f"{root} ({listing.layout}) holds no picture; expected {EXPECTED}.")
+        left_out = "".join(f"; left out: {count} {why}" for why, count in listing.left_out.items())
+        raise DataError(f"{root} ({listing.layout}) holds no picture{left_out}; expected {EXPECTED}.")
     return listing
 
 
@@ -44,11 +45,15 @@ def _read(root: Path, family: str, fields: Mapping[str, float] | None) -> Listin
     if found := info_files(root):
         return read_info(found, family, fields)
     files = visible_files(root)
-    pictures = any(path.suffix.lower() in PICTURES for path in files)
-    for suffix, read in TABLES.items():
-        if not pictures and (found := [path for path in files if path.suffix == suffix]):
-            return read(found, fields)
-    return read_folder(root, fields)
+    tables = {suffix: [path for path in files if path.suffix == suffix] for suffix in TABLES}
+    if not any(path.suffix.lower() in PICTURES for path in files):
+        for suffix, found in tables.items():
+            if found:
+                return TABLES[suffix](found, fields)
+    listing = read_folder(root, fields)
+    for suffix, found in tables.items():
+        listing.leave_out(f"{suffix} files, since there are loose pictures beside them", len(found))
+    return listing
 
 
 TABLES = {".parquet": read_parquet, ".tar": read_tars}

@@ -74,7 +74,7 @@ def read_info(files: list[Path], family: str, fields: Mapping[str, float] | None
         item = _item(root, row, rules, fields or _fields(row, family), source, own_names)
         if item.size[0] / item.size[1] > rules.widest:
             reason = f"of height / width above {rules.widest}"
-            listing.left_out[reason] = listing.left_out.get(reason, 0) + 1
+            listing.leave_out(reason)
         else:
             listing.items.append(item)
     check_fields(fields, known, files[0])

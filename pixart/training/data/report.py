@@ -3,13 +3,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 
 from ...text.encoder import find_tokenizer_of, open_weights
 from ...text.tokenizer import Tokenizer
 from .album import NAMED, Album, Entry, is_small
+from .folder import repeats_of
 from .stored import PIXELS
 
 SHOWN_BINS = 8
+MANY = 100  # repeats of a picture; more may be a year that begins a folder's name
 BYTES = 2  # of a stored number
 PER_FILE = 4096  # what a file takes at least on most disks
 
@@ -20,11 +23,11 @@ def describe(album: Album, held_out: Sequence[Entry]) -> Iterator[str]:
     repeated = sum(item.repeats for item in items)
     more = f", {repeated} with repeats" if repeated != len(items) else ""
     yield f"data: {album.listing.layout}, {len(items)} pictures{more}" + (f", {len(held_out)} of them held out" if held_out else "")
-    for why, count in album.left_out.items():
-        yield f"left out: {count} {why}"
+    yield from _left_out(album)
     if album.broken:
         allowed = "" if not album.too_broken or album.settings.allow_broken else " This is more than one in a hundred, and an error."
         yield f"broken: {album.broken_words()}{allowed}"
+    yield from _repeats(album)
     yield from _bins(album)
     yield from _captions(album)
     yield from _work(album)
@@ -43,10 +46,37 @@ def _bins(album: Album) -> Iterator[str]:
             yield f"too small at {shape.base_size} px: {len(small)}, {remedy}: {_named(small)}"
 
 
-def _captions(album: Album) -> Iterator[str]:
+def oddities(album: Album) -> Iterator[str]:
+    """Lines on what may not be meant, which a run says too."""
+    yield from _left_out(album)
+    yield from _repeats(album)
+    yield from _without_caption(album)
+
+
+def _left_out(album: Album) -> Iterator[str]:
+    for why, count in album.listing.left_out.items():
+        yield f"left out: {count} {why}"
+
+
+def _repeats(album: Album) -> Iterator[str]:
+    items = [entry.item for entry in album.entries if entry.item.repeats > MANY]
+    often = [item for item in items if repeats_of(PurePath(item.name).parent)[0] == item.repeats]
+    if often:
+        most = max(item.repeats for item in often)
+        yield (
+            f"repeats: {len(often)} pictures count up to {most} times, as the number before _ in their folder's name says: "
+            f"{_named([item.name for item in often])}"
+        )
+
+
+def _without_caption(album: Album) -> Iterator[str]:
     without = [entry.item.name for entry in album.entries if not any(each.text or each.states for each in entry.captions)]
     if without:
         yield f"without caption: {len(without)}, which are trained as the empty prompt: {_named(without)}"
+
+
+def _captions(album: Album) -> Iterator[str]:
+    yield from _without_caption(album)
     tokenizer, limit = _tokenizer(album), album.variant.max_tokens
     if tokenizer is None:
         return

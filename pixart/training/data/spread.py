@@ -36,6 +36,14 @@ def shared(function: Callable[[Sequence[T]], Iterable[R]], work: Sequence[T], ti
     return [each for part in parts for each in part]
 
 
+def same_everywhere(work: Sequence[T]) -> list[T]:
+    """The first process's list in all of them: others may have looked a moment later, when some of it was done already."""
+    agreed = [list(work)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(agreed)
+    return agreed[0]
+
+
 def is_first() -> bool:
     """Whether this process speaks for all."""
     return _place()[0] == 0

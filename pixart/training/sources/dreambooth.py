@@ -63,7 +63,7 @@ def check(settings: Settings) -> None:
     others = [_plain(text) for text in class_prompts(settings)]
     if prompt in others:
         raise ConfigError(f"instance_prompt and class_prompt are both {prompt!r}; expected the class without the subject's word.")
-    if isinstance(settings.class_prompt, tuple) and not all(others or [""]):
+    if settings.class_prompt is not None and not all(others or [""]):
         raise ConfigError("class_prompt is empty, or one of its texts is; expected texts, or null to train without prior preservation.")
     if settings.class_pictures < 1 or settings.class_steps < 1:
         raise ConfigError(
@@ -114,6 +114,8 @@ class Part(pictures.Part):
 
     def _captions(self, item: Item) -> tuple[Caption, ...]:
         own = item.captions if self.settings.instance_captions else ()
+        for text in {_plain(caption.text) for caption in own} & {_plain(prompt) for prompt in class_prompts(self.settings)}:
+            raise DataError(f"{item.name} has the caption {text!r}, which is a class_prompt too; expected one that names the subject.")
         return own or (Caption(self.settings.instance_prompt),)
 
     def _class_items(self) -> list[Item]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config import get_variant
 from ...errors import ConfigError
+from ...logs import get_logger
 from ...vae import decode_pictures
 from ..batch import Batch
 from ..data.album import Album, Entry, Settings, Shape
@@ -21,11 +22,12 @@ from ..data.item import Caption, Listing
 from ..data.marks import mark_of
 from ..data.order import Plan
 from ..data.places import read_place
-from ..data.report import describe
+from ..data.report import describe, oddities
 from ..data.spread import is_first, spread
 from ..draws import Draws
 from ..recipe import Recipe, Stage
 
+logger = get_logger(__name__)
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL.Image import Image
@@ -40,6 +42,7 @@ class Part:
     """See `batch.Source`."""
 
     feature_count = 0
+    _said = False  # whether `prepare` has told of oddities; a source may look at its pictures again
 
     def __init__(self, settings: Settings, recipe: Recipe) -> None:
         self.settings, self.variant, self.run_dir = settings, get_variant(recipe.variant), recipe.run_dir
@@ -85,8 +88,13 @@ class Part:
 
     def report(self) -> list[str]:
         """Pictures by bin, what is wrong with which, and what there is to compute."""
+        self.album.check_encoders()
         lines = describe(self.album, [entry for entry in self.album.entries if entry.mark in self.held_out])
         return [line.encode("utf-8", "backslashreplace").decode() for line in lines]  # names of files may be no text
+
+    def check(self) -> None:
+        """Raises DataError for more broken pictures than a run bears."""
+        self.album.check_broken()
 
     def prepare(self, prompts: Sequence[str], accelerator: Accelerator, over: Callable[..., list[Any]] = spread) -> None:
         """Fills the cache; raises DataError for too many broken pictures. over: of `Album.compute`."""
@@ -94,6 +102,11 @@ class Part:
         if prompts and lacking:  # now, and not at the first sample
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in lacking)
             raise ConfigError(f"Pictures of the prompt {prompts[0]!r:.80} can't be drawn without {flags}; give it, or no samples.")
+        if not self._said and is_first():
+            for line in oddities(self.album):
+                logger.warning("%s", line)
+        self._said = True
+        self.album.check_encoders()  # T5 may compute for hours before the VAE is opened
         self.album.compute([*prompts, ""], accelerator.device, over)
         if is_first():
             self.album.memory.save()

@@ -121,6 +121,10 @@ def test_captions_of_the_subject_and_of_own_class_pictures(tmp_path: Path, dream
     source = prepared(recipe.source.make(recipe))
     seen = Counter(caption for batch in batches(source, recipe, 1) for caption in batch.captions)
     assert seen == {"a red sks circle": 1, "a photo of sks circle": 1, "a blue square 0": 1, "a blue square 1": 1}
+    (tmp_path / "data/p0.txt").write_text("A")
+    with pytest.raises(DataError, match="p0.png has the caption 'a', which is a class_prompt too; expected one that names the subject"):
+        recipe.source.make(recipe)
+    (tmp_path / "data/p0.txt").write_text("a red sks circle")
     (tmp_path / "class/p1.txt").unlink()
     (tmp_path / "class/p0.txt").write_text("a photo of SKS circle")
     with pytest.raises(DataError, match="p0.png in .*class has the caption 'A Photo of sks circle', which is the instance_prompt"):
@@ -152,6 +156,7 @@ def test_other_weights_or_prompts_have_class_pictures_of_their_own(tmp_path: Pat
         ({"class_prompt": ["a dog", "a photo of sks circle"]}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
         ({"class_prompt": ["a dog", " "]}, "class_prompt is empty, or one of its texts is"),
         ({"class_prompt": list("abcd")}, "class_pictures is 3 and class_prompt has 4 texts; expected a picture of each, at least"),
+        ({"class_prompt": ""}, "class_prompt is empty, or one of its texts is"),
         ({"class_prompt": []}, "class_prompt is empty, or one of its texts is"),
         ({"class_prompt": ["a dog", 3]}, "class_prompt is .*expected a text or a list, each a text or null"),
         ({"class_pictures": 0}, "class_pictures is 0 and class_steps 2; expected 1 or more of each"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from demo import WEIGHTS
 from pixart.errors import ConfigError, DataError
 from pixart.text.encoder import load_text_encoder
-from pixart.training.data import features, look
+from pixart.training.data import features, look, spread
 from pixart.training.data.cache import Cache
 from pixart.training.data.features import Latents, TextStates
 from pixart.vae import load_vae
@@ -44,9 +44,9 @@ def work_of(source) -> tuple[int, int]:
 def test_features_are_computed_once_and_t5_comes_first(tmp_path, source_of, counted):
     folder(tmp_path / "data", [(64, 64), (96, 64)])
     prepared(source_of())
-    assert counted == ["T5", "VAE"]
+    assert counted == ["VAE", "T5", "VAE"]  # the VAE is looked at first, as T5 may compute for hours
     prepared(source_of())
-    assert counted == ["T5", "VAE"]
+    assert counted == ["VAE", "T5", "VAE", "VAE"]
     files = [path.relative_to(tmp_path / "cache").parts[0] for path in (tmp_path / "cache").rglob("*.safetensors")]
     assert sorted(files) == ["latent", "latent", "text", "text", "text"]  # two captions, and the empty one
 
@@ -54,21 +54,20 @@ def test_features_are_computed_once_and_t5_comes_first(tmp_path, source_of, coun
 def test_t5_is_gone_when_the_vae_comes(tmp_path, source_of, monkeypatch):
     loaded = []
 
-    def load_t5(*given, **named):
-        encoder = load_text_encoder(*given, **named)
-        loaded.append(weakref.ref(encoder.model))
-        return encoder
+    def alone(load, name):
+        def loader(*given, **named):
+            assert not any(each() for each in loaded)
+            made = load(*given, **named)
+            loaded.append(weakref.ref(getattr(made, name)))
+            return made
 
-    def load_decoder(*given, **named):
-        assert [each() for each in loaded] == [None]
-        loaded.append(None)
-        return load_vae(*given, **named)
+        return loader
 
-    monkeypatch.setattr(features, "load_text_encoder", load_t5)
-    monkeypatch.setattr(features, "load_vae", load_decoder)
+    monkeypatch.setattr(features, "load_text_encoder", alone(load_text_encoder, "model"))
+    monkeypatch.setattr(features, "load_vae", alone(load_vae, "module"))
     folder(tmp_path / "data", [(64, 64)])
     prepared(source_of())
-    assert len(loaded) == 2
+    assert len(loaded) == 3  # the VAE, to see that it is one; T5; the VAE
 
 
 def test_only_real_tokens_are_kept_and_in_half_the_bytes(tmp_path, source_of):
@@ -219,6 +218,15 @@ def test_a_picture_that_breaks_late_leaves_the_run(tmp_path, recipe_of, monkeypa
     prepared(source)
     assert sorted(source.album.broken) == ["p1.png", "q.png"] and "No such file" in source.album.broken["p1.png"]
     assert {caption for batch in batches(source, recipe, 5) for caption in batch.captions} == {f"a red circle {n}" for n in (0, 2, 3)}
+
+
+def test_processes_share_the_list_of_the_first(monkeypatch):
+    """Another that looks later may find that the first has begun: its own list would be shorter."""
+    monkeypatch.setattr(spread.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(spread.dist, "broadcast_object_list", lambda lists: lists.__setitem__(0, ["a", "b", "c"]))
+    assert spread.same_everywhere(["c"]) == ["a", "b", "c"]
+    monkeypatch.undo()
+    assert spread.same_everywhere(("a",)) == ["a"]
 
 
 def test_two_processes_share_the_work(tmp_path, source_of):

@@ -71,6 +71,22 @@ def test_folders_named_n_repeat_and_lend_their_name(tmp_path):
     assert listing.left_out == {"in folders that count 0 times": 1}
 
 
+def test_what_lies_beside_the_pictures_and_is_not_read_is_counted(tmp_path):
+    folder(tmp_path / "data", [(16, 16)])
+    for name, kind in (("a.bmp", "BMP"), ("b.TIF", "TIFF"), ("c.jfif", "JPEG")):
+        picture().save(tmp_path / "data" / name, kind)
+    tar(tmp_path / "data/0.tar", {"a.png": encoded(picture())})
+    listing = read_place(tmp_path / "data", "sigma")
+    assert list(captions_of(listing)) == ["c.jfif", "p0.png"]
+    assert sorted(listing.left_out.values()) == [1, 2]
+    assert any(why.startswith("of other formats than .jpg") for why in listing.left_out)
+    assert ".tar files, since there are loose pictures beside them" in listing.left_out
+    for name in ("c.jfif", "p0.png", "0.tar"):
+        (tmp_path / "data" / name).unlink()
+    with pytest.raises(DataError, match="holds no picture; left out: 2 of other formats"):
+        read_place(tmp_path / "data", "sigma")
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_metadata_of_an_imagefolder(tmp_path, kind):
     folder(tmp_path / "train", [(16, 16)] * 3, caption=None)

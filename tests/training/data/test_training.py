@@ -60,3 +60,48 @@ def test_a_picture_that_has_gone_since_is_named(tmp_path, recipe):
     with pytest.raises(ConfigError, match="gone p1.png; changed p2.png.*--accept-changes"):
         train(recipe, changes, stop_after=0)
     train(recipe, changes, accept_changes=True, stop_after=0)
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+@pytest.mark.parametrize(("flag", "wrong", "message"), [
+    ("transformer", "vae", "this is a VAE; expected a PixArt transformer"),
+    ("vae", "text_encoders", "is not a VAE"),
+    ("text-encoder", "vae", "is not a T5"),
+])  # fmt: skip
+def test_weights_of_another_kind_are_told_before_anything_is_computed(tmp_path, recipe, capsys, dry, flag, wrong, message):
+    places = given(tmp_path, "made")
+    places[places.index(f"--{flag}") + 1] = str(WEIGHTS[wrong])
+    assert main(["train", str(recipe), *places, *dry]) == 2
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_run_tells_what_may_not_be_meant_once(tmp_path, recipe, caplog):
+    folder(tmp_path / "data/2023_rome", [(64, 64)], caption=None)
+    folder(tmp_path / "data", SIZES)
+    (tmp_path / "data/p0.txt").unlink()
+    (tmp_path / "data/p9.bmp").touch()
+    assert main(["train", str(recipe), *given(tmp_path, "made"), "--stop-after", "0"]) == 0
+    text = caplog.text
+    assert text.count("left out: 1 of other formats") == text.count("without caption: 1, which are trained as the empty prompt: p0.png") == 1
+    assert text.count("repeats: 1 pictures count up to 2023 times") == 1 and "2023_rome/p0.png" in text
+
+
+@pytest.mark.parametrize("command", ["train", "extract"])
+def test_a_dry_run_with_too_many_broken_pictures_fails_in_the_end(tmp_path, recipe, capsys, command):
+    (tmp_path / "data/bad.png").write_bytes(b"no")
+    places = given(tmp_path, "made")
+    if command == "extract":
+        where = places.index("--transformer")
+        del places[where : where + 2]
+    assert main([command, str(recipe), *places, "--dry-run"]) == 2
+    said = capsys.readouterr()
+    assert "This is more than one in a hundred, and an error." in said.out and "captions by T5" in said.out
+    assert "bad.png" in said.err and "source.allow_broken" in said.err
+
+
+@pytest.mark.parametrize("seconds", ["nan", "-5", "soon"])
+def test_times_to_stop_after_that_can_not_be(tmp_path, recipe, capsys, seconds):
+    with pytest.raises(SystemExit):
+        main(["train", str(recipe), *given(tmp_path, "made"), f"--stop-after={seconds}"])
+    assert "expected seconds, 0 or more" in capsys.readouterr().err
