@@ -142,8 +142,8 @@ def test_foreign_file_is_explained(tmp_path, capsys):
     assert "clip.safetensors" in capsys.readouterr().err
 
 
-def test_train_calls_the_loop(tmp_path, capsys, monkeypatch):
-    loop = pytest.importorskip("pixart.training.loop")
+def test_train_calls_the_run(tmp_path, capsys, monkeypatch):
+    loop = pytest.importorskip("pixart.training.run")
     calls = []
     monkeypatch.setattr(loop, "train", lambda *given, **options: calls.append((given, options)) or "model.safetensors")
     assert cli.main(["train", "recipe.json", "--set", "seed=1", "--output", "o.safetensors", "--overwrite", "--stop-after", "5"]) == 0

@@ -65,7 +65,7 @@ def _seconds(text: str) -> float:
 
 
 def _train(given: argparse.Namespace) -> None:
-    from .loop import dry_run, train
+    from .run import dry_run, train
 
     options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes}
     if given.dry_run:

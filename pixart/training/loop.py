@@ -5,7 +5,7 @@ It knows neither what is trained (methods), nor what a step computes (objectives
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,74 +18,20 @@ from .average import Average
 from .base import file_mark
 from .batch import Batch, drop_captions
 from .blocks import wrap_blocks
-from .contents import check_contents, contents_mark, keep_contents
+from .contents import check_contents, contents_mark
 from .draws import Draws, share
-from .dry_run import describe_run
 from .heap import give_back_freed_memory
 from .precision import autocast, make_scaler
-from .processes import agreed, check_batches, make_accelerator, stopped_by_signals
-from .recipe import Recipe, check_given, load_recipe
-from .run_places import check_places, check_start, locked
+from .processes import agreed, check_batches, make_accelerator
+from .recipe import Recipe
 from .samples import Sampler
 from .shard import gathered, shard_model, whole_tensors
-from .state import clear_run, read_info, read_tensors, stored_tensors, write_state
+from .state import read_info, read_tensors, stored_tensors, write_state
 from .trained import Trained
 from .validation import validation_losses
 from .watch import Watch
 
 MAX_SKIPPED = 20
-
-
-def train(
-    path: str | Path,
-    changes: Sequence[str] = (),
-    *,
-    overwrite: bool = False,
-    accept_changes: bool = False,
-    stop_after: float | None = None,
-) -> Path:
-    """Runs a recipe, from its last state if there is one, and returns the path of its averaged weights.
-
-    changes: of `load_recipe`. overwrite: begin anew, over a former run and its output. accept_changes: go on although the
-    recipe differs from the one that the state was made with. stop_after: seconds after which it saves and stops early.
-    """
-    recipe = load_recipe(path, changes)
-    check_given(recipe)
-    check_start(recipe)
-    state = check_places(recipe, overwrite, accept_changes)  # before features are computed
-    run_dir = Path(recipe.run_dir)
-    with locked(run_dir):
-        loop = Loop(recipe)
-        if state is not None:
-            loop.resume(state, accept_changes)
-        if loop.accelerator.is_main_process:
-            if state is None:
-                clear_run(run_dir)
-            keep_contents(run_dir, loop.contents)
-        loop.accelerator.wait_for_everyone()
-        with stopped_by_signals(loop.ask_to_stop):
-            loop.run(stop_after)
-        loop.say_where_it_stopped()
-    return Path(recipe.output)
-
-
-def dry_run(
-    path: str | Path, changes: Sequence[str] = (), *, overwrite: bool = False, accept_changes: bool = False
-) -> Iterator[str]:
-    """What `train` would do, as lines; the transformer and T5 are not loaded, and nothing is written.
-
-    Raises PixArtError for what would stop the run; where that is pictures, after all lines.
-    """
-    recipe = load_recipe(path, changes)
-    check_given(recipe)
-    state = check_places(recipe, overwrite, accept_changes)
-    accelerator = make_accelerator(recipe)
-    check_batches(recipe, accelerator.num_processes)
-    source = recipe.source.make(recipe)
-    yield from describe_run(recipe, source, accelerator)
-    if state is not None:
-        yield f"goes on from step {read_info(state)['step']} of {recipe.steps}"
-    source.check()
 
 
 class Loop:

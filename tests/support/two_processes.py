@@ -10,8 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pixart.checkpoints import load_transformer
 from pixart.training import initialize
-from pixart.training.loop import train
 from pixart.training.methods import full
+from pixart.training.run import train
 from pixart.training.sources import scenes
 from tests.support.tiny_training import VARIANT, TwoPictures
 

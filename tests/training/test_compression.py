@@ -14,8 +14,9 @@ from pixart.errors import ConfigError
 from pixart.model import PixArtTransformer
 from pixart.training import initialize
 from pixart.training.compression import begin_compression
-from pixart.training.loop import Loop, train
+from pixart.training.loop import Loop
 from pixart.training.recipe import load_recipe
+from pixart.training.run import train
 from pixart.training.state import newest_state
 from tests.support.checkpoint_factory import diffusers_config, reference_model
 

@@ -14,8 +14,9 @@ from pixart.errors import ConfigError
 from pixart.model import PixArtTransformer
 from pixart.training.diffusion import NoiseSchedule
 from pixart.training.initialize import initialize_weights
-from pixart.training.loop import Loop, train
+from pixart.training.loop import Loop
 from pixart.training.recipe import load_recipe
+from pixart.training.run import train
 from pixart.training.sources import scenes
 from pixart.training.state import newest_state
 from tests.support.tiny_training import TINY, TwoPictures

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixart.training.loop import Loop, train
+from pixart.training.loop import Loop
 from pixart.training.recipe import load_recipe
+from pixart.training.run import train
 from pixart.training.state import newest_state, stored_tensors
 
 ROOT = Path(__file__).resolve().parents[2]

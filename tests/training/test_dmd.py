@@ -15,11 +15,12 @@ from pixart.errors import ConfigError
 from pixart.sampling_note import dmd_note, note_metadata, read_note
 from pixart.training import dry_run as dry_run_module
 from pixart.training.draws import Draws
-from pixart.training.loop import Loop, dry_run, train
+from pixart.training.loop import Loop
 from pixart.training.objectives import Turn
 from pixart.training.objectives.dmd import Part, Settings
 from pixart.training.parts import choose
 from pixart.training.recipe import load_recipe
+from pixart.training.run import dry_run, train
 from pixart.training.state import newest_state
 from tests.support.distilled import (
     ALPHA,

@@ -14,10 +14,11 @@ from pixart.config import TransformerConfig
 from pixart.errors import ConfigError
 from pixart.sampling_note import LCM, read_note
 from pixart.training.draws import Draws
-from pixart.training.loop import Loop, train
+from pixart.training.loop import Loop
 from pixart.training.objectives.lcm import Part, Settings
 from pixart.training.parts import choose
 from pixart.training.recipe import load_recipe
+from pixart.training.run import train
 from pixart.training.state import newest_state
 from tests.support.distilled import (
     ALPHA,

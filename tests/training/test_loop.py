@@ -22,10 +22,11 @@ from pixart.model import PixArtTransformer
 from pixart.training.buckets import bucket_sizes, draw_size
 from pixart.training.diffusion import NoiseSchedule
 from pixart.training.initialize import initialize_weights, pass_noise_through
-from pixart.training.loop import MAX_SKIPPED, Loop, train
+from pixart.training.loop import MAX_SKIPPED, Loop
 from pixart.training.methods import full
 from pixart.training.optimizer_state import optimizer_tensors, optimizer_values
 from pixart.training.recipe import OPTIMIZERS, load_recipe
+from pixart.training.run import train
 from pixart.training.sources import scenes
 from pixart.training.state import newest_state
 from tests.support.tiny_training import TINY, VARIANT, TwoPictures
@@ -178,13 +179,13 @@ def test_a_kill_while_a_state_is_written_leaves_the_one_before(recipe_path, tmp_
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from pixart.training import loop, state
+from pixart.training import run, state
 from pixart.training.methods import full
 from pixart.training.sources import scenes
 from tests.support.tiny_training import TwoPictures, VARIANT
 scenes.Part, full.get_variant = TwoPictures, lambda name: VARIANT
 state._flush = lambda folder: os.kill(os.getpid(), 9)  # everything is written but the name
-loop.train({str(config)!r})
+run.train({str(config)!r})
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -9
     assert newest_state(tmp_path / "run").name == "00000001"

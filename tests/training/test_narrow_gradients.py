@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from pixart.training import linear, narrow_gradients
-from pixart.training.loop import Loop, train
+from pixart.training.loop import Loop
 from pixart.training.narrow_gradients import NarrowGradients
 from pixart.training.recipe import load_recipe
+from pixart.training.run import train
 from pixart.training.trained import Trained
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="needs torch 2.10")

@@ -16,9 +16,10 @@ from pixart.errors import ConfigError
 from pixart.training import pairs as pairs_module
 from pixart.training.draw_pairs import draw_pairs
 from pixart.training.draws import Draws
-from pixart.training.loop import Loop, train
+from pixart.training.loop import Loop
 from pixart.training.parts import choose
 from pixart.training.recipe import load_recipe
+from pixart.training.run import train
 from pixart.vae import load_vae
 from tests.support.tiny_vae import tiny_taesd
 from tests.training.test_dmd import picture, run_changes

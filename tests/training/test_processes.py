@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch.nn import Linear
 
 from pixart.errors import ConfigError
-from pixart.training.loop import Loop, train
+from pixart.training.loop import Loop
 from pixart.training.processes import check_batches
 from pixart.training.recipe import load_recipe
+from pixart.training.run import train
 from pixart.training.state import newest_state
 
 ROOT = Path(__file__).resolve().parents[2]

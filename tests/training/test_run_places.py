@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("accelerate")
 
 from pixart.errors import ConfigError
-from pixart.training.loop import Loop, dry_run, train
+from pixart.training.loop import Loop
 from pixart.training.recipe import load_recipe
+from pixart.training.run import dry_run, train
 from pixart.training.run_places import locked
 from tests.support.tiny_training import VARIANT
 

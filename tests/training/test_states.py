@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixart.errors import CheckpointError, ConfigError, PixArtError
-from pixart.training.loop import Loop, train
+from pixart.training.loop import Loop
 from pixart.training.recipe import load_recipe
+from pixart.training.run import train
 from pixart.training.sources import scenes
 from pixart.training.state import newest_state
 from tests.support.tiny_training import TwoPictures

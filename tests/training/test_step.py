@@ -19,9 +19,10 @@ from pixart.layers import BlockInputs, PixArtBlock
 from pixart.training.adapters import Adaptation, add_adapters
 from pixart.training.blocks import wrap_blocks
 from pixart.training.linear import add_adapters_in_place, cast_weights_anew
-from pixart.training.loop import MAX_SKIPPED, Loop, train
+from pixart.training.loop import MAX_SKIPPED, Loop
 from pixart.training.optimizers import make_optimizers
 from pixart.training.recipe import load_recipe
+from pixart.training.run import train
 from pixart.training.state import newest_state
 from pixart.training.teacher import without_adapters
 from tests.support.tiny_training import recipe_values

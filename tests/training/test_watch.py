@@ -18,10 +18,11 @@ from pixart.errors import ConfigError, PixArtError
 from pixart.sampling_note import LCM
 from pixart.training import dry_run as planning
 from pixart.training.dry_run import activation_bytes
-from pixart.training.loop import Loop, dry_run, train
+from pixart.training.loop import Loop
 from pixart.training.methods import full
 from pixart.training.optimizers import block_matrices, state_bytes
 from pixart.training.recipe import load_recipe
+from pixart.training.run import dry_run, train
 from pixart.training.samples import Sampler, contact_sheet
 from pixart.training.sources import scenes
 from pixart.training.trackers import check_trackers

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from ...errors import ConfigError, DataError
 from ..bases import DTYPES
-from ..data.album import Settings as PictureSettings
 from ..data.album import release
 from ..data.folder import read_folder
 from ..data.item import Caption, Item, Listing
 from ..data.marks import mark_of, model_mark
+from ..data.settings import Settings as PictureSettings
 from ..data.spread import spread
 from ..recipe import Recipe
 from ..write import replace_file, write_weights

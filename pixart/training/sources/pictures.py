@@ -15,7 +15,7 @@ from ...errors import ConfigError
 from ...logs import get_logger
 from ...vae import decode_pictures
 from ..batch import Batch
-from ..data.album import Album, Entry, Settings, Shape
+from ..data.album import Album, Entry
 from ..data.features import TEXT
 from ..data.folder import LAYOUT
 from ..data.item import Caption, Listing
@@ -23,6 +23,7 @@ from ..data.marks import mark_of
 from ..data.order import Plan
 from ..data.places import read_place
 from ..data.report import describe, oddities
+from ..data.settings import Settings, Shape
 from ..data.spread import is_first, spread
 from ..draws import Draws
 from ..recipe import Recipe, Stage

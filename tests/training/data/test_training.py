@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from demo import WEIGHTS
 from pixart.cli import main
 from pixart.errors import ConfigError
-from pixart.training.loop import train
+from pixart.training.run import train
 from tests.support.data_sets import folder
 
 SIZES = [(64, 64), (96, 64), (64, 96), (64, 64)]
