@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = make_parser().parse_args(arguments)
     level = logging.INFO if given.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    if not given.verbose:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on a kernel at every start, of no use but for 4 bits
     try:
         given.run(given)
     except (PixArtError, OSError) as error:

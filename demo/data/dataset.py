@@ -35,6 +35,7 @@ class SceneSource:
     """Batches of training scenes."""
 
     feature_count = FEATURE_COUNT
+    settled = True
 
     def __init__(self, settings: Settings, recipe: Recipe) -> None:
         self.settings = settings

@@ -127,15 +127,19 @@ def inspect_file(path: str | Path, variant: str = AUTO, ema: bool = False) -> De
 def _take_extras(tensors: dict[str, Tensor], layout: str, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Tensor]:
     """Moves quantization extras out of `tensors`, under native names."""
     extras: dict[str, Tensor] = {}
+    unread: list[str] = []
     for key in [key for key in tensors if key.endswith(QUANTIZATION_SUFFIXES + suffixes)]:
         if not key.endswith(suffixes or ("\0",)):
-            problems.append(f"{key}: scaled quantization is not supported here; use PixArtModelLoader, or an unquantized file")
+            unread.append(key)
             tensors.pop(key)
             continue
         target = native_target(key) if layout == "diffusers" else None
         if target is not None and target.parts > 1:
             problems.append(f"{key}: a scale of its own for one part of {target.key}; quantize a file with original keys instead")
         extras[target.key if target else key] = tensors.pop(key)
+    if unread:
+        which = f"{unread[0]} and {len(unread) - 1} more" if len(unread) > 1 else unread[0]
+        problems.append(f"{which}: scaled quantization is not supported here; use PixArtModelLoader, or an unquantized file (fp16, bf16)")
     return extras
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .detect import AUTO, Detection, Origin, examine
-from .hints import Hints, hints_from_note
+from .hints import VAE_OF_SCALE, Hints, hints_from_note
 
 NOTE_TENSOR = "pixart_note"  # bytes of JSON, beside the transformer's other tensors
 LONGEST = 65536
@@ -34,7 +34,8 @@ def note_of(detection: Detection) -> dict[str, Any]:
     """Fields of Hints from which the weights alone are detected as this again; where the family was a guess, it stays one."""
     config, known = detection.config, detection.family_known
     note: dict[str, Any] = {
-        "variant": detection.variant if known else None, "family": detection.family if known else None, "vae": detection.vae,
+        "variant": detection.variant if known else None, "family": detection.family if known else None,
+        "vae": detection.vae if detection.vae in VAE_OF_SCALE.values() else None,  # the demo's own is known by its variant
         "base_size": detection.base_size, "num_heads": config.num_heads, "position_range": config.position_range, "ema": detection.ema,
     }  # fmt: skip
     if config.compressed_blocks:

@@ -53,6 +53,7 @@ class Source(Protocol):
 
     null_context: Tensor | None  # (M, C'), what the text encoder makes of an empty caption; None where there is no text encoder
     feature_count: int  # F, 0 if nothing is known of tokens
+    settled: bool  # whether `contents` are known already; else `prepare` makes pictures
 
     def report(self) -> list[str]:
         """Lines that say what would be trained on, for `--dry-run`; nothing is computed or written."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -70,9 +71,15 @@ def _train(given: argparse.Namespace) -> None:
     options = {"overwrite": given.overwrite, "accept_changes": given.accept_changes}
     if given.dry_run:
         for line in dry_run(given.recipe, changes_of(given), **options):
-            sys.stdout.write(f"{line}\n")
+            _say(line)
         return
-    sys.stdout.write(f"{train(given.recipe, changes_of(given), **options, stop_after=given.stop_after)}\n")
+    _say(str(train(given.recipe, changes_of(given), **options, stop_after=given.stop_after)))
+
+
+def _say(line: str) -> None:
+    """On stdout, once: torchrun's first process speaks for all."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stdout.write(f"{line}\n")
 
 
 def _score(given: argparse.Namespace) -> None:

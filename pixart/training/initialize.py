@@ -133,7 +133,8 @@ def _check_compression(wanted: TransformerConfig, found: TransformerConfig, path
     if blocks and not (blocks <= set(wanted.compressed_blocks) and mode == wanted.compression_mode):
         raise ConfigError(
             f"{path} was trained with KV compression, {mode}, of the blocks and ratios {sorted(blocks)}; this run has "
-            f"{wanted.compression_mode} of {sorted(wanted.compressed_blocks)}. Give the recipe the same compressed_blocks, or more."
+            f"{wanted.compression_mode} of {sorted(wanted.compressed_blocks)}. "
+            "Use method kv with the same blocks (method.blocks) and mode, or more blocks."
         )
 
 

@@ -37,7 +37,8 @@ MAX_SKIPPED = 20
 class Loop:
     """Network, optimizers, average and data of one run."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, state: Path | None = None) -> None:
+        """state: where its pictures must be those of this recipe's source; see `resume`."""
         self.recipe = recipe
         self.accelerator = make_accelerator(recipe)
         self.device = self.accelerator.device
@@ -48,6 +49,8 @@ class Loop:
         self.objective.check_run(recipe, self.source)
         with torch.device("meta"):  # tells what is wrong with the first weights, before hours of computing features
             self.method.build(self.source, torch.device("meta"))
+        if state is not None and self.source.settled:
+            check_contents(Path(recipe.run_dir), read_info(state).get("contents"), self.source.contents())
         torch.manual_seed(recipe.seed)
         prompts = (*recipe.samples.prompts, recipe.samples.negative) if recipe.samples else ()
         self.source.prepare(prompts, self.accelerator)  # before the network is in memory: the text encoder and the VAE are large

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .contents import keep_contents
+from .contents import check_contents, keep_contents
 from .dry_run import describe_run
 from .loop import Loop
 from .processes import check_batches, make_accelerator, stopped_by_signals
@@ -32,7 +32,7 @@ def train(
     state = check_places(recipe, overwrite, accept_changes)  # before features are computed
     run_dir = Path(recipe.run_dir)
     with locked(run_dir):
-        loop = Loop(recipe)
+        loop = Loop(recipe, None if accept_changes else state)
         if state is not None:
             loop.resume(state, accept_changes)
         if loop.accelerator.is_main_process:
@@ -56,10 +56,13 @@ def dry_run(
     recipe = load_recipe(path, changes)
     check_given(recipe)
     state = check_places(recipe, overwrite, accept_changes)
+    begun = None if state is None else read_info(state)  # now: a run that is going on replaces its states
     accelerator = make_accelerator(recipe)
     check_batches(recipe, accelerator.num_processes)
     source = recipe.source.make(recipe)
     yield from describe_run(recipe, source, accelerator)
-    if state is not None:
-        yield f"goes on from step {read_info(state)['step']} of {recipe.steps}"
+    if begun is not None:
+        yield f"goes on from step {begun['step']} of {recipe.steps}"
+        if source.settled and not accept_changes:
+            check_contents(Path(recipe.run_dir), begun.get("contents"), source.contents())
     source.check()

@@ -52,7 +52,8 @@ def test_on_the_command_line(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "small.safetensors")
     again = ["quantize", str(tmp_path / "small.safetensors"), str(tmp_path / "x.safetensors"), "--precision", "fp8"]
     assert main(again) == 2 and not (tmp_path / "x.safetensors").exists()
-    assert "small.safetensors" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "small.safetensors" in said and said.count("scaled quantization is not supported here") == 1 and " more: scaled" in said
     assert main(["quantize", str(source), str(tmp_path / "t5"), "--precision", "int8"]) == 2
     assert "T5" in capsys.readouterr().err
 

@@ -108,6 +108,9 @@ def test_t5_is_written_beside_and_both_halves_predict_as_trained(tmp_path: Path,
     assert (encoded.states - plain.states).abs().max() > 1e-2
     text = peft.PeftModel.from_pretrained(tiny_t5(width=8), tmp_path / "style-peft-text")
     assert sum("lora_A" in name for name, _ in text.named_parameters()) == 2 * 7
+    method, network, averages = built(recipe_of(tmp_path, base, adapter("lora", peft_folder=True)))
+    method.write(network, averages, tmp_path / "style.safetensors", {})  # as --overwrite does
+    assert (tmp_path / "style-peft").is_dir() and not (tmp_path / "style-peft-text").exists()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])

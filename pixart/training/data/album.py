@@ -59,6 +59,7 @@ class Album:
         self.vae_mark = self._mark("vae", ("vae",))
         self.entries = self._looked_at()
         self._check_needs()
+        self.looked_at = tuple(self.entries)  # those that break later, while they are encoded, too
         self.bins = {shape: self._bins(shape) for shape in self.shapes}
 
     def _mark(self, name: str, parts: tuple[str, ...]) -> str:

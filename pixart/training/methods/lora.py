@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -137,8 +138,10 @@ class Part(full.Part):
         if self.settings.peft_folder:
             base = PurePath(self.recipe.initialize).name
             write_peft_folder(layers, self.adaptation(), path.with_name(f"{path.stem}-peft"), base, facts)
-            if text_layers:
-                folder = path.with_name(f"{path.stem}-peft-text")
+            folder = path.with_name(f"{path.stem}-peft-text")
+            if not text_layers:
+                shutil.rmtree(folder, ignore_errors=True)  # of the run that this one replaces
+            else:
                 write_peft_folder(text_layers, self.adaptation(text=True), folder, base, facts)
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ...checkpoints import load_transformer
 from ...errors import ConfigError, DataError
 from ..bases import DTYPES
 from ..data.album import release
@@ -79,12 +80,12 @@ def class_prompts(settings: Settings) -> tuple[str, ...]:
     """All of them, each once and on one line, as files of captions have them; none without prior preservation."""
     found = settings.class_prompt
     if isinstance(found, tuple):
-        return tuple(dict.fromkeys(" ".join(text.split()) for text in found))
+        return tuple({_plain(text): " ".join(text.split()) for text in reversed(found)}.values())[::-1]
     return () if found is None else (found,)
 
 
 def _plain(text: str) -> str:
-    return text.strip().lower()
+    return " ".join(text.split()).lower()
 
 
 class Part(pictures.Part):
@@ -101,6 +102,8 @@ class Part(pictures.Part):
 
     def listing(self) -> Listing:
         """Instance pictures, and those of the class that are there."""
+        if self.place is not None and self.place.exists() and not self.place.is_dir():
+            raise ConfigError(f"source.class_data is {self.place}, which is a file; expected a folder of class pictures.")
         if self.place is not None and self.settings.data:
             pictures.check_apart(self.settings.data, self.place, "the folder of class pictures (source.class_data)")
             pictures.check_outside(str(self.place), self.run_dir)
@@ -110,7 +113,7 @@ class Part(pictures.Part):
         repeats = max(1, round(self._wanted() / max(1, count)))
         items = [item if item.prior else replace(item, captions=self._captions(item), repeats=repeats) for item in instance.items]
         layout = f"{instance.layout}, {count} of the instance" + (f" and {len(classes)} of the class" if self.place else "")
-        return Listing(layout, [*items, *classes], instance.broken | found.broken, instance.left_out)
+        return Listing(layout, [*items, *classes], instance.broken | found.broken, {**instance.left_out, **found.left_out})
 
     def _captions(self, item: Item) -> tuple[Caption, ...]:
         own = item.captions if self.settings.instance_captions else ()
@@ -128,7 +131,8 @@ class Part(pictures.Part):
         kept = found.items if self.settings.class_data else found.items[: self.settings.class_pictures]  # another run may have drawn more
         texts = map(self._class_captions, kept)
         items = [replace(item, name=f"{place}/{item.name}", captions=own, repeats=1, prior=True) for item, own in zip(kept, texts)]
-        return Listing(found.layout, items, {f"{place}/{name}": why for name, why in found.broken.items()})
+        broken = {f"{place}/{name}": why for name, why in found.broken.items()}
+        return Listing(found.layout, items, broken, {f"{why} (class pictures)": count for why, count in found.left_out.items()})
 
     def _class_captions(self, item: Item) -> tuple[Caption, ...]:
         """Raises DataError where no caption says which of several prompts a picture shows, or where it is the subject's."""
@@ -155,7 +159,18 @@ class Part(pictures.Part):
         free = (number for number in itertools.count() if Path(DRAWN.format(number)).stem not in taken)
         return [next(free) for _ in range(lacking)]
 
+    @property
+    def settled(self) -> bool:
+        """Not while class pictures are missing."""
+        return not self.missing()
+
     # -- before training -------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Also whether the missing class pictures can be drawn; weights that aren't there are a dry run's own business."""
+        super().check()
+        if self.missing():
+            self._check_drawing(len(self.missing()))
 
     def report(self) -> list[str]:
         """As `pictures`, and what there is to draw."""
@@ -183,6 +198,8 @@ class Part(pictures.Part):
                 f"{missing} class pictures are missing in {self.place}, and can't be drawn without {', '.join(lacking)}. Give them, or put "
                 f"{self.settings.class_pictures} pictures there, or set class_prompt to null."
             )
+        if Path(self.recipe.initialize).exists():  # an alpha may begin a Sigma, but draws in another VAE's latents
+            load_transformer(self.recipe.initialize, variant=self.recipe.variant)
 
     def _draw(self, numbers: Sequence[int], device: torch.device) -> None:
         """The first weights' own pictures of the class prompts in turn, in the bins of the instance pictures, with their captions."""

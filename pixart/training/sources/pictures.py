@@ -43,6 +43,7 @@ class Part:
     """See `batch.Source`."""
 
     feature_count = 0
+    settled = True
     _said = False  # whether `prepare` has told of oddities; a source may look at its pictures again
 
     def __init__(self, settings: Settings, recipe: Recipe) -> None:
@@ -120,7 +121,7 @@ class Part:
     def contents(self) -> list[str]:
         """Name, bytes and captions of each picture; and first the encoders' files, on which all features depend."""
         encoders = [f"source.text_encoder {self.album.text_mark} -", f"source.vae {self.album.vae_mark} -"]
-        lines = [f"{each.item.name} {each.mark}{each.hint} {_captions_mark(each)}" for each in self.album.entries]
+        lines = [f"{each.item.name} {each.mark}{each.hint} {_captions_mark(each)}" for each in self.album.looked_at]
         return [line.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n") for line in (*encoders, *lines)]
 
     # -- batches ---------------------------------------------------------------------------------

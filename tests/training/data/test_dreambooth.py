@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from demo import WEIGHTS
-from pixart.errors import ConfigError, DataError
+from pixart.errors import CheckpointError, ConfigError, DataError
 from pixart.pipeline import Pipeline
 from pixart.training.draws import Draws
 from pixart.training.recipe import Recipe, make_recipe
@@ -154,6 +154,7 @@ def test_other_weights_or_prompts_have_class_pictures_of_their_own(tmp_path: Pat
         ({"instance_prompt": None}, "source dreambooth: instance_prompt is empty; expected one that names the subject"),
         ({"class_prompt": "a photo of SKS circle"}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
         ({"class_prompt": ["a dog", "a photo of sks circle"]}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
+        ({"class_prompt": "a  photo of sks\tcircle"}, "instance_prompt and class_prompt are both 'a photo of sks circle'"),
         ({"class_prompt": ["a dog", " "]}, "class_prompt is empty, or one of its texts is"),
         ({"class_prompt": list("abcd")}, "class_pictures is 3 and class_prompt has 4 texts; expected a picture of each, at least"),
         ({"class_prompt": ""}, "class_prompt is empty, or one of its texts is"),
@@ -176,6 +177,29 @@ def test_what_drawing_lacks_is_named_before_anything_is_computed(tmp_path: Path,
     with pytest.raises(ConfigError, match="3 class pictures are missing in .*can't be drawn without initialize"):
         source.prepare([], Accelerator(cpu=True))
     assert not (tmp_path / "cache").exists()
+
+
+def test_weights_that_can_not_draw_the_class_are_told_before_anything_is_computed(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)])
+    wrong = replace(dreams(), initialize=str(WEIGHTS["vae"]))  # as an alpha is for a Sigma, which it may begin
+    source = wrong.source.make(wrong)
+    for refused in (source.check, lambda: source.prepare([], Accelerator(cpu=True))):
+        with pytest.raises(CheckpointError, match="this is a VAE; expected a PixArt transformer"):
+            refused()
+    assert not (tmp_path / "cache").exists()
+    later = replace(dreams(), initialize=str(tmp_path / "not there yet.safetensors"))
+    later.source.make(later).check()
+
+
+def test_what_is_in_the_class_folder_and_can_not_be_used_is_told(tmp_path: Path, dreams) -> None:
+    folder(tmp_path / "data", [(64, 64)])
+    folder(tmp_path / "class", [(64, 64)])
+    (tmp_path / "class/a.bmp").touch()
+    recipe = dreams(class_data=str(tmp_path / "class"))
+    assert any(line.startswith("left out: 1 of other formats") and "class pictures" in line for line in recipe.source.make(recipe).report())
+    recipe = dreams(class_data=str(tmp_path / "class/a.bmp"))
+    with pytest.raises(ConfigError, match="a.bmp, which is a file; expected a folder of class pictures"):
+        recipe.source.make(recipe)
 
 
 @pytest.mark.parametrize("place", ["data", "data/class"])

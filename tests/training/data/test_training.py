@@ -63,6 +63,20 @@ def test_a_picture_that_has_gone_since_is_named(tmp_path, recipe):
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_new_picture_is_told_before_its_features_are_computed(tmp_path, recipe, capsys, dry):
+    assert main(["train", str(recipe), *given(tmp_path, "made"), "--stop-after", "0"]) == 0
+    before = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    (tmp_path / "data/p9.png").write_bytes((tmp_path / "data/p0.png").read_bytes()[:-1] + b"x")
+    (tmp_path / "data/p9.txt").write_text("another text")
+    assert main(["train", str(recipe), *given(tmp_path, "made"), *dry]) == 2
+    assert "new p9.png" in capsys.readouterr().err
+    assert sorted((tmp_path / "cache").rglob("*.safetensors")) == before
+    if dry:
+        assert main(["train", str(recipe), *given(tmp_path, "made"), *dry, "--accept-changes"]) == 0
+        assert "goes on from step 1 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
 @pytest.mark.parametrize(("flag", "wrong", "message"), [
     ("transformer", "vae", "this is a VAE; expected a PixArt transformer"),
     ("vae", "text_encoders", "is not a VAE"),
