@@ -204,7 +204,7 @@ class TestTextEncoder:
         torch.testing.assert_close(found[key].float(), before[key].float() - 0.5 * change, rtol=1e-3, atol=1e-3)
 
     def test_is_left_out_only_on_request(self, sigma, adapter: dict) -> None:
-        with pytest.raises(errors.CheckpointError, match="6 of .* keys can't be applied, so none was; .*connect a CLIP.*strength_clip. 0"):
+        with pytest.raises(errors.CheckpointError, match="6 of .* keys can't be applied, so none was; .*connect a CLIP.*strength_clip 0"):
             Loader.execute(sigma, "text.safetensors", 1.0)
         assert not sigma.patches
         output = Loader.execute(sigma, "text.safetensors", 1.0, None, 0.0)
