@@ -47,8 +47,9 @@ class Loop:
         self.method = recipe.method.make(recipe)
         self.objective = recipe.objective.make()
         self.objective.check_run(recipe, self.source)
-        with torch.device("meta"):  # tells what is wrong with the first weights, before hours of computing features
-            self.method.build(self.source, torch.device("meta"))
+        if recipe.initialize:  # tells what is wrong with the first weights, before hours of computing features
+            with torch.device("meta"):
+                self.method.build(self.source, torch.device("meta"))
         if state is not None and self.source.settled:
             check_contents(Path(recipe.run_dir), read_info(state).get("contents"), self.source.contents())
         torch.manual_seed(recipe.seed)

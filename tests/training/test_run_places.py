@@ -37,7 +37,7 @@ def test_files_of_others_stay(recipe_path: Callable[..., Path], tmp_path: Path) 
 def test_outputs_that_can_not_be(recipe_path: Callable[..., Path], tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.safetensors").mkdir()
-    monkeypatch.setattr(Loop, "__init__", lambda self, recipe: pytest.fail("it is told before anything is computed"))
+    monkeypatch.setattr(Loop, "__init__", lambda *_: pytest.fail("it is told before anything is computed"))
     for run in (train, dry_run):
         with pytest.raises(ConfigError, match="--output is"):
             list(run(recipe_path(output=str(tmp_path / output))))
@@ -68,7 +68,7 @@ def test_a_changed_recipe_is_told_before_features_are_computed(
     train(recipe_path())
     monkeypatch.setattr(importlib.import_module("pixart.training.dry_run"), "get_variant", lambda name: VARIANT)
     assert any("goes on from step 6 of 9" in line for line in dry_run(recipe_path(9), accept_changes=True))
-    monkeypatch.setattr(Loop, "__init__", lambda self, recipe: pytest.fail("it is told before anything is computed"))
+    monkeypatch.setattr(Loop, "__init__", lambda *_: pytest.fail("it is told before anything is computed"))
     for run in (train, dry_run):
         with pytest.raises(ConfigError, match="trained with another recipe: seed"):
             list(run(recipe_path(seed=5)))

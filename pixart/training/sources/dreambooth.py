@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ...checkpoints import load_transformer
+from ...checkpoints import inspect_file
 from ...errors import ConfigError, DataError
 from ..bases import DTYPES
 from ..data.album import release
@@ -199,7 +199,7 @@ class Part(pictures.Part):
                 f"{self.settings.class_pictures} pictures there, or set class_prompt to null."
             )
         if Path(self.recipe.initialize).exists():  # an alpha may begin a Sigma, but draws in another VAE's latents
-            load_transformer(self.recipe.initialize, variant=self.recipe.variant)
+            inspect_file(self.recipe.initialize, self.recipe.variant)
 
     def _draw(self, numbers: Sequence[int], device: torch.device) -> None:
         """The first weights' own pictures of the class prompts in turn, in the bins of the instance pictures, with their captions."""

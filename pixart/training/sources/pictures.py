@@ -28,12 +28,12 @@ from ..data.spread import is_first, spread
 from ..draws import Draws
 from ..recipe import Recipe, Stage
 
-logger = get_logger(__name__)
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from PIL.Image import Image
 
 __all__ = ["Part", "Settings"]
+logger = get_logger(__name__)
 
 PER_STAGE = ("buckets", "picture_size", "sample_latents", "prior_weight")  # what the stages of a recipe may have others of
 WHOLE_RUN = tuple(each.name for each in fields(Settings) if each.name not in PER_STAGE)
