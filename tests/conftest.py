@@ -1,6 +1,7 @@
 """Settings for every test."""
 
 import os
+import signal
 
 # Must be set before torch is imported: threads that spin while they wait make a busy machine ten times slower
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,6 +12,8 @@ from tests.support.known_names import KnownNames
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where pytest's cache is used."""
+    """Ctrl-C reaches the servers that tests start, even where the shell began the tests in the background; and pytest's cache."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # which they would inherit, and end by being killed a minute later
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.pluginmanager.hasplugin("cacheprovider"):
         config.pluginmanager.register(KnownNames(config))

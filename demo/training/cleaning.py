@@ -1,8 +1,8 @@
-"""The decoder, trained on: on latents as sampling leaves them, with wobbling edges, and the clean picture as the target.
+"""The decoder, trained on: it learns to draw the outline that was meant, in every size, from latents as sampling leaves them.
 
-Scenes are noised to a timestep of 250 to 650 and drawn again from there in five steps by the transformer itself, with and
-without guidance. What comes out has the scene's place and size, and the transformer's own faults. The decoder learns to draw
-the outline that was meant. `python -m demo.training.cleaning` goes on where it was stopped; the transformer stays as it is.
+`python -m demo.training.cleaning` draws the latents (redrawn.py), then trains; it goes on where it was stopped. The
+transformer stays as it is. The loss is taken in a window of each picture, around an object's outline: the decoder's first
+layers see the whole latent, its later and dear ones the window alone, at a quarter of the work.
 """
 from __future__ import annotations
 
@@ -11,80 +11,98 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, autocast, nn
 from tqdm import tqdm
 
-from pixart import load_text_encoder
-from pixart.checkpoints import load_transformer
-from pixart.config import get_variant
-from pixart.model import PixArtTransformer
-from pixart.training.buckets import bucket_sizes, draw_size
-from pixart.training.diffusion import NoiseSchedule
-
 from .. import WEIGHTS
-from ..data.captions import caption
-from ..data.layout import arrange
-from ..data.scenes import render, sample_scene
-from .autoencoder import descend, encode, load_decoder, save_autoencoder, save_state
+from ..data.scenes import Scene
+from .autoencoder import encode, load_decoder, sample_crops, save_autoencoder, save_state
+from .redrawn import BATCH, Redrawn, arranged_scenes, batch_size
 
-TIMESTEPS, STEPS = (250, 650), 5  # from where scenes are drawn again, and how often the transformer looks
-GUIDANCE = (1.0, 4.5)
-CLEAN_SHARE = 0.2  # of batches that are only encoded, so that pictures as they are stay exact
-SQUARE_SHARE = 0.4
-SAVE_EVERY = 50
-WARMUP = 50
-
-
-class Redrawn:
-    """Batches of latents (B, 4, H/8, W/8) that the transformer drew again, and the pictures (B, 3, H, W) that were meant."""
-
-    def __init__(self, transformer: Path, batch: int) -> None:
-        self.model: PixArtTransformer = load_transformer(transformer, dtype=torch.bfloat16).eval().requires_grad_(False)
-        self.encoder = load_text_encoder(WEIGHTS["text_encoders"])
-        self.schedule = NoiseSchedule()
-        self.sizes = bucket_sizes(get_variant("demo").base_size, get_variant("demo").base_size)
-        self.batch = batch
-
-    def draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """One batch, of one size."""
-        height, width = draw_size(self.sizes, rng, SQUARE_SHARE)
-        scenes = [sample_scene(rng) for _ in range(self.batch)]
-        prompts = [caption(scene, rng).text for scene in scenes]
-        pictures = np.stack([render(arrange(scene, width, height), width, height) for scene in scenes])
-        clean = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        latents = encode(clean)
-        if rng.random() >= CLEAN_SHARE:
-            latents = self._redraw(latents, prompts, rng)
-        return latents, clean
-
-    @torch.no_grad()
-    def _redraw(self, latents: Tensor, prompts: list[str], rng: np.random.Generator) -> Tensor:
-        """Noised, then DDIM (Song 2020, eta 0) back to nothing."""
-        guidance = GUIDANCE[int(rng.integers(len(GUIDANCE)))]
-        text = self.encoder.encode(prompts + [""] * len(prompts) * (guidance != 1))
-        context, mask = text.states.to(torch.bfloat16), text.mask
-        first = int(rng.integers(*TIMESTEPS))
-        timesteps = [round(float(t)) for t in np.linspace(first, 0, STEPS + 1)[:-1]]
-        noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-        x = self.schedule.add_noise(latents, noise, torch.tensor([first]))
-        for now, after in zip(timesteps, [*timesteps[1:], None], strict=True):
-            found = self._noise(x, now, context, mask, guidance)
-            clean = self.schedule.predicted_latent(x, found, torch.tensor([now]))
-            x = clean if after is None else self.schedule.add_noise(clean, found, torch.tensor([after]))
-        return x
-
-    def _noise(self, x: Tensor, timestep: int, context: Tensor, mask: Tensor, guidance: float) -> Tensor:
-        """The prediction, guided where captions come with empty ones behind them."""
-        rows = len(context)
-        given = x.repeat(rows // len(x), 1, 1, 1).to(torch.bfloat16)
-        predicted = self.model(given, torch.full((rows,), timestep), context, mask)[:, : x.shape[1]].float()
-        if rows == len(x):
-            return predicted
-        with_text, without = predicted.chunk(2)
-        return without + guidance * (with_text - without)
+CLEAN_SHARE, TEXTURE_SHARE = 0.3, 0.08  # of batches: scenes only encoded, so that they stay exact; crops of anything
+SPLIT, CELL = 11, 4  # layers before the window is cut, and pixels that one of their cells stands for
+WINDOW, RIM = 28, 4  # cells of a window, and of its rim that is not looked at: zeros stand outside it
+SAVE_EVERY = 100
+WARMUP = 100
+MEMORY = 0.005  # share of each step in the average that is written
 
 
-def train(source: Redrawn, steps: int, out: Path, state: Path, learning_rate: float, seed: int = 0) -> None:
+class Batches:
+    """Latents (B, 4, H/8, W/8), pictures (B, 3, H, W) and the windows' centres (B, 2) in pixels, of step `number`."""
+
+    def __init__(self, redrawn: Redrawn, seed: int = 0) -> None:
+        self.redrawn, self.seed = redrawn, seed
+
+    def draw(self, number: int) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
+        """One batch, mirrored half the time."""
+        rng = np.random.default_rng((self.seed, number))
+        kind = rng.random()
+        if kind < TEXTURE_SHARE:
+            pictures = sample_crops(rng, BATCH, CELL * WINDOW)
+            latents, centers = encode(pictures), [(CELL * WINDOW / 2,) * 2] * BATCH
+        else:
+            if kind < TEXTURE_SHARE + CLEAN_SHARE:
+                scenes, pictures = arranged_scenes(rng, BATCH, *batch_size(rng))
+                latents = _disturbed(encode(pictures), rng)
+            else:
+                scenes, pictures, latents = self.redrawn.load(int(rng.integers(len(self.redrawn))))
+            centers = [_on_outline(scene, pictures.shape[2], pictures.shape[3], rng) for scene in scenes]
+        if rng.random() < 0.5:
+            return latents, pictures, centers
+        width = pictures.shape[3]
+        return latents.flip(-1), pictures.flip(-1), [(y, width - x) for y, x in centers]
+
+
+def _disturbed(latents: Tensor, rng: np.random.Generator) -> Tensor:
+    strength = torch.from_numpy(rng.uniform(0, 0.1, (len(latents), 1, 1, 1)).astype(np.float32))
+    return latents + strength * torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+
+
+def _on_outline(scene: Scene, height: int, width: int, rng: np.random.Generator) -> tuple[float, float]:
+    """A point (y, x) about as far from an object's centre as its outline."""
+    obj = scene.objects[int(rng.integers(len(scene.objects)))]
+    angle, reach = rng.uniform(0, 2 * np.pi), obj.radius * min(width, height)
+    return obj.center_y * height + np.sin(angle) * reach, obj.center_x * width + np.cos(angle) * reach
+
+
+def window_loss(decoder: nn.Sequential, latents: Tensor, pictures: Tensor, centers: list[tuple[float, float]]) -> Tensor:
+    """L1 on colours plus half of L1 on the differences of neighbours, as in the decoder's first training."""
+    with autocast("cpu", torch.bfloat16):
+        hidden = decoder[:SPLIT](latents.to(memory_format=torch.channels_last))
+        cut = [_window(*hidden.shape[2:], y, x) for y, x in centers]
+        inside = torch.stack([cells[:, rows, columns] for cells, (rows, columns, _) in zip(hidden, cut, strict=True)])
+        decoded = decoder[SPLIT:](inside.contiguous(memory_format=torch.channels_last))
+    targets = torch.stack([picture[:, _pixels(rows), _pixels(columns)] for picture, (rows, columns, _) in zip(pictures, cut, strict=True)])
+    looked_at = torch.stack([mask for _, _, mask in cut])[:, None].repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
+    error = (decoded.float() - targets) * looked_at
+    edges = (error[..., 1:] - error[..., :-1]).abs().sum() + (error[..., 1:, :] - error[..., :-1, :]).abs().sum()
+    return (error.abs().sum() + 0.5 * edges) / (looked_at.sum() * pictures.shape[1])
+
+
+def _window(height: int, width: int, y: float, x: float) -> tuple[slice, slice, Tensor]:
+    """Rows and columns of the window nearest to a point in pixels, and a mask without its rim, but for the picture's own border."""
+    rows, columns = _along(height, y), _along(width, x)
+    mask = torch.zeros(rows.stop - rows.start, columns.stop - columns.start)
+    mask[_looked_at(rows, height), _looked_at(columns, width)] = 1
+    return rows, columns, mask
+
+
+def _along(length: int, at: float) -> slice:
+    size = min(WINDOW, length)
+    start = int(np.clip(round(at / CELL) - size // 2, 0, length - size))
+    return slice(start, start + size)
+
+
+def _looked_at(cut: slice, length: int) -> slice:
+    size = cut.stop - cut.start
+    return slice(RIM if cut.start else 0, size if cut.stop == length else size - RIM)
+
+
+def _pixels(cells: slice) -> slice:
+    return slice(CELL * cells.start, CELL * cells.stop)
+
+
+def train(batches: Batches, steps: int, out: Path, state: Path, learning_rate: float) -> None:
     """To `steps` in all, on from `state` if it exists; writes `out` with an average of the weights."""
     decoder = load_decoder().train().requires_grad_(True).to(memory_format=torch.channels_last)
     average = {name: value.clone() for name, value in decoder.state_dict().items()}
@@ -99,13 +117,24 @@ def train(source: Redrawn, steps: int, out: Path, state: Path, learning_rate: fl
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / WARMUP, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
-        losses.append(descend(decoder, optimizer, *source.draw(np.random.default_rng((seed, step)))))
+        losses.append(_descend(decoder, optimizer, *batches.draw(step)))
         for name, value in decoder.state_dict().items():
-            average[name].lerp_(value, 0.01)
+            average[name].lerp_(value, max(MEMORY, 1 / (step + 1)))
         bar.set_postfix(loss=round(float(np.mean(losses[-SAVE_EVERY:])), 5))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_state(state, {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1})
             _save_average(average, out)
+
+
+def _descend(
+    decoder: nn.Sequential, optimizer: torch.optim.Optimizer, latents: Tensor, pictures: Tensor, centers: list[tuple[float, float]]
+) -> float:
+    loss = window_loss(decoder, latents, pictures, centers)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+    optimizer.step()
+    return float(loss.detach())
 
 
 def _save_average(average: dict[str, Tensor], out: Path) -> None:
@@ -118,13 +147,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line: train the decoder on, on what the transformer draws."""
     parser = argparse.ArgumentParser(prog="python -m demo.training.cleaning", description=main.__doc__)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--redrawn", type=int, default=700, help=f"batches of {BATCH} latents to draw before training")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--transformer", type=Path, default=WEIGHTS["diffusion_models"])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo-cleaning/pixart-demo-vae.safetensors"))
-    parser.add_argument("--state", type=Path, default=Path("runs/demo-cleaning/state.pt"), help="checkpoint to resume from")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo-cleaning"), help="where latents, the state and the result lie")
     chosen = parser.parse_args(arguments)
-    train(Redrawn(chosen.transformer, chosen.batch), chosen.steps, chosen.out, chosen.state, chosen.learning_rate)
+    redrawn = Redrawn(chosen.run_dir / "redrawn")
+    redrawn.draw(chosen.transformer, chosen.redrawn)
+    out, state = chosen.run_dir / "pixart-demo-vae.safetensors", chosen.run_dir / "state.pt"
+    train(Batches(redrawn), chosen.steps, out, state, chosen.learning_rate)
 
 
 if __name__ == "__main__":

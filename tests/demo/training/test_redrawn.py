@@ -1,0 +1,57 @@
+"""What the decoder is trained on: scenes that the transformer draws again, kept in files."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from demo import WEIGHTS
+from demo.training import redrawn
+from demo.training.autoencoder import encode
+
+pytest.importorskip("transformers")
+TRANSFORMER = WEIGHTS["diffusion_models"]
+
+
+@pytest.fixture(autouse=True)
+def two_narrow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redrawn, "BATCH", 2)
+    monkeypatch.setattr(redrawn, "batch_size", lambda *_: (128, 256))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_what_is_drawn_again_has_its_place_and_the_transformers_own_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guidance: float
+) -> None:
+    monkeypatch.setattr(redrawn, "GUIDANCE", (guidance,))
+    batches = redrawn.Redrawn(tmp_path, seed=1)
+    batches.draw(TRANSFORMER, 1)
+    scenes, pictures, latents = batches.load(0)
+    assert len(scenes) == 2 and latents.shape == (2, 4, 16, 32) and pictures.shape == (2, 3, 128, 256)
+    meant = encode(pictures)
+    error = (latents - meant).square().mean().sqrt()
+    other = (latents - meant.flip(0)).square().mean().sqrt()
+    assert 0.001 < error < 0.5 * other
+
+
+def test_what_is_missing_is_drawn_as_it_would_have_been(tmp_path: Path) -> None:
+    batches = redrawn.Redrawn(tmp_path)
+    batches.draw(TRANSFORMER, 2)
+    wanted = [batches.load(number)[2] for number in range(2)]
+    assert not torch.equal(wanted[0], wanted[1])
+    kept, lost = sorted(tmp_path.iterdir())
+    lost.unlink()
+    written = kept.stat().st_mtime_ns
+    batches.draw(TRANSFORMER, 2)
+    assert kept.stat().st_mtime_ns == written and len(batches) == 2
+    assert all(torch.equal(batches.load(number)[2], wanted[number]) for number in range(2))
+
+
+def test_every_size_is_drawn_and_the_square_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    rng = np.random.default_rng(0)
+    sizes = [redrawn.batch_size(rng) for _ in range(2000)]
+    assert {(128, 512), (512, 128), (176, 352), (256, 256)} <= set(sizes)
+    assert 0.3 < sizes.count((256, 256)) / 2000 < 0.4 and sizes.count((128, 512)) > 15
