@@ -59,6 +59,16 @@ REACH: dict[str, tuple[float, float, float, float]] = {
     "cross": (_CROSS,) * 4,
     NEW_SHAPE: (_BAR_ACROSS, _BAR_ACROSS, _BAR_DOWN, _BAR_DOWN),
 }
+# Corners (x, y) around the centre, in radii, y downwards.
+_SIGNS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+CORNERS: dict[str, tuple[tuple[float, float], ...]] = {
+    "circle": (),
+    "square": tuple((_SQUARE * x, _SQUARE * y) for x, y in _SIGNS),
+    "triangle": ((0.0, -_TRIANGLE_UP), (_TRIANGLE_HALF_BASE, _TRIANGLE_DOWN), (-_TRIANGLE_HALF_BASE, _TRIANGLE_DOWN)),
+    "diamond": ((_DIAMOND, 0.0), (-_DIAMOND, 0.0), (0.0, _DIAMOND), (0.0, -_DIAMOND)),
+    "cross": tuple((a * x, b * y) for x, y in _SIGNS for a, b in ((_CROSS, _CROSS_ARM), (_CROSS_ARM, _CROSS), (_CROSS_ARM, _CROSS_ARM))),
+    NEW_SHAPE: tuple((_BAR_ACROSS * x, _BAR_DOWN * y) for x, y in _SIGNS),
+}
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """The decoder, trained on: it learns to draw the outline that was meant, in every size, from latents as sampling leaves them.
 
 `python -m demo.training.cleaning` draws the latents (redrawn.py), then trains; it goes on where it was stopped. The
-transformer stays as it is. The loss is taken in a window of each picture, around an object's outline: the decoder's first
-layers see the whole latent, its later and dear ones the window alone, at a quarter of the work.
+transformer stays as it is. The loss is taken in a window of each picture, around an object's outline, and weighs more at
+corners: they are small, and a shape is known by them. The decoder's first layers see the whole latent, its later and dear
+ones the window alone, at a quarter of the work.
 """
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,42 +17,69 @@ from torch import Tensor, autocast, nn
 from tqdm import tqdm
 
 from .. import WEIGHTS
-from ..data.scenes import Scene
+from ..data.scenes import CORNERS, Scene
 from .autoencoder import encode, load_decoder, sample_crops, save_autoencoder, save_state
 from .redrawn import BATCH, Redrawn, arranged_scenes, batch_size
 
 CLEAN_SHARE, TEXTURE_SHARE = 0.3, 0.08  # of batches: scenes only encoded, so that they stay exact; crops of anything
 SPLIT, CELL = 11, 4  # layers before the window is cut, and pixels that one of their cells stands for
 WINDOW, RIM = 28, 4  # cells of a window, and of its rim that is not looked at: zeros stand outside it
+CORNER_PIXELS, CORNER_WEIGHT = 7, 5.0  # half the side of a square around each corner, and its weight; elsewhere it is 1
 SAVE_EVERY = 100
 WARMUP = 100
 MEMORY = 0.005  # share of each step in the average that is written
 
 
+class Batch(NamedTuple):
+    """Latents (B, 4, H/8, W/8), the pictures (B, 3, H, W) meant, weights (B, H, W) of their pixels, and the windows' centres (y, x)."""
+
+    latents: Tensor
+    pictures: Tensor
+    weights: Tensor
+    centers: list[tuple[float, float]]
+
+    def mirrored(self) -> Batch:
+        """Left and right exchanged."""
+        width = self.pictures.shape[3]
+        flipped = [given.flip(-1) for given in self[:3]]
+        return Batch(*flipped, [(y, width - x) for y, x in self.centers])
+
+
 class Batches:
-    """Latents (B, 4, H/8, W/8), pictures (B, 3, H, W) and the windows' centres (B, 2) in pixels, of step `number`."""
+    """One for each step, by its number."""
 
     def __init__(self, redrawn: Redrawn, seed: int = 0) -> None:
         self.redrawn, self.seed = redrawn, seed
 
-    def draw(self, number: int) -> tuple[Tensor, Tensor, list[tuple[float, float]]]:
-        """One batch, mirrored half the time."""
+    def draw(self, number: int) -> Batch:
+        """Textures, clean scenes or redrawn ones, mirrored half the time."""
         rng = np.random.default_rng((self.seed, number))
         kind = rng.random()
         if kind < TEXTURE_SHARE:
             pictures = sample_crops(rng, BATCH, CELL * WINDOW)
-            latents, centers = encode(pictures), [(CELL * WINDOW / 2,) * 2] * BATCH
+            weights, middle = torch.ones_like(pictures[:, 0]), CELL * WINDOW / 2
+            batch = Batch(encode(pictures), pictures, weights, [(middle, middle)] * BATCH)
         else:
             if kind < TEXTURE_SHARE + CLEAN_SHARE:
                 scenes, pictures = arranged_scenes(rng, BATCH, *batch_size(rng))
                 latents = _disturbed(encode(pictures), rng)
             else:
                 scenes, pictures, latents = self.redrawn.load(int(rng.integers(len(self.redrawn))))
-            centers = [_on_outline(scene, pictures.shape[2], pictures.shape[3], rng) for scene in scenes]
-        if rng.random() < 0.5:
-            return latents, pictures, centers
-        width = pictures.shape[3]
-        return latents.flip(-1), pictures.flip(-1), [(y, width - x) for y, x in centers]
+            size = pictures.shape[2], pictures.shape[3]
+            weights = torch.stack([_corner_weights(scene, *size) for scene in scenes])
+            batch = Batch(latents, pictures, weights, [_on_outline(scene, *size, rng) for scene in scenes])
+        return batch if rng.random() < 0.5 else batch.mirrored()
+
+
+def _corner_weights(scene: Scene, height: int, width: int) -> Tensor:
+    weights = torch.ones(height, width)
+    for obj in scene.objects:
+        radius = obj.radius * min(width, height)
+        for x, y in CORNERS[obj.shape]:
+            row, column = round(obj.center_y * height + y * radius), round(obj.center_x * width + x * radius)
+            rows = slice(max(0, row - CORNER_PIXELS), max(0, row + CORNER_PIXELS))
+            weights[rows, max(0, column - CORNER_PIXELS) : max(0, column + CORNER_PIXELS)] = CORNER_WEIGHT
+    return weights
 
 
 def _disturbed(latents: Tensor, rng: np.random.Generator) -> Tensor:
@@ -65,18 +94,22 @@ def _on_outline(scene: Scene, height: int, width: int, rng: np.random.Generator)
     return obj.center_y * height + np.sin(angle) * reach, obj.center_x * width + np.cos(angle) * reach
 
 
-def window_loss(decoder: nn.Sequential, latents: Tensor, pictures: Tensor, centers: list[tuple[float, float]]) -> Tensor:
-    """L1 on colours plus half of L1 on the differences of neighbours, as in the decoder's first training."""
+def window_loss(decoder: nn.Sequential, batch: Batch) -> Tensor:
+    """Weighted L1 on colours plus half of L1 on the differences of neighbours, as in the decoder's first training."""
     with autocast("cpu", torch.bfloat16):
-        hidden = decoder[:SPLIT](latents.to(memory_format=torch.channels_last))
-        cut = [_window(*hidden.shape[2:], y, x) for y, x in centers]
+        hidden = decoder[:SPLIT](batch.latents.to(memory_format=torch.channels_last))
+        cut = [_window(*hidden.shape[2:], y, x) for y, x in batch.centers]
         inside = torch.stack([cells[:, rows, columns] for cells, (rows, columns, _) in zip(hidden, cut, strict=True)])
         decoded = decoder[SPLIT:](inside.contiguous(memory_format=torch.channels_last))
-    targets = torch.stack([picture[:, _pixels(rows), _pixels(columns)] for picture, (rows, columns, _) in zip(pictures, cut, strict=True)])
-    looked_at = torch.stack([mask for _, _, mask in cut])[:, None].repeat_interleave(CELL, 2).repeat_interleave(CELL, 3)
-    error = (decoded.float() - targets) * looked_at
+    targets, weights = (
+        torch.stack([whole[..., _pixels(rows), _pixels(columns)] for whole, (rows, columns, _) in zip(given, cut, strict=True)])
+        for given in (batch.pictures, batch.weights)
+    )
+    looked_at = torch.stack([mask for _, _, mask in cut]).repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
+    weights = (weights * looked_at)[:, None]
+    error = (decoded.float() - targets) * weights
     edges = (error[..., 1:] - error[..., :-1]).abs().sum() + (error[..., 1:, :] - error[..., :-1, :]).abs().sum()
-    return (error.abs().sum() + 0.5 * edges) / (looked_at.sum() * pictures.shape[1])
+    return (error.abs().sum() + 0.5 * edges) / (weights.sum() * targets.shape[1])
 
 
 def _window(height: int, width: int, y: float, x: float) -> tuple[slice, slice, Tensor]:
@@ -117,7 +150,7 @@ def train(batches: Batches, steps: int, out: Path, state: Path, learning_rate: f
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / WARMUP, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
-        losses.append(_descend(decoder, optimizer, *batches.draw(step)))
+        losses.append(_descend(decoder, optimizer, batches.draw(step)))
         for name, value in decoder.state_dict().items():
             average[name].lerp_(value, max(MEMORY, 1 / (step + 1)))
         bar.set_postfix(loss=round(float(np.mean(losses[-SAVE_EVERY:])), 5))
@@ -126,10 +159,8 @@ def train(batches: Batches, steps: int, out: Path, state: Path, learning_rate: f
             _save_average(average, out)
 
 
-def _descend(
-    decoder: nn.Sequential, optimizer: torch.optim.Optimizer, latents: Tensor, pictures: Tensor, centers: list[tuple[float, float]]
-) -> float:
-    loss = window_loss(decoder, latents, pictures, centers)
+def _descend(decoder: nn.Sequential, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    loss = window_loss(decoder, batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)

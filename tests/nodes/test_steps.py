@@ -26,6 +26,12 @@ def attention_of_gpus(monkeypatch) -> None:
     monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_pytorch)
 
 
+@pytest.fixture(scope="module")
+def sigma_file(tmp_path_factory: pytest.TempPathFactory):
+    """Of two blocks: every further one takes as long to trace."""
+    return write_model(tmp_path_factory.mktemp("two-blocks"), depth=2)
+
+
 def run(model, steps: int, seed: int = 0):
     return sample(model, captions(5, seed), captions(2, seed + 1), steps=steps)
 
@@ -43,7 +49,7 @@ def lora(model):
 
 
 def native_weights(model):
-    names = ("diffusion_model.blocks.1.attn.qkv.weight", "diffusion_model.blocks.2.mlp.fc1.weight")
+    names = ("diffusion_model.blocks.0.attn.qkv.weight", "diffusion_model.blocks.1.mlp.fc1.weight")
     return [(name, model.model_state_dict()[name]) for name in names]
 
 
@@ -57,8 +63,6 @@ CASES = {
     "plain": (lambda model: model, 1),
     "LoRA": (lora, 1),
     "compressed": (patch, 1),
-    "compressed in the first half, the node's default": (lambda model: patch(model, end_percent=0.5), 2),
-    "compressed from 0.3 on": (lambda model: patch(model, start_percent=0.3), 2),
     "compressed in a part of sampling": (lambda model: patch(model, start_percent=0.2, end_percent=0.7), 2),
     "two ratios in two parts": (two_ratios, 2),
     "perturbed attention": (perturbed, 2),
@@ -69,7 +73,7 @@ CASES = {
 
 
 @NO_KERNELS
-@pytest.mark.parametrize(("case", "cfg"), [*((case, 4.5) for case in CASES), *((case, 1.0) for case in ("plain", ALL))])
+@pytest.mark.parametrize(("case", "cfg"), [*((case, 4.5) for case in CASES), *((case, 1.0) for case in ("plain", "perturbed attention"))])
 def test_compiled_steps_equal_eager_ones_and_share_their_graphs(sigma, case: str, cfg: float) -> None:
     """Newer hosts drop guards on transformer_options: what changes there would be frozen as it was in the first step.
 
@@ -97,8 +101,9 @@ def test_compiled_guidance_where_prompts_share_no_batch(sigma) -> None:
 
 
 @NO_KERNELS
-def test_compiled_with_a_controlnet(sigma, control) -> None:  # noqa: F811
-    model = perturbed(patch(sigma, end_percent=0.5))
+def test_compiled_with_a_controlnet(tmp_path, control) -> None:  # noqa: F811
+    """Of two blocks, for a model that has more; test_compile.py has it with everything else."""
+    model = patch(load_model(write_model(tmp_path, depth=3)))
     positive, negative = applied(control)
     found, wanted = (sample(each, positive, negative, steps=4) for each in (compiled(model), model))
     assert difference(found, wanted) < 1e-5 and not breaks()
@@ -116,7 +121,7 @@ def test_an_empty_prompt_is_spared_in_the_graph_too(sigma) -> None:
     assert len(graphs) == 1
     for graph in graphs:
         products = [node for node in graph.graph.nodes if "cross_attn_modules_q_linear" in str(node.args) and node.op == "call_function"]
-        assert len(products) == 3 and all(node.meta["example_value"].shape[0] == 1 for node in products)
+        assert len(products) == 2 and all(node.meta["example_value"].shape[0] == 1 for node in products)
 
 
 @NO_KERNELS
