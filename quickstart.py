@@ -165,9 +165,10 @@ def run_tests(arguments: list[str]) -> int:
     install_browser()
     if comfyui is None:
         checkout.pypi_comfyui(python, WORK)  # here, since the tests' processes would all make it
-    workers = max(1, min(MOST_WORKERS, os.cpu_count() or 1))
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    command = [str(python), "-m", "pytest", "-n", str(workers), "--dist", "loadfile"]
+    cores = os.cpu_count() or 1
+    workers = min(MOST_WORKERS, cores + 1)  # one more, since tests often wait for a server
+    command = [str(python), "-m", "pytest", "-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]  # long files early
+    threads = max(1, cores // workers)
     return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": str(threads), **os.environ})
 
 

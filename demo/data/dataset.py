@@ -77,7 +77,7 @@ class SceneSource:
 
     def _drawn(self, settings: Settings, stage: Stage, draws: Draws, split: str, total: int) -> Batch:
         sizes = bucket_sizes(self.variant.base_size, stage.base_size)
-        height, width = draw_size(sizes, draws.shared("size"), settings.square_share)
+        height, width = draw_size(sizes, draws.shared("size"), settings.square_share, settings.even_sizes)
         rngs = [draws.of_row(row, "scene") for row in draws.rows]
         scenes = [sample_scene(rng, split) for rng in rngs]
         captions = tuple(caption(scene, rng).text for scene, rng in zip(scenes, rngs))

@@ -19,27 +19,31 @@ FEATURES_PER_OBJECT = 3 + len(SHAPES)
 FEATURE_COUNT = 2 * FEATURES_PER_OBJECT
 _NEAR = 1.6  # radii around a centre within which a token is an object's
 _LEAST_RADIUS = {"small": 1.5, "medium": 2.0, "large": 2.5}  # tokens; the autoencoder loses smaller outlines
+_LEAST_CONTAINER = 3.5  # around one of them
 _MARGIN = 0.1  # tokens between an object and the frame
 _GAP = 1.7  # tokens that two objects leave free along their axis, before rounding
 
 
 def arrange(scene: Scene, width: int, height: int) -> Scene:
-    """The scene with centres and radii of whole half-tokens (8 pixels) at this size in pixels."""
+    """The scene with centres and radii of whole half-tokens (8 pixels), the smallest diamonds aside, at this size in pixels."""
     across, down = width / TOKEN_PIXELS, height / TOKEN_PIXELS
     short = min(across, down)
     if scene.relation is None:
         placed = [_single(scene, across, down)]
     elif scene.relation == "inside":
-        outer = _half(CONTAINER_RADIUS * short)
-        inner = min(_radius("small", short), math.floor(_INNER_SHARE * 2 * outer) / 2)
-        placed = [(across / 2, down / 2, radius) for radius in (inner, outer)]
+        placed = _nested(scene, across, down)
     else:
         placed = _pair(scene, across, down)
     objects = tuple(
-        replace(obj, center_x=x / across, center_y=y / down, radius=radius / short)
+        replace(obj, center_x=x / across, center_y=y / down, radius=_drawn(obj, radius) / short)
         for obj, (x, y, radius) in zip(scene.objects, placed, strict=True)
     )
     return replace(scene, objects=objects)
+
+
+def _drawn(obj: SceneObject, radius: float) -> float:
+    """The smallest diamonds end where a latent cell does; else their tips were a few pixels of the next, which no decoder sees."""
+    return radius / REACH["diamond"][0] if obj.shape == "diamond" and radius <= _LEAST_RADIUS["small"] else radius
 
 
 def _radius(size: str, short: float) -> float:
@@ -58,7 +62,7 @@ def _single(scene: Scene, across: float, down: float) -> tuple[float, float, flo
     """Centre and radius in tokens: a quarter into the picture, or as near to the frame as the object fits."""
     obj, place = scene.objects[0], str(scene.place)
     radius = _radius(obj.size, min(across, down))
-    left, right, top, bottom = (_up(reach * radius + _MARGIN) for reach in REACH[obj.shape])
+    left, right, top, bottom = (_up(reach * _drawn(obj, radius) + _MARGIN) for reach in REACH[obj.shape])
 
     def along(length: float, first: bool, last: bool, before: float, after: float) -> float:
         if first:
@@ -69,8 +73,18 @@ def _single(scene: Scene, across: float, down: float) -> tuple[float, float, flo
     return x, along(down, "top" in place, "bottom" in place, top, bottom), radius
 
 
+def _nested(scene: Scene, across: float, down: float) -> list[tuple[float, float, float]]:
+    """The first object in the middle of the second, which lies in the picture's or as near to it as it fits."""
+    short = min(across, down)
+    outer = max(_half(CONTAINER_RADIUS * short), _LEAST_CONTAINER)
+    inner = min(_radius("small", short), math.floor(_INNER_SHARE * 2 * outer) / 2)
+    left, right, top, bottom = (_up(reach * outer + _MARGIN) for reach in REACH[scene.objects[1].shape])
+    x, y = min(max(across / 2, left), across - right), min(max(down / 2, top), down - bottom)
+    return [(x, y, radius) for radius in (inner, outer)]
+
+
 def _pair(scene: Scene, across: float, down: float) -> list[tuple[float, float, float]]:
-    """Two objects in a row along the relation's axis, shrunk until they leave a gap."""
+    """Two objects in a row along the relation's axis, shrunk until they leave a gap or are as small as any."""
     sideways = scene.relation in ("left of", "right of")
     length, other = (across, down) if sideways else (down, across)
     swapped = OPPOSITE[str(scene.relation)] in ("left of", "above")
@@ -79,10 +93,10 @@ def _pair(scene: Scene, across: float, down: float) -> list[tuple[float, float, 
     while True:
         before, after = _extent(first, radii[0], sideways), _extent(second, radii[1], sideways)
         free = length - sum(before) - sum(after)
-        if free >= _GAP:
+        if free >= _GAP or max(radii) <= _LEAST_RADIUS["small"]:
             break
         radii[radii.index(max(radii))] -= 0.5
-    inward = math.floor((free - _GAP) / 2) / 2  # wide pictures: not at the very ends
+    inward = max(0, math.floor((free - _GAP) / 2)) / 2  # wide pictures: not at the very ends
     start = _up(before[0] + _MARGIN) + inward
     end = length - _up(after[1] + _MARGIN) - inward
     spots = [(start, other / 2), (end, other / 2)]
@@ -91,7 +105,7 @@ def _pair(scene: Scene, across: float, down: float) -> list[tuple[float, float, 
 
 
 def _extent(obj: SceneObject, radius: float, sideways: bool) -> tuple[float, float]:
-    reach = REACH[obj.shape][:2] if sideways else REACH[obj.shape][2:]
+    reach, radius = REACH[obj.shape][:2] if sideways else REACH[obj.shape][2:], _drawn(obj, radius)
     return reach[0] * radius, reach[1] * radius
 
 

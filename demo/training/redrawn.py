@@ -18,7 +18,7 @@ from pixart import load_text_encoder
 from pixart.checkpoints import load_transformer
 from pixart.config import get_variant
 from pixart.model import PixArtTransformer
-from pixart.training.buckets import bucket_sizes
+from pixart.training.buckets import bucket_sizes, draw_size
 from pixart.training.diffusion import NoiseSchedule
 
 from .. import WEIGHTS
@@ -36,10 +36,7 @@ BATCH = 8
 def batch_size(rng: np.random.Generator) -> tuple[int, int]:
     """Height and width of a batch in pixels."""
     base = get_variant("demo").base_size
-    if rng.random() < SQUARE_SHARE:
-        return base, base
-    sizes = bucket_sizes(base, base)
-    return sizes[int(rng.integers(len(sizes)))]
+    return draw_size(bucket_sizes(base, base), rng, SQUARE_SHARE, even=True)
 
 
 def arranged_scenes(rng: np.random.Generator, count: int, height: int, width: int) -> tuple[list[Scene], Tensor]:

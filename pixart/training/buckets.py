@@ -15,10 +15,12 @@ def bucket_sizes(bin_base: int, base_size: int) -> list[tuple[int, int]]:
     return sorted({_scaled(size, base_size / bin_base) for size in bin_table(bin_base).values()})
 
 
-def draw_size(sizes: list[tuple[int, int]], rng: np.random.Generator, square_share: float = 0.0) -> tuple[int, int]:
-    """One of the sizes; squarer ones more often (in proportion to short side / long side, and squares by `square_share`)."""
-    weights = np.array([min(size) / max(size) for size in sizes])
-    squares = weights == 1
+def draw_size(
+    sizes: list[tuple[int, int]], rng: np.random.Generator, square_share: float = 0.0, even: bool = False
+) -> tuple[int, int]:
+    """One of the sizes; squarer ones more often (in proportion to short side / long side) or all alike, and squares by `square_share`."""
+    weights = np.array([1.0 if even else min(size) / max(size) for size in sizes])
+    squares = np.array([height == width for height, width in sizes])
     weights *= (1 - square_share) / weights.sum()
     weights[squares] += square_share / max(1, squares.sum())
     return sizes[int(rng.choice(len(sizes), p=weights / weights.sum()))]

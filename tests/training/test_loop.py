@@ -253,6 +253,13 @@ def test_squares_get_their_share():
     assert 0.5 < squares < 0.6  # its own weight among 40 bins is about a twentieth
 
 
+def test_sizes_may_be_drawn_alike():
+    sizes, rng = bucket_sizes(256, 256), np.random.default_rng(0)
+    seen = [draw_size(sizes, rng, square_share=0.2, even=True) for _ in range(4000)]
+    narrow, wide = seen.count((512, 128)), seen.count((240, 272))
+    assert 50 < narrow < 120 and 50 < wide < 120 and seen.count((256, 256)) > 700  # 82 of each
+
+
 @pytest.mark.parametrize("base", [128, 256])
 def test_buckets_are_the_bins_scaled_to_whole_tokens(base):
     sizes, rng = bucket_sizes(256, base), np.random.default_rng(0)

@@ -14,6 +14,7 @@ class Settings:
 
     text_encoder: str  # the demo's T5
     square_share: float = 0.0  # of the batches, on top of what the square gets as one bin among the others
+    even_sizes: bool = False  # all bins alike; else squarer ones more often
     vae: str = "demo/weights/vae/pixart-demo-vae.safetensors"  # shows what is drawn in training
     validation: int = 0  # held-out scenes
     hints: bool = False  # the latent of each scene's outlines, for a ControlNet

@@ -5,7 +5,7 @@ import pytest
 
 from demo.data.layout import FEATURE_COUNT, FEATURES_PER_OBJECT, arrange, token_features
 from demo.data.reader import check
-from demo.data.scenes import BACKGROUNDS, SHAPES, Scene, SceneObject, render, sample_scene
+from demo.data.scenes import BACKGROUNDS, REACH, SHAPES, Scene, SceneObject, render, sample_scene
 from pixart.bins import bin_table
 
 BINS = sorted(bin_table(256).values())
@@ -27,8 +27,29 @@ def test_centres_and_radii_are_half_tokens() -> None:
     for height, width in BINS[::6]:
         scene = arrange(sample_scene(rng), width, height)
         for obj in scene.objects:
-            halves = np.array([obj.center_x * width, obj.center_y * height, obj.radius * min(width, height)]) / 8
+            radius = obj.radius * min(width, height)
+            if obj.shape == "diamond" and radius < 24:  # the smallest: their reach instead
+                radius *= REACH["diamond"][0]
+            halves = np.array([obj.center_x * width, obj.center_y * height, radius]) / 8
             assert halves == pytest.approx(halves.round(), abs=1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(512, 128), (128, 512), (144, 432), (176, 352)])
+def test_nothing_is_smaller_than_what_the_autoencoder_keeps(height: int, width: int) -> None:
+    """Three tokens across, in pairs and inside others too; and pairs stay apart."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        scene = arrange(sample_scene(rng, objects=2), width, height)
+        reaches = [[reach * obj.radius * min(width, height) for reach in REACH[obj.shape]] for obj in scene.objects]
+        for obj, (left, right, up, down) in zip(scene.objects, reaches, strict=True):
+            assert min(left + right, up + down) > 2.5 * 16, obj
+        if scene.relation != "inside":
+            boxes = [
+                (obj.center_x * width - left, obj.center_y * height - up, obj.center_x * width + right, obj.center_y * height + down)
+                for obj, (left, right, up, down) in zip(scene.objects, reaches, strict=True)
+            ]
+            gaps = [second[axis] - first[axis + 2] for axis in (0, 1) for first, second in (boxes, boxes[::-1])]
+            assert max(gaps) > 8, scene
 
 
 def test_same_wording_and_size_is_the_same_spot_and_the_scene_given_is_left_alone() -> None:
