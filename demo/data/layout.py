@@ -25,7 +25,7 @@ _GAP = 1.7  # tokens that two objects leave free along their axis, before roundi
 
 
 def arrange(scene: Scene, width: int, height: int) -> Scene:
-    """The scene with centres and radii of whole half-tokens (8 pixels), the smallest diamonds aside, at this size in pixels."""
+    """The scene with centres and radii of whole half-tokens (8 pixels) at this size in pixels; the smallest diamonds lie a quarter aside."""
     across, down = width / TOKEN_PIXELS, height / TOKEN_PIXELS
     short = min(across, down)
     if scene.relation is None:
@@ -35,15 +35,18 @@ def arrange(scene: Scene, width: int, height: int) -> Scene:
     else:
         placed = _pair(scene, across, down)
     objects = tuple(
-        replace(obj, center_x=x / across, center_y=y / down, radius=_drawn(obj, radius) / short)
+        replace(obj, center_x=(x + _aside(obj, radius)) / across, center_y=(y + _aside(obj, radius)) / down, radius=radius / short)
         for obj, (x, y, radius) in zip(scene.objects, placed, strict=True)
     )
     return replace(scene, objects=objects)
 
 
-def _drawn(obj: SceneObject, radius: float) -> float:
-    """The smallest diamonds end where a latent cell does; else their tips were a few pixels of the next, which no decoder sees."""
-    return radius / REACH["diamond"][0] if obj.shape == "diamond" and radius <= _LEAST_RADIUS["small"] else radius
+def _aside(obj: SceneObject, radius: float) -> float:
+    """How far right and down the centre moves: the smallest diamonds have tips in the middle of a latent cell.
+
+    Between two cells the autoencoder rounds a tip off, and such a diamond looks like a circle.
+    """
+    return 0.25 if obj.shape == "diamond" and radius <= _LEAST_RADIUS["small"] else 0.0
 
 
 def _radius(size: str, short: float) -> float:
@@ -62,7 +65,7 @@ def _single(scene: Scene, across: float, down: float) -> tuple[float, float, flo
     """Centre and radius in tokens: a quarter into the picture, or as near to the frame as the object fits."""
     obj, place = scene.objects[0], str(scene.place)
     radius = _radius(obj.size, min(across, down))
-    left, right, top, bottom = (_up(reach * _drawn(obj, radius) + _MARGIN) for reach in REACH[obj.shape])
+    left, right, top, bottom = (_up(reach * radius + _MARGIN) for reach in REACH[obj.shape])
 
     def along(length: float, first: bool, last: bool, before: float, after: float) -> float:
         if first:
@@ -105,7 +108,7 @@ def _pair(scene: Scene, across: float, down: float) -> list[tuple[float, float, 
 
 
 def _extent(obj: SceneObject, radius: float, sideways: bool) -> tuple[float, float]:
-    reach, radius = REACH[obj.shape][:2] if sideways else REACH[obj.shape][2:], _drawn(obj, radius)
+    reach = REACH[obj.shape][:2] if sideways else REACH[obj.shape][2:]
     return reach[0] * radius, reach[1] * radius
 
 
