@@ -25,7 +25,7 @@ _GAP = 1.7  # tokens that two objects leave free along their axis, before roundi
 
 
 def arrange(scene: Scene, width: int, height: int) -> Scene:
-    """The scene with centres and radii of whole half-tokens (8 pixels) at this size in pixels; the smallest diamonds lie a quarter aside."""
+    """The scene with centres and radii of whole half-tokens (8 pixels) at this size in pixels; the smallest diamonds a quarter aside."""
     across, down = width / TOKEN_PIXELS, height / TOKEN_PIXELS
     short = min(across, down)
     if scene.relation is None:
