@@ -166,8 +166,9 @@ def run_tests(arguments: list[str]) -> int:
     if comfyui is None:
         checkout.pypi_comfyui(python, WORK)  # here, since the tests' processes would all make it
     cores = os.cpu_count() or 1
-    workers = min(MOST_WORKERS, cores + 1)  # one more, since tests often wait for a server
-    command = [str(python), "-m", "pytest", "-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]  # long files early
+    workers = min(MOST_WORKERS, cores)
+    # In the folders' order: else files of few tests come last, and some of those are the longest
+    command = [str(python), "-m", "pytest", "-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
     threads = max(1, cores // workers)
     return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": str(threads), **os.environ})
 

@@ -19,9 +19,9 @@ FEATURES_PER_OBJECT = 3 + len(SHAPES)
 FEATURE_COUNT = 2 * FEATURES_PER_OBJECT
 _NEAR = 1.6  # radii around a centre within which a token is an object's
 _LEAST_RADIUS = {"small": 1.5, "medium": 2.0, "large": 2.5}  # tokens; the autoencoder loses smaller outlines
-_LEAST_CONTAINER = 3.5  # around one of them
+_LEAST_CONTAINER, _LEAST_ACROSS = 3.5, 8  # around one of them, in pictures so wide
 _MARGIN = 0.1  # tokens between an object and the frame
-_GAP = 1.7  # tokens that two objects leave free along their axis, before rounding
+_GAP, _LEAST_GAP = 1.7, 1.2  # tokens that two objects, and two of the smallest, leave free along their axis, before rounding
 
 
 def arrange(scene: Scene, width: int, height: int) -> Scene:
@@ -79,7 +79,7 @@ def _single(scene: Scene, across: float, down: float) -> tuple[float, float, flo
 def _nested(scene: Scene, across: float, down: float) -> list[tuple[float, float, float]]:
     """The first object in the middle of the second, which lies in the picture's or as near to it as it fits."""
     short = min(across, down)
-    outer = max(_half(CONTAINER_RADIUS * short), _LEAST_CONTAINER)
+    outer = max(_half(CONTAINER_RADIUS * short), _LEAST_CONTAINER if short >= _LEAST_ACROSS else 0)
     inner = min(_radius("small", short), math.floor(_INNER_SHARE * 2 * outer) / 2)
     left, right, top, bottom = (_up(reach * outer + _MARGIN) for reach in REACH[scene.objects[1].shape])
     x, y = min(max(across / 2, left), across - right), min(max(down / 2, top), down - bottom)
@@ -87,7 +87,7 @@ def _nested(scene: Scene, across: float, down: float) -> list[tuple[float, float
 
 
 def _pair(scene: Scene, across: float, down: float) -> list[tuple[float, float, float]]:
-    """Two objects in a row along the relation's axis, shrunk until they leave a gap or are as small as any."""
+    """Two objects in a row along the relation's axis, shrunk until they leave a gap."""
     sideways = scene.relation in ("left of", "right of")
     length, other = (across, down) if sideways else (down, across)
     swapped = OPPOSITE[str(scene.relation)] in ("left of", "above")
@@ -96,7 +96,7 @@ def _pair(scene: Scene, across: float, down: float) -> list[tuple[float, float, 
     while True:
         before, after = _extent(first, radii[0], sideways), _extent(second, radii[1], sideways)
         free = length - sum(before) - sum(after)
-        if free >= _GAP or max(radii) <= _LEAST_RADIUS["small"]:
+        if free >= (_LEAST_GAP if max(radii) <= _LEAST_RADIUS["small"] else _GAP):
             break
         radii[radii.index(max(radii))] -= 0.5
     inward = max(0, math.floor((free - _GAP) / 2)) / 2  # wide pictures: not at the very ends

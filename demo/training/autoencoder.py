@@ -177,9 +177,14 @@ def encode(pictures: Tensor) -> Tensor:
     return latents_from_rgb(means).permute(0, 3, 1, 2)
 
 
-def reconstruction_loss(decoded: Tensor, pictures: Tensor) -> Tensor:
-    """L1 on colours plus L1 on the differences of neighbours, which keeps edges crisp."""
+def reconstruction_loss(decoded: Tensor, pictures: Tensor, weights: Tensor | None = None) -> Tensor:
+    """L1 on colours plus half of L1 on the differences of neighbours, which keeps edges crisp.
+
+    weights: (B, 1, H, W) of pixels; without, all count alike.
+    """
     error = decoded - pictures
+    if weights is not None:
+        error = error * (weights / weights.mean())
     edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
     return error.abs().mean() + 0.5 * edges
 
@@ -220,14 +225,13 @@ def _train_step(
     latents = encode(pictures)
     sigma = torch.from_numpy(rng.uniform(0, 0.1, (count, 1, 1, 1)).astype(np.float32))
     latents = latents + sigma * torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
-    return descend(decoder, optimizer, latents, pictures)
-
-
-def descend(decoder: nn.Module, optimizer: torch.optim.Optimizer, latents: Tensor, pictures: Tensor) -> float:
-    """One step of the decoder towards the pictures; the loss before it."""
     with autocast("cpu", torch.bfloat16):
         decoded = decoder(latents.to(memory_format=torch.channels_last))
-    loss = reconstruction_loss(decoded.float(), pictures)
+    return descend(decoder, optimizer, reconstruction_loss(decoded.float(), pictures))
+
+
+def descend(decoder: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """One step of the decoder down a loss; the loss before it."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)

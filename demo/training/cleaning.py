@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .. import WEIGHTS
 from ..data.scenes import CORNERS, Scene
-from .autoencoder import encode, load_decoder, sample_crops, save_autoencoder, save_state
+from .autoencoder import descend, encode, load_decoder, reconstruction_loss, sample_crops, save_autoencoder, save_state
 from .redrawn import BATCH, Redrawn, arranged_scenes, batch_size
 
 CLEAN_SHARE, TEXTURE_SHARE = 0.3, 0.08  # of batches: scenes only encoded, so that they stay exact; crops of anything
@@ -95,7 +95,7 @@ def _on_outline(scene: Scene, height: int, width: int, rng: np.random.Generator)
 
 
 def window_loss(decoder: nn.Sequential, batch: Batch) -> Tensor:
-    """Weighted L1 on colours plus half of L1 on the differences of neighbours, as in the decoder's first training."""
+    """As in the decoder's first training, but weighted, and in the windows alone."""
     with autocast("cpu", torch.bfloat16):
         hidden = decoder[:SPLIT](batch.latents.to(memory_format=torch.channels_last))
         cut = [_window(*hidden.shape[2:], y, x) for y, x in batch.centers]
@@ -106,10 +106,7 @@ def window_loss(decoder: nn.Sequential, batch: Batch) -> Tensor:
         for given in (batch.pictures, batch.weights)
     )
     looked_at = torch.stack([mask for _, _, mask in cut]).repeat_interleave(CELL, 1).repeat_interleave(CELL, 2)
-    weights = (weights * looked_at)[:, None]
-    error = (decoded.float() - targets) * weights
-    edges = (error[..., 1:] - error[..., :-1]).abs().sum() + (error[..., 1:, :] - error[..., :-1, :]).abs().sum()
-    return (error.abs().sum() + 0.5 * edges) / (weights.sum() * targets.shape[1])
+    return reconstruction_loss(decoded.float(), targets, (weights * looked_at)[:, None])
 
 
 def _window(height: int, width: int, y: float, x: float) -> tuple[slice, slice, Tensor]:
@@ -150,22 +147,13 @@ def train(batches: Batches, steps: int, out: Path, state: Path, learning_rate: f
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / WARMUP, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
-        losses.append(_descend(decoder, optimizer, batches.draw(step)))
+        losses.append(descend(decoder, optimizer, window_loss(decoder, batches.draw(step))))
         for name, value in decoder.state_dict().items():
             average[name].lerp_(value, max(MEMORY, 1 / (step + 1)))
         bar.set_postfix(loss=round(float(np.mean(losses[-SAVE_EVERY:])), 5))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_state(state, {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1})
             _save_average(average, out)
-
-
-def _descend(decoder: nn.Sequential, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
-    loss = window_loss(decoder, batch)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-    optimizer.step()
-    return float(loss.detach())
 
 
 def _save_average(average: dict[str, Tensor], out: Path) -> None:

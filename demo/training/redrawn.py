@@ -2,14 +2,16 @@
 
 Scenes are noised to a timestep of 250 to 650 and drawn again from there in five steps by the transformer itself, with and
 without guidance. What comes out has the scene's place and size, and the transformer's own faults. Each batch is one file, so
-drawing is done once and goes on where it was stopped.
+drawing is done once and goes on where it was stopped. What another transformer drew, or for other scenes, is drawn anew.
 """
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -18,10 +20,12 @@ from pixart import load_text_encoder
 from pixart.checkpoints import load_transformer
 from pixart.config import get_variant
 from pixart.model import PixArtTransformer
+from pixart.training.base import file_mark
 from pixart.training.buckets import bucket_sizes, draw_size
 from pixart.training.diffusion import NoiseSchedule
 
 from .. import WEIGHTS
+from ..data import captions, layout, scenes
 from ..data.captions import caption
 from ..data.layout import arrange
 from ..data.scenes import Scene, render, sample_scene
@@ -41,9 +45,9 @@ def batch_size(rng: np.random.Generator) -> tuple[int, int]:
 
 def arranged_scenes(rng: np.random.Generator, count: int, height: int, width: int) -> tuple[list[Scene], Tensor]:
     """Training scenes as the transformer is taught to place them, and their pictures (B, 3, height, width)."""
-    scenes = [arrange(sample_scene(rng), width, height) for _ in range(count)]
-    pictures = np.stack([render(scene, width, height) for scene in scenes])
-    return scenes, torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    arranged = [arrange(sample_scene(rng), width, height) for _ in range(count)]
+    pictures = np.stack([render(scene, width, height) for scene in arranged])
+    return arranged, torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 
 class Redrawn:
@@ -60,30 +64,43 @@ class Redrawn:
         """Scenes, pictures and prompts of a batch."""
         rng = np.random.default_rng((self.seed, number))
         height, width = batch_size(rng)
-        scenes, pictures = arranged_scenes(rng, BATCH, height, width)
-        return scenes, pictures, [caption(scene, rng).text for scene in scenes]
+        arranged, pictures = arranged_scenes(rng, BATCH, height, width)
+        return arranged, pictures, [caption(scene, rng).text for scene in arranged]
 
     def load(self, number: int) -> tuple[list[Scene], Tensor, Tensor]:
         """Scenes, pictures (B, 3, H, W) in [0, 1] and what the transformer made of them, latents (B, 4, H/8, W/8)."""
-        scenes, pictures, _ = self.scenes(number)
-        return scenes, pictures, load_file(self._file(number))["latents"].float()
+        arranged, pictures, _ = self.scenes(number)
+        return arranged, pictures, load_file(self._file(number))["latents"].float()
 
     def draw(self, transformer: Path, count: int) -> None:
         """Draw what is missing of the first `count` batches."""
-        painter: Painter | None = None
+        painter, origin = None, _origin(transformer)
         self.folder.mkdir(parents=True, exist_ok=True)
         for number in tqdm(range(count), desc="redrawing"):
-            if self._file(number).exists():
+            if self._origin(number) == origin:
                 continue
             painter = painter or Painter(transformer)
             _, pictures, prompts = self.scenes(number)
             latents = painter.redraw(encode(pictures), prompts, np.random.default_rng((self.seed, number, 1)))
             part = self._file(number).with_suffix(".part")
-            save_file({"latents": latents.half().contiguous()}, part)
+            save_file({"latents": latents.half().contiguous()}, part, metadata={"origin": origin})
             part.replace(self._file(number))
+
+    def _origin(self, number: int) -> str | None:
+        """Of a batch that is there."""
+        if not self._file(number).exists():
+            return None
+        with safe_open(self._file(number), framework="pt") as opened:
+            return (opened.metadata() or {}).get("origin")
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06}.safetensors"
+
+
+def _origin(transformer: Path) -> str:
+    """Tells what batches depend on: the transformer, and the sources of their scenes."""
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (scenes, layout, captions))
+    return f"{file_mark(transformer)} {hashlib.sha256(sources).hexdigest()[:16]}"
 
 
 class Painter:

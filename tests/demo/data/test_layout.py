@@ -53,6 +53,19 @@ def test_nothing_is_smaller_than_what_the_autoencoder_keeps(height: int, width: 
             assert max(gaps) > 7, scene
 
 
+@pytest.mark.parametrize("height, width", [(64, 256), (112, 144), (128, 128), (256, 64)])
+def test_pairs_and_containers_fit_small_pictures(height: int, width: int) -> None:
+    """Along their axis at least: the first stage of training has half the size, where larger pictures' least radii have no room."""
+    rng = np.random.default_rng(0)
+    for scene in (arrange(sample_scene(rng, objects=2), width, height) for _ in range(200)):
+        for obj in scene.objects:
+            left, right, up, down = (reach * obj.radius * min(width, height) for reach in REACH[obj.shape])
+            if scene.relation not in ("above", "below"):
+                assert left <= obj.center_x * width <= width - right, scene
+            if scene.relation not in ("left of", "right of"):
+                assert up <= obj.center_y * height <= height - down, scene
+
+
 @pytest.mark.parametrize("place", ["left", "center", "bottom"])
 def test_the_smallest_diamonds_keep_their_tips_in_the_autoencoder(place: str) -> None:
     """On the grid of half-tokens, where other shapes lie, they would be read as circles."""

@@ -1,6 +1,7 @@
 """What the decoder is trained on: scenes that the transformer draws again, kept in files."""
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,29 @@ def test_what_is_missing_is_drawn_as_it_would_have_been(tmp_path: Path) -> None:
     batches.draw(TRANSFORMER, 2)
     assert kept.stat().st_mtime_ns == written and len(batches) == 2
     assert all(torch.equal(batches.load(number)[2], wanted[number]) for number in range(2))
+
+
+def test_what_another_transformer_drew_or_for_other_scenes_is_drawn_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, drawn = redrawn.Redrawn(tmp_path), []
+    redraw = redrawn.Painter.redraw
+    monkeypatch.setattr(redrawn.Painter, "redraw", lambda *given: (drawn.append(1), redraw(*given))[1])
+    batches.draw(TRANSFORMER, 1)
+    batches.draw(TRANSFORMER, 1)
+    assert len(drawn) == 1
+    other = tmp_path / "other.safetensors"
+    shutil.copy(TRANSFORMER, other)
+    with other.open("r+b") as file:  # one weight
+        file.seek(-2, 2)
+        last = file.read()
+        file.seek(-2, 2)
+        file.write(bytes([last[0] ^ 1, last[1]]))
+    batches = redrawn.Redrawn(tmp_path / "batches")
+    for transformer in (TRANSFORMER, other):
+        batches.draw(transformer, 1)
+    assert len(drawn) == 3 and len(batches) == 1
+    monkeypatch.setattr(redrawn, "layout", redrawn)  # another source
+    batches.draw(other, 1)
+    assert len(drawn) == 4
 
 
 def test_every_size_is_drawn_and_the_square_most(monkeypatch: pytest.MonkeyPatch) -> None:
