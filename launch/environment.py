@@ -127,8 +127,7 @@ class Environment:
             )
 
     def _pip(self, arguments: Sequence[str]) -> None:
-        # Python compiles what it imports; all 23,000 files would take a minute more
-        command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-compile", *arguments]
+        command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
         code = self.run(command)
         if code != 0:
             raise LaunchError(

@@ -31,7 +31,7 @@ class FakePip:
 
 def installs(pip: FakePip) -> list[list[str]]:
     """Arguments after `pip install` of every install command."""
-    return [c[c.index("install") + 3 :] for c in pip.commands if "install" in c]
+    return [c[c.index("install") + 2 :] for c in pip.commands if "install" in c]
 
 
 def test_first_run_installs_the_pinned_torch_and_the_host_without_its_dependencies(tmp_path: Path) -> None:
