@@ -18,14 +18,15 @@ _INNER_SHARE = 0.46  # of the radius around it, at most: a square's corners stay
 FEATURES_PER_OBJECT = 3 + len(SHAPES)
 FEATURE_COUNT = 2 * FEATURES_PER_OBJECT
 _NEAR = 1.6  # radii around a centre within which a token is an object's
-_LEAST_RADIUS = {"small": 1.5, "medium": 2.0, "large": 2.5}  # tokens; the autoencoder loses smaller outlines
+# Tokens; the autoencoder loses smaller outlines. In the narrowest pictures, eight tokens across, small objects are thus medium
+_LEAST_RADIUS = {"small": 1.5, "medium": 2.0, "large": 2.5}
 _LEAST_CONTAINER, _LEAST_ACROSS = 3.5, 8  # around one of them, in pictures so wide
 _MARGIN = 0.1  # tokens between an object and the frame
-_GAP, _LEAST_GAP = 1.7, 1.2  # tokens that two objects, and two of the smallest, leave free along their axis, before rounding
+_GAP, _LEAST_GAP = 1.7, 1.2  # tokens that two objects, and two of the smallest, leave free in all; half a token stays between them
 
 
 def arrange(scene: Scene, width: int, height: int) -> Scene:
-    """The scene with centres and radii of whole half-tokens (8 pixels) at this size in pixels; the smallest diamonds a quarter aside."""
+    """The scene at this size in pixels, with centres and radii of whole half-tokens (8 pixels); the smallest diamonds lie a quarter off."""
     across, down = width / TOKEN_PIXELS, height / TOKEN_PIXELS
     short = min(across, down)
     if scene.relation is None:
@@ -77,7 +78,7 @@ def _single(scene: Scene, across: float, down: float) -> tuple[float, float, flo
 
 
 def _nested(scene: Scene, across: float, down: float) -> list[tuple[float, float, float]]:
-    """The first object in the middle of the second, which lies in the picture's or as near to it as it fits."""
+    """The first object in the middle of the second, which lies in the middle of the picture, or as near as it fits."""
     short = min(across, down)
     outer = max(_half(CONTAINER_RADIUS * short), _LEAST_CONTAINER if short >= _LEAST_ACROSS else 0)
     inner = min(_radius("small", short), math.floor(_INNER_SHARE * 2 * outer) / 2)
@@ -96,7 +97,7 @@ def _pair(scene: Scene, across: float, down: float) -> list[tuple[float, float, 
     while True:
         before, after = _extent(first, radii[0], sideways), _extent(second, radii[1], sideways)
         free = length - sum(before) - sum(after)
-        if free >= (_LEAST_GAP if max(radii) <= _LEAST_RADIUS["small"] else _GAP):
+        if free >= (_LEAST_GAP if max(radii) <= _LEAST_RADIUS["small"] else _GAP) or max(radii) <= 0.5:
             break
         radii[radii.index(max(radii))] -= 0.5
     inward = max(0, math.floor((free - _GAP) / 2)) / 2  # wide pictures: not at the very ends

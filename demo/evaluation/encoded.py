@@ -1,6 +1,6 @@
 """What the demo's autoencoder alone loses: held-out scenes as the transformer is taught to place them, encoded, decoded and read.
 
-`python -m demo.evaluation.encoded` writes demo/results/encoded.json: the most that any transformer could reach at each size.
+`python -m demo.evaluation.encoded` writes demo/results/encoded.json.
 """
 from __future__ import annotations
 

@@ -2,26 +2,28 @@
 
 `python -m demo.training.cleaning` draws the latents (redrawn.py), then trains; it goes on where it was stopped. The
 transformer stays as it is. The loss is taken in a window of each picture, around an object's outline, and weighs more at
-corners: they are small, and a shape is known by them. The decoder's first layers see the whole latent, its later and dear
-ones the window alone, at a quarter of the work.
+corners: they are small, and a shape is known by them. The decoder's first layers see the whole latent, its later and
+costlier ones the window alone, at a quarter of the work.
 """
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, autocast, nn
 from tqdm import tqdm
 
+from pixart.errors import InputError
+
 from .. import WEIGHTS
 from ..data.scenes import CORNERS, Scene
 from .autoencoder import descend, encode, load_decoder, reconstruction_loss, sample_crops, save_autoencoder, save_state
 from .redrawn import BATCH, Redrawn, arranged_scenes, batch_size
 
-CLEAN_SHARE, TEXTURE_SHARE = 0.3, 0.08  # of batches: scenes only encoded, so that they stay exact; crops of anything
+CLEAN_SHARE, TEXTURE_SHARE = 0.3, 0.08  # of batches: scenes that were encoded, with a little noise; crops of free scenes and textures
 SPLIT, CELL = 11, 4  # layers before the window is cut, and pixels that one of their cells stands for
 WINDOW, RIM = 28, 4  # cells of a window, and of its rim that is not looked at: zeros stand outside it
 CORNER_PIXELS, CORNER_WEIGHT = 7, 5.0  # half the side of a square around each corner, and its weight; elsewhere it is 1
@@ -52,7 +54,7 @@ class Batches:
         self.redrawn, self.seed = redrawn, seed
 
     def draw(self, number: int) -> Batch:
-        """Textures, clean scenes or redrawn ones, mirrored half the time."""
+        """Crops, clean scenes or redrawn ones, mirrored half the time."""
         rng = np.random.default_rng((self.seed, number))
         kind = rng.random()
         if kind < TEXTURE_SHARE:
@@ -132,18 +134,21 @@ def _pixels(cells: slice) -> slice:
     return slice(CELL * cells.start, CELL * cells.stop)
 
 
-def train(batches: Batches, steps: int, out: Path, state: Path, learning_rate: float) -> None:
-    """To `steps` in all, on from `state` if it exists; writes `out` with an average of the weights."""
+def train(batches: Batches, steps: int, out: Path, state: Path, learning_rate: float, mark: str = "") -> None:
+    """To `steps` in all, on from `state` if it exists; writes `out` with an average of the weights.
+
+    mark: of what the batches depend on; InputError where `state` learnt from others.
+    """
     decoder = load_decoder().train().requires_grad_(True).to(memory_format=torch.channels_last)
     average = {name: value.clone() for name, value in decoder.state_dict().items()}
     optimizer = torch.optim.Adam(decoder.parameters(), lr=learning_rate, betas=(0.9, 0.99))
     first = 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
+    if (saved := read_state(state, steps, mark)) is not None:
         decoder.load_state_dict(saved["decoder"])
         optimizer.load_state_dict(saved["optimizer"])
         first, average = saved["step"], saved["average"]
     losses: list[float] = []
+    of_run = {"mark": mark, "steps": steps}
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / WARMUP, 0.5 + 0.5 * float(np.cos(np.pi * step / steps)))
@@ -152,8 +157,21 @@ def train(batches: Batches, steps: int, out: Path, state: Path, learning_rate: f
             average[name].lerp_(value, max(MEMORY, 1 / (step + 1)))
         bar.set_postfix(loss=round(float(np.mean(losses[-SAVE_EVERY:])), 5))
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            save_state(state, {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1})
+            weights = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            save_state(state, {**weights, "step": step + 1, **of_run})
             _save_average(average, out)
+    if not out.exists():
+        _save_average(average, out)
+
+
+def read_state(state: Path, steps: int, mark: str) -> dict[str, Any] | None:
+    """Where a run stopped, if it did; InputError if it was another."""
+    if not state.exists():
+        return None
+    saved = torch.load(state, weights_only=True)
+    if (saved.get("mark"), saved.get("steps")) != (mark, steps):
+        raise InputError(f"{state} is of other latents, or of another number of steps; remove it, or choose another --run-dir.")
+    return saved
 
 
 def _save_average(average: dict[str, Tensor], out: Path) -> None:
@@ -171,10 +189,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--transformer", type=Path, default=WEIGHTS["diffusion_models"])
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo-cleaning"), help="where latents, the state and the result lie")
     chosen = parser.parse_args(arguments)
-    redrawn = Redrawn(chosen.run_dir / "redrawn")
-    redrawn.draw(chosen.transformer, chosen.redrawn)
-    out, state = chosen.run_dir / "pixart-demo-vae.safetensors", chosen.run_dir / "state.pt"
-    train(Batches(redrawn), chosen.steps, out, state, chosen.learning_rate)
+    if chosen.redrawn < 1:
+        parser.error(f"--redrawn is {chosen.redrawn}; expected 1 or more")
+    redrawn = Redrawn(chosen.run_dir / "redrawn", chosen.redrawn)
+    out, state, mark = chosen.run_dir / "pixart-demo-vae.safetensors", chosen.run_dir / "state.pt", redrawn.mark(chosen.transformer)
+    read_state(state, chosen.steps, mark)  # tells what is wrong before hours of drawing
+    redrawn.draw(chosen.transformer)
+    train(Batches(redrawn), chosen.steps, out, state, chosen.learning_rate, mark)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Scenes are noised to a timestep of 250 to 650 and drawn again from there in five steps by the transformer itself, with and
 without guidance. What comes out has the scene's place and size, and the transformer's own faults. Each batch is one file, so
-drawing is done once and goes on where it was stopped. What another transformer drew, or for other scenes, is drawn anew.
+drawing is done once and goes on where it was stopped. What another transformer drew, or from other scenes, is drawn anew.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -25,7 +25,6 @@ from pixart.training.buckets import bucket_sizes, draw_size
 from pixart.training.diffusion import NoiseSchedule
 
 from .. import WEIGHTS
-from ..data import captions, layout, scenes
 from ..data.captions import caption
 from ..data.layout import arrange
 from ..data.scenes import Scene, render, sample_scene
@@ -51,14 +50,13 @@ def arranged_scenes(rng: np.random.Generator, count: int, height: int, width: in
 
 
 class Redrawn:
-    """Batches of redrawn latents in `folder`, one file each, named by their number."""
+    """`count` batches of redrawn latents in `folder`, one file each, named by their number."""
 
-    def __init__(self, folder: Path, seed: int = 0) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, count: int, seed: int = 0) -> None:
+        self.folder, self.count, self.seed = folder, count, seed
 
     def __len__(self) -> int:
-        """How many there are: they are drawn in order."""
-        return sum(1 for _ in self.folder.glob("*.safetensors"))
+        return self.count
 
     def scenes(self, number: int) -> tuple[list[Scene], Tensor, list[str]]:
         """Scenes, pictures and prompts of a batch."""
@@ -72,35 +70,49 @@ class Redrawn:
         arranged, pictures, _ = self.scenes(number)
         return arranged, pictures, load_file(self._file(number))["latents"].float()
 
-    def draw(self, transformer: Path, count: int) -> None:
-        """Draw what is missing of the first `count` batches."""
-        painter, origin = None, _origin(transformer)
+    def draw(self, transformer: Path) -> None:
+        """Draw what is missing."""
+        painter, models = None, _marks(transformer)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for number in tqdm(range(count), desc="redrawing"):
-            if self._origin(number) == origin:
+        for number in tqdm(range(self.count), desc="redrawing"):
+            _, pictures, prompts = self.scenes(number)
+            clean = encode(pictures)
+            origin = self._origin(clean, prompts, models)
+            if self._origin_kept(number) == origin:
                 continue
             painter = painter or Painter(transformer)
-            _, pictures, prompts = self.scenes(number)
-            latents = painter.redraw(encode(pictures), prompts, np.random.default_rng((self.seed, number, 1)))
+            latents = painter.redraw(clean, prompts, np.random.default_rng((self.seed, number, 1)))
             part = self._file(number).with_suffix(".part")
             save_file({"latents": latents.half().contiguous()}, part, metadata={"origin": origin})
             part.replace(self._file(number))
 
-    def _origin(self, number: int) -> str | None:
-        """Of a batch that is there."""
+    def mark(self, transformer: Path) -> str:
+        """Tells these batches from others, by the first of them."""
+        _, pictures, prompts = self.scenes(0)
+        return f"{self.count} {self._origin(encode(pictures), prompts, _marks(transformer))}"
+
+    def _origin(self, clean: Tensor, prompts: list[str], models: str) -> str:
+        """Tells what a batch is drawn from, and how."""
+        given = (prompts, self.seed, BATCH, GUIDANCE, TIMESTEPS, STEPS, models)
+        return hashlib.sha256(clean.half().numpy().tobytes() + repr(given).encode()).hexdigest()[:32]
+
+    def _origin_kept(self, number: int) -> str | None:
+        """Of a batch that is there, and whole."""
         if not self._file(number).exists():
             return None
-        with safe_open(self._file(number), framework="pt") as opened:
-            return (opened.metadata() or {}).get("origin")
+        try:
+            with safe_open(self._file(number), framework="pt") as opened:
+                return (opened.metadata() or {}).get("origin")
+        except SafetensorError:
+            return None
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06}.safetensors"
 
 
-def _origin(transformer: Path) -> str:
-    """Tells what batches depend on: the transformer, and the sources of their scenes."""
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (scenes, layout, captions))
-    return f"{file_mark(transformer)} {hashlib.sha256(sources).hexdigest()[:16]}"
+def _marks(transformer: Path) -> str:
+    """Of the models that draw."""
+    return f"{file_mark(transformer)} {file_mark(WEIGHTS['text_encoders'])}"
 
 
 class Painter:

@@ -47,7 +47,8 @@ class Loop:
         self.method = recipe.method.make(recipe)
         self.objective = recipe.objective.make()
         self.objective.check_run(recipe, self.source)
-        if recipe.initialize:  # tells what is wrong with the first weights, before hours of computing features
+        self.method.config()  # tells what is wrong with the settings and the first weights, before hours of computing features
+        if recipe.initialize:
             with torch.device("meta"):
                 self.method.build(self.source, torch.device("meta"))
         if state is not None and self.source.settled:

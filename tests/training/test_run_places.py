@@ -15,7 +15,7 @@ from pixart.training.loop import Loop
 from pixart.training.recipe import load_recipe
 from pixart.training.run import dry_run, train
 from pixart.training.run_places import locked
-from tests.support.tiny_training import VARIANT
+from tests.support.tiny_training import VARIANT, TwoPictures
 
 
 def test_two_runs_in_one_folder(recipe_path: Callable[..., Path], tmp_path: Path) -> None:
@@ -60,6 +60,14 @@ def test_a_run_dir_that_is_a_file(recipe_path: Callable[..., Path], tmp_path: Pa
 def test_weights_that_are_not_there_are_told_first(recipe_path: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="not here.safetensors, which is not there"):
         train(recipe_path(initialize="not here.safetensors"))
+
+
+def test_settings_that_dont_fit_the_network_are_told_before_features_are_computed(
+    recipe_path: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TwoPictures, "prepare", lambda *_: pytest.fail("it is told before anything is computed"))
+    with pytest.raises(ConfigError, match="compressed_blocks"):
+        train(recipe_path(method={"name": "kv", "blocks": [[99, 2]]}, initialize=None))
 
 
 def test_a_changed_recipe_is_told_before_features_are_computed(

@@ -11,11 +11,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ...config import TransformerConfig
 from ..batch import Batch, Source
 
 
 class Method(Protocol):
     """One way to train; `network(latent, timestep, **conditions)` predicts noise and variance, (B, 2C, H, W)."""
+
+    def config(self) -> TransformerConfig:
+        """Sizes of the transformer; raises ConfigError where the settings don't fit it."""
 
     def build(self, source: Source, device: torch.device) -> nn.Module:
         """The network on the device; parameters that are not to be trained don't require gradients."""

@@ -37,7 +37,7 @@ def test_centres_and_radii_are_half_tokens() -> None:
 
 @pytest.mark.parametrize("height, width", [(512, 128), (128, 512), (144, 432), (176, 352)])
 def test_nothing_is_smaller_than_what_the_autoencoder_keeps(height: int, width: int) -> None:
-    """Three tokens across, in pairs and inside others too; and pairs stay apart."""
+    """Squares are the narrowest, 2.7 tokens across; in pairs and inside others too. Pairs stay half a token apart, less rounding."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         scene = arrange(sample_scene(rng, objects=2), width, height)
@@ -55,7 +55,7 @@ def test_nothing_is_smaller_than_what_the_autoencoder_keeps(height: int, width: 
 
 @pytest.mark.parametrize("height, width", [(64, 256), (112, 144), (128, 128), (256, 64)])
 def test_pairs_and_containers_fit_small_pictures(height: int, width: int) -> None:
-    """Along their axis at least: the first stage of training has half the size, where larger pictures' least radii have no room."""
+    """Pairs along their axis at least: the first stage of training has half the size, where larger pictures' least radii have no room."""
     rng = np.random.default_rng(0)
     for scene in (arrange(sample_scene(rng, objects=2), width, height) for _ in range(200)):
         for obj in scene.objects:

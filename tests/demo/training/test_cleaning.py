@@ -12,8 +12,9 @@ from torch import Tensor
 
 from demo.data.scenes import SceneObject
 from demo.training import cleaning
-from demo.training.autoencoder import encode, load_decoder
+from demo.training.autoencoder import encode, load_decoder, reconstruction_loss
 from demo.training.redrawn import Redrawn, arranged_scenes
+from pixart.errors import InputError
 
 
 class Given:
@@ -32,7 +33,7 @@ def shown(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch, number: int 
     """One batch of a kind."""
     monkeypatch.setattr(cleaning, "TEXTURE_SHARE", float(kind == "textures"))
     monkeypatch.setattr(cleaning, "CLEAN_SHARE", float(kind == "clean"))
-    return cleaning.Batches(Redrawn(folder)).draw(number)
+    return cleaning.Batches(Redrawn(folder, 1)).draw(number)
 
 
 @pytest.mark.parametrize("center", [(0.0, 0.0), (130.0, 100.0), (256.0, 256.0)])
@@ -90,6 +91,9 @@ def test_half_of_the_batches_are_mirrored(tmp_path: Path, monkeypatch: pytest.Mo
         mirrored.append(centers[0] != (10.0, 3.0))
         assert centers[0] == ((10.0, pictures.shape[3] - 3.0) if mirrored[-1] else (10.0, 3.0))
     assert 2 < sum(mirrored) < 10
+    batch = batch_of(torch.rand(1, 3, 16, 16), [(8.0, 3.0)])._replace(weights=torch.rand(1, 16, 16))
+    flipped = batch.mirrored()
+    assert all(torch.equal(after, before.flip(-1)) for after, before in zip(flipped[:3], batch[:3], strict=True))
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +109,29 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Mon
                 assert stop == 2
     whole, parts = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    done = tmp_path / "whole.safetensors"
+    done.unlink()
+    cleaning.train(Given(), 4, done, tmp_path / "whole.pt", 1e-3)  # finished before: only written again
+    assert all(torch.equal(value, whole[key]) for key, value in load_file(done).items())
     before, after = load_decoder().state_dict(), load_decoder(tmp_path / "whole.safetensors").state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_state_that_learnt_from_other_latents_or_for_other_steps_is_refused(tmp_path: Path) -> None:
+    out, state = tmp_path / "vae.safetensors", tmp_path / "state.pt"
+    cleaning.train(Given(), 1, out, state, 1e-3, "these")
+    for steps, mark in ((1, "others"), (2, "these")):
+        with pytest.raises(InputError, match="is of other latents, or of another number of steps; remove it"):
+            cleaning.train(Given(), steps, out, state, 1e-3, mark)
+
+
+def test_what_two_neighbours_differ_by_weighs_as_the_lesser() -> None:
+    """Else a border of weights would itself be an edge: this error is flat."""
+    pictures = torch.rand(1, 3, 8, 8)
+    weights = torch.ones(1, 1, 8, 8)
+    weights[..., 2:5] = 5
+    assert reconstruction_loss(pictures + 0.1, pictures, weights) == pytest.approx(0.1, rel=1e-4)
+    assert reconstruction_loss(pictures + 0.1, pictures) == pytest.approx(0.1, rel=1e-4)
 
 
 def stopping(source: Given, after: int):

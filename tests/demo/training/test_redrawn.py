@@ -27,8 +27,8 @@ def test_what_is_drawn_again_has_its_place_and_the_transformers_own_faults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guidance: float
 ) -> None:
     monkeypatch.setattr(redrawn, "GUIDANCE", (guidance,))
-    batches = redrawn.Redrawn(tmp_path, seed=1)
-    batches.draw(TRANSFORMER, 1)
+    batches = redrawn.Redrawn(tmp_path, 1, seed=1)
+    batches.draw(TRANSFORMER)
     scenes, pictures, latents = batches.load(0)
     assert len(scenes) == 2 and latents.shape == (2, 4, 16, 32) and pictures.shape == (2, 3, 128, 256)
     meant = encode(pictures)
@@ -38,24 +38,28 @@ def test_what_is_drawn_again_has_its_place_and_the_transformers_own_faults(
 
 
 def test_what_is_missing_is_drawn_as_it_would_have_been(tmp_path: Path) -> None:
-    batches = redrawn.Redrawn(tmp_path)
-    batches.draw(TRANSFORMER, 2)
+    batches = redrawn.Redrawn(tmp_path, 2)
+    batches.draw(TRANSFORMER)
     wanted = [batches.load(number)[2] for number in range(2)]
     assert not torch.equal(wanted[0], wanted[1])
     kept, lost = sorted(tmp_path.iterdir())
-    lost.unlink()
     written = kept.stat().st_mtime_ns
-    batches.draw(TRANSFORMER, 2)
-    assert kept.stat().st_mtime_ns == written and len(batches) == 2
-    assert all(torch.equal(batches.load(number)[2], wanted[number]) for number in range(2))
+    for spoil in (lost.unlink, lambda: lost.write_bytes(lost.read_bytes()[:100])):
+        spoil()
+        batches.draw(TRANSFORMER)
+        assert kept.stat().st_mtime_ns == written
+        assert all(torch.equal(batches.load(number)[2], wanted[number]) for number in range(2))
+    fewer = redrawn.Redrawn(tmp_path, 1)
+    fewer.draw(TRANSFORMER)
+    assert len(fewer) == 1  # what lies there beyond is not looked at
 
 
 def test_what_another_transformer_drew_or_for_other_scenes_is_drawn_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches, drawn = redrawn.Redrawn(tmp_path), []
+    batches, drawn = redrawn.Redrawn(tmp_path, 1), []
     redraw = redrawn.Painter.redraw
     monkeypatch.setattr(redrawn.Painter, "redraw", lambda *given: (drawn.append(1), redraw(*given))[1])
-    batches.draw(TRANSFORMER, 1)
-    batches.draw(TRANSFORMER, 1)
+    batches.draw(TRANSFORMER)
+    batches.draw(TRANSFORMER)
     assert len(drawn) == 1
     other = tmp_path / "other.safetensors"
     shutil.copy(TRANSFORMER, other)
@@ -64,13 +68,15 @@ def test_what_another_transformer_drew_or_for_other_scenes_is_drawn_anew(tmp_pat
         last = file.read()
         file.seek(-2, 2)
         file.write(bytes([last[0] ^ 1, last[1]]))
-    batches = redrawn.Redrawn(tmp_path / "batches")
-    for transformer in (TRANSFORMER, other):
-        batches.draw(transformer, 1)
-    assert len(drawn) == 3 and len(batches) == 1
-    monkeypatch.setattr(redrawn, "layout", redrawn)  # another source
-    batches.draw(other, 1)
+    marks = [batches.mark(TRANSFORMER), batches.mark(other), redrawn.Redrawn(tmp_path, 2).mark(TRANSFORMER)]
+    batches.draw(other)
+    assert len(drawn) == 2
+    monkeypatch.setattr(redrawn, "batch_size", lambda *_: (256, 128))
+    batches.draw(other)
+    assert len(drawn) == 3
+    redrawn.Redrawn(tmp_path, 1, seed=9).draw(other)
     assert len(drawn) == 4
+    assert len({*marks, batches.mark(TRANSFORMER)}) == 4
 
 
 def test_every_size_is_drawn_and_the_square_most(monkeypatch: pytest.MonkeyPatch) -> None:
