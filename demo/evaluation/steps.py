@@ -27,7 +27,7 @@ from pixart.training.base import file_mark
 from .. import DISTILLED, RESULTS, WEIGHTS
 from .prompts import KINDS, Run, Sampler, make_sampler, measure
 
-PLAIN, GUIDANCE, MANY = "not distilled", 4.5, 20
+PLAIN, GUIDANCE, MANY, FEWER = "not distilled", 4.5, 20, 12
 STEPS = (1, 2, 4, 8)
 
 
@@ -46,12 +46,12 @@ class Row:
 
 
 def plan_rows(steps: Sequence[int], distilled: Sequence[str]) -> list[Row]:
-    """The model as it is in many steps, then every number of steps beside it; DMD has but one."""
-    rows = [Row(PLAIN, MANY, GUIDANCE)]
+    """The model as it is in many steps and in quickstart's, then every number of steps beside it; DMD has but one."""
+    rows = [Row(PLAIN, MANY, GUIDANCE), Row(PLAIN, FEWER, GUIDANCE)]
     for count in steps:
         rows.append(Row(PLAIN, count, GUIDANCE))
         rows += [Row(model, count, 1.0) for model in distilled if model != "dmd" or count == 1]
-    return rows
+    return list(dict.fromkeys(rows))
 
 
 def load_pipeline(transformer: Path, distilled: Path | None, dtype: torch.dtype) -> Pipeline:

@@ -110,7 +110,8 @@ def test_what_else_a_source_is_asked_for() -> None:
     source, settings = source_of(validation=3)
     source.prepare(["a red circle"], None)
     states, mask = source.encode(["a red circle", ""])
-    assert mask.sum(1).tolist()[1] == 1 and torch.equal(states[1, :1], source.null_context)
+    assert mask.sum(1).tolist()[1] == 1
+    torch.testing.assert_close(states[1, :1], source.null_context, atol=1e-3, rtol=0)  # fp16 rounds otherwise beside a longer caption
     batches = source.validation(settings, stage(128, 4), range(8))
     assert len(batches) == 3 and len({batch.captions for batch in batches}) == 3
     assert [batch.total for batch in batches] == [1, 1, 1]

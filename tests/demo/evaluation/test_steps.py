@@ -25,10 +25,10 @@ def lora_file(path: Path, metadata: dict[str, str]) -> Path:
 
 def test_every_number_of_steps_stands_beside_the_same_without_distillation() -> None:
     rows = plan_rows((1, 2, 4, 8), ("lcm", "dmd"))
-    assert rows[0] == Row(PLAIN, 20, 4.5) and {row.steps for row in rows if row.model == PLAIN} == {1, 2, 4, 8, 20}
+    assert rows[0] == Row(PLAIN, 20, 4.5) and {row.steps for row in rows if row.model == PLAIN} == {1, 2, 4, 8, 12, 20}
     assert [row.steps for row in rows if row.model == "lcm"] == [1, 2, 4, 8]
     assert [(row.steps, row.guidance) for row in rows if row.model == "dmd"] == [(1, 1.0)]
-    assert len({row.name for row in rows}) == len(rows)
+    assert len({row.name for row in rows}) == len(rows) and len(plan_rows((12,), ())) == 2
 
 
 def test_rows_are_kept_and_measured_again_only_for_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,16 +44,16 @@ def test_rows_are_kept_and_measured_again_only_for_other_files(tmp_path: Path, m
     lora, out = lora_file(tmp_path / "lcm.safetensors", note_metadata(LCM)), tmp_path / "few.json"
     settings = ({"lcm": lora}, WEIGHTS["diffusion_models"], (4,), out)
     evaluate(*settings, 2, 0, 2, torch.float32)
-    assert len(measured) == 3
+    assert len(measured) == 4
     evaluate(*settings, 2, 0, 2, torch.float32)
-    assert len(measured) == 3
+    assert len(measured) == 4
     lora_file(lora, note_metadata(LCM))
     report = evaluate(*settings, 2, 0, 2, torch.float32)
-    assert measured[3:] == ["lcm, 4 steps, cfg 1"]
+    assert measured[4:] == ["lcm, 4 steps, cfg 1"]
     with pytest.raises(InputError, match="was measured with count 2 instead of 3"):
         evaluate(*settings, 3, 0, 2, torch.float32)
     table = format_report(report).splitlines()
-    assert table[2].startswith("| not distilled | 20 | 4.5 | 50.0% | 50.0% | 2.00 |") and len(table) == 5
+    assert table[2].startswith("| not distilled | 20 | 4.5 | 50.0% | 50.0% | 2.00 |") and len(table) == 6
     plot(report, tmp_path / "few.png")
     assert (tmp_path / "few.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads(out.read_text()) == report
