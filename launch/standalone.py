@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("prompt")
     parser.add_argument("--negative", default="")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--cfg", type=float, default=4.5)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--height", type=int, default=256)

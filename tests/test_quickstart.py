@@ -56,7 +56,7 @@ def test_steps_and_cfg_of_ones_own_stay_with_fast() -> None:
     given = quickstart.parse(["x", "--fast", "--steps", "2"])
     assert (given.steps, given.cfg) == (2, 1.0)
     given = quickstart.parse(["x"])
-    assert (given.steps, given.cfg) == (20, 4.5)
+    assert (given.steps, given.cfg) == (12, 4.5)
 
 
 def test_fast_alone_gives_the_lora(fake_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
