@@ -68,13 +68,14 @@ class _KeptProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scaled, keys = q.float() * q.shape[-1] ** -0.5, k.float().transpose(1, 2)
+        queries, keys = q.float(), k.float().transpose(1, 2)
         kept = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
         out = torch.empty_like(q)
         for heads in _some_heads(len(q)):
             with _products_of_bf16():
-                scores = torch.bmm(scaled[heads], keys[heads])
-            kept[heads] = scores.softmax(dim=-1)
+                scores = torch.bmm(queries[heads], keys[heads])
+            # Scaled only here: CPUs with AMX would round scaled queries to bf16
+            kept[heads] = scores.mul_(q.shape[-1] ** -0.5).softmax(dim=-1)
             torch.bmm(kept[heads], v[heads], out=out[heads])
         ctx.save_for_backward(q, k, v, kept)
         return out

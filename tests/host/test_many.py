@@ -13,7 +13,7 @@ from pixart import cli
 
 def test_a_real_host_draws_nearly_what_this_process_draws(server: Host, tmp_path: Path) -> None:
     (tmp_path / "prompts.csv").write_text("prompt,seed,width,height\na red circle,1,256,256\na blue square,2,300,200\n", encoding="utf-8")
-    usual = ["generate", "--prompts", str(tmp_path / "prompts.csv"), "--device", "cpu", "--steps", "8"]
+    usual = ["generate", "--prompts", str(tmp_path / "prompts.csv"), "--device", "cpu", "--steps", "20"]
     assert cli.main([*usual, "--output", str(tmp_path / "here")]) == 0
     assert cli.main([*usual, "--output", str(tmp_path / "there"), "--on", "comfy", "--hosts", server.url]) == 0
     for name, size in (("00001.png", (256, 256)), ("00002.png", (300, 200))):
