@@ -158,14 +158,14 @@ def test_the_demo_draws_what_is_asked_in_so_few_steps(client: ComfyClient, kind:
     if kind in DISTILLED and not DISTILLED[kind].is_file():
         pytest.skip(f"{DISTILLED[kind].name} isn't there yet; a recipe of configs/train makes it")
     questions = [*make_questions(Run("heldout", 6), 1, 3), *make_questions(Run("heldout", 6), 2, 3)]
-    right = []
+    right, totals = [], set()
     for question in questions:
         graph = api(f"{kind}-demo") if kind in DISTILLED else on_demo(api(kind))
         workflow.configure(graph, {"prompt": question.caption.text})
         steps, found = steps_and_picture(client, graph)
-        assert {total for _, total in steps} == {count}
+        totals |= {total for _, total in steps}  # one step can be over before the client listens
         right.append(check(question.scene, found, question.caption.stated).correct)
-    assert np.mean(right) >= least, right
+    assert totals == {count} and np.mean(right) >= least, right
 
 
 def test_the_consistency_decoder_draws_from_the_queue(client: ComfyClient, base: Path) -> None:
