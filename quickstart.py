@@ -30,7 +30,7 @@ WORK = ROOT / ".quickstart"
 LAST_PORT = 65535
 MOST_WORKERS = 4  # processes of the test suite, 2 to 3 GB each
 A_DAY = 86400.0  # a slow machine is no error; progress is shown, and Ctrl-C stops
-STEPS, CFG = {False: 12, True: 4}, {False: 4.5, True: 1.0}  # by --fast; 12 draw as well as 20, see demo/README.md
+STEPS, CFG = {False: 12, True: 4}, {False: 4.5, True: 1.0}  # by --fast; 12 draw outlines as well as 20, see demo/README.md
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
