@@ -12,7 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from .errors import LaunchError
@@ -69,29 +69,65 @@ class ComfyClient:
 
     def wait(self, prompt_id: str, timeout: float = 600, on_progress: OnProgress | None = None) -> dict[str, Any]:
         """The history entry of a prompt once it is done; raises QueueError with the node's message if it failed."""
-        deadline = time.monotonic() + timeout
         with _Events(self.url, self.id) as events:
-            while time.monotonic() < deadline:
-                entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
-                if entry is not None and entry.get("status", {}).get("status_str"):
-                    return _checked(entry)
-                for message in events.read(0.5):
-                    data = message.get("data", {})
-                    if on_progress and message.get("type") == "progress" and data.get("prompt_id", prompt_id) == prompt_id:
-                        on_progress(str(data.get("node")), int(data["value"]), int(data["max"]))
-        raise LaunchError(f"prompt {prompt_id} did not finish within {timeout:.0f} s")
+            return self._wait(events, prompt_id, timeout, on_progress)
 
     def run(self, graph: Graph, timeout: float = 600, on_progress: OnProgress | None = None) -> dict[str, Any]:
         """Queue and wait: the outputs, as node id -> what the node showed."""
-        return self.wait(self.queue(graph), timeout, on_progress)["outputs"]
+        with _Events(self.url, self.id) as events:  # before the graph is queued: few steps are over soon
+            return self._wait(events, self.queue(graph), timeout, on_progress)["outputs"]
+
+    def save(
+        self, graph: Graph, workflow: Mapping[str, Any] | None = None, timeout: float = 600, on_progress: OnProgress | None = None
+    ) -> dict[str, Any]:
+        """Queue and wait for the first saved picture: its entry, at once when its node is done.
+
+        The whole run ends a quarter of a second later, since the host collects garbage after its first one and answers nothing then.
+        """
+        with _Events(self.url, self.id) as events:
+            entry = self._wait(events, self.queue(graph, workflow), timeout, on_progress, until_saved=True)
+        pictures = _saved(entry["outputs"].values())
+        if not pictures:
+            raise LaunchError("the graph saves no picture; expected a SaveImage node in it")
+        return pictures[0]
+
+    def _wait(
+        self, events: _Events, prompt_id: str, timeout: float, on_progress: OnProgress | None, until_saved: bool = False
+    ) -> dict[str, Any]:
+        """As `wait`; with `until_saved` no longer than for the first saved picture, of which only the outputs are returned."""
+        deadline = time.monotonic() + timeout
+        look = True  # in the history: a request takes time from the host, so not after every step
+        while time.monotonic() < deadline:
+            if look:
+                entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
+                if entry is not None and entry.get("status", {}).get("status_str"):
+                    return _checked(entry)
+            messages = list(events.read(0.5))
+            look = not messages or any(message.get("type") in _LAST for message in messages)
+            for kind, data in ((message.get("type"), message.get("data", {})) for message in messages):
+                if data.get("prompt_id", prompt_id) != prompt_id:
+                    continue
+                if on_progress and kind == "progress":
+                    on_progress(str(data.get("node")), int(data["value"]), int(data["max"]))
+                if until_saved and kind == "executed" and _saved([data.get("output") or {}]):
+                    return {"outputs": {str(data.get("node")): data["output"]}}
+        raise LaunchError(f"prompt {prompt_id} did not finish within {timeout:.0f} s")
 
     def image(self, entry: Mapping[str, Any]) -> bytes:
         """The file behind one entry of a node's `images` output."""
         return self.get("/view", filename=entry["filename"], subfolder=entry["subfolder"], type=entry["type"])
 
 
+# Kinds of messages that may be the last of a run
+_LAST = {"executing", "execution_success", "execution_error", "execution_interrupted"}
+
 # The host is on this machine: a proxy from the environment must not see the request
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _saved(outputs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of pictures in the host's output folder, among what nodes showed."""
+    return [image for shown in outputs for image in shown.get("images", []) if image.get("type") == "output"]
 
 
 def _report(error: urllib.error.HTTPError) -> dict[str, Any]:

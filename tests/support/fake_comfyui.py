@@ -33,8 +33,6 @@ class Handler(BaseHTTPRequestHandler):
             image = {"filename": "a.png", "subfolder": "", "type": "output"}
             entry = {"status": {"status_str": "success", "messages": []}, "outputs": {"9": {"images": [image]}}}
             self.answer(json.dumps({"1": entry}).encode())
-        elif path == "/view":
-            self.answer(PICTURE)
         else:
             self.answer(b"{}", 404)
 
@@ -51,7 +49,9 @@ class Handler(BaseHTTPRequestHandler):
             refusal = {"error": {"message": "bad graph"}, "node_errors": {"4": node}}
             self.answer(json.dumps(refusal).encode(), 400)
             return
-        (Path(option("--base-directory")) / "queued.json").write_text(json.dumps(body), encoding="utf-8")
+        base = Path(option("--base-directory"))
+        (base / "queued.json").write_text(json.dumps(body), encoding="utf-8")
+        (base / "output/a.png").write_bytes(PICTURE)
         self.answer(json.dumps({"prompt_id": "1", "number": 1, "node_errors": {}}).encode())
 
     def log_message(self, *_: object) -> None:
