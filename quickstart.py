@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if sys.version_info < (3, 10):  # noqa: UP036
@@ -157,10 +158,13 @@ def draw_standalone(given: argparse.Namespace) -> None:
 def run_tests(arguments: list[str]) -> int:
     """Install the test extras and run pytest; its exit status."""
     comfyui = checkout.find_comfyui(ROOT)
-    python = install(environment.test_profile(comfyui, ROOT))
+    profile = environment.test_profile(comfyui, ROOT)
     if arguments:
-        return subprocess.call([str(python), "-m", "pytest", *arguments], cwd=ROOT)
-    install_browser()
+        return subprocess.call([str(install(profile)), "-m", "pytest", *arguments], cwd=ROOT)
+    with ThreadPoolExecutor() as beside:
+        browser = beside.submit(install_browser)
+        python = install(profile)
+    browser.result()
     if comfyui is None:
         checkout.pypi_comfyui(python, WORK)  # here, since the tests' processes would all make it
     cores = os.cpu_count() or 1

@@ -93,6 +93,8 @@ class Environment:
         self._pip(["-r", *_joined(profile.files), "-c", str(REQUIREMENTS / "torch.txt")])
         for package in profile.without_dependencies:
             self._pip(["--no-deps", package])
+        # On all cores, which pip doesn't; some packages carry files that don't compile, so its status says nothing
+        self.run([str(self.python), "-m", "compileall", "-qq", "-j", "0", str(self.folder)])
         self._record(profile, installed)
 
     def _record(self, profile: Profile, installed: dict[str, str]) -> None:
@@ -127,7 +129,7 @@ class Environment:
             )
 
     def _pip(self, arguments: Sequence[str]) -> None:
-        command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+        command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-compile", *arguments]
         code = self.run(command)
         if code != 0:
             raise LaunchError(

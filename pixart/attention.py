@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .cpu import AMX, bf16_instructions
 from .kv_compress import KVCompression, compress_keys_values
+
+PACKED_BY_KERNEL = bf16_instructions() == AMX  # asked once, outside of graphs; with AMX a copy before costs 3 to 15 % of attention
 
 
 class AttentionFunction(Protocol):
@@ -37,7 +40,7 @@ def torch_attention(
 def by_head(x: Tensor, heads: int) -> Tensor:
     """(B, N, H*d) -> (B, H, N, d); on a CPU each head's 16-bit numbers together: its kernel is a fifth faster then, in fp32 slower."""
     split = rearrange(x, "b n (h d) -> b h n d", h=heads)
-    return split.contiguous() if x.device.type == "cpu" and x.element_size() == 2 else split
+    return split if PACKED_BY_KERNEL or x.device.type != "cpu" or x.element_size() != 2 else split.contiguous()
 
 
 class SelfAttention(nn.Module):

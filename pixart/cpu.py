@@ -5,8 +5,9 @@ from functools import cache
 
 import torch
 
+AMX = "amx_bf16"
 # Names of torch.cpu.get_capabilities: x86 (Zen 4, Cooper Lake; Sapphire Rapids' AMX), then Arm
-BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16")
+BF16_INSTRUCTIONS = (AMX, "avx512_bf16", "sve_bf16", "bf16")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -17,7 +18,7 @@ def bf16_instructions() -> str:
         found = torch.cpu.get_capabilities()
         return next((name for name in BF16_INSTRUCTIONS if found.get(name)), "")
     # Before torch 2.11 (no names for Arm)
-    older = {"amx_bf16": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
+    older = {AMX: "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
     return next((name for name, question in older.items() if getattr(torch.cpu, question, bool)()), "")
 
 

