@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .cpu import AMX, bf16_instructions
 from .kv_compress import KVCompression, compress_keys_values
+from .linear import LinearFunction, torch_linear
 
 PACKED_BY_KERNEL = bf16_instructions() == AMX  # asked once, outside of graphs; with AMX a copy before costs 3 to 15 % of attention
 
@@ -52,11 +53,12 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(
-        self, hidden_size, num_heads, attention: AttentionFunction, operations, ratio=1, mode="conv", qk_norm=False, **factory
-    ) -> None:
+        self, hidden_size, num_heads, attention: AttentionFunction, operations, ratio=1, mode="conv", qk_norm=False,
+        linear: LinearFunction = torch_linear, **factory,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_heads = num_heads
-        self.attention = attention
+        self.attention, self.linear = attention, linear
         self.qkv = operations.Linear(hidden_size, 3 * hidden_size, bias=True, **factory)
         self.proj = operations.Linear(hidden_size, hidden_size, bias=True, **factory)
         self.ratio = ratio
@@ -79,9 +81,9 @@ class SelfAttention(nn.Module):
         compression: training-free, for blocks trained without. identity: each token attends to itself alone
         (perturbed attention, arXiv:2403.17377, section 4.2).
         """
-        q, k, v = self.qkv(hidden).chunk(3, dim=-1)
+        q, k, v = self.linear(self.qkv, hidden).chunk(3, dim=-1)
         if identity:
-            return self.proj(v)
+            return self.linear(self.proj, v)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         bias = None
@@ -89,7 +91,7 @@ class SelfAttention(nn.Module):
             k, v = self._compress(k, grid), self._compress(v, grid)
         elif compression is not None:
             k, v, bias = compress_keys_values(k, v, grid, self.num_heads, compression)
-        return self.proj(self.attention(q, k, v, heads=self.num_heads, mask=bias, options=options))
+        return self.linear(self.proj, self.attention(q, k, v, heads=self.num_heads, mask=bias, options=options))
 
     def _compress(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.mode != "conv":
@@ -144,10 +146,12 @@ def caption_lengths(mask: Tensor) -> tuple[int, ...]:
 class CrossAttention(nn.Module):
     """Picture tokens attend to caption tokens; keys and values share `kv_linear`."""
 
-    def __init__(self, hidden_size, num_heads, attention: AttentionFunction, operations, **factory) -> None:
+    def __init__(
+        self, hidden_size, num_heads, attention: AttentionFunction, operations, linear: LinearFunction = torch_linear, **factory
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attention = attention
+        self.attention, self.linear = attention, linear
         self.q_linear = operations.Linear(hidden_size, hidden_size, bias=True, **factory)
         self.kv_linear = operations.Linear(hidden_size, 2 * hidden_size, bias=True, **factory)
         self.proj = operations.Linear(hidden_size, hidden_size, bias=True, **factory)
@@ -160,17 +164,17 @@ class CrossAttention(nn.Module):
         one_token: captions, known to be masked so, that need no queries: softmax over one key is 1, so every
         picture token gets that key's value. A mask that doesn't fit the context is an error all the same.
         """
-        k, v = self.kv_linear(context).chunk(2, dim=-1)
+        k, v = self.linear(self.kv_linear, context).chunk(2, dim=-1)
         if one_token is None or (mask is not None and mask.shape[1] != context.shape[1]):
             return self._attend(slice(None), hidden, k, v, mask, options)
         start, stop, others_padded = one_token
         mask = mask if others_padded else None
         before = [self._attend(slice(0, start), hidden, k, v, mask, options)] if start > 0 else []
         after = [self._attend(slice(stop, None), hidden, k, v, mask, options)] if stop < len(hidden) else []
-        alike = self.proj(v[start:stop, :1].contiguous()).expand(-1, hidden.shape[1], -1)
+        alike = self.linear(self.proj, v[start:stop, :1].contiguous()).expand(-1, hidden.shape[1], -1)
         return torch.cat([*before, alike, *after])
 
     def _attend(self, rows: slice, hidden: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Any) -> Tensor:
         mask = None if mask is None else mask[rows]
-        out = self.attention(self.q_linear(hidden[rows]), k[rows], v[rows], heads=self.num_heads, mask=mask, options=options)
-        return self.proj(out)
+        q = self.linear(self.q_linear, hidden[rows])
+        return self.linear(self.proj, self.attention(q, k[rows], v[rows], heads=self.num_heads, mask=mask, options=options))

@@ -17,6 +17,7 @@ from .config import HEAD_DIM, TransformerConfig
 from .embeddings import Positions
 from .errors import InputError
 from .layers import BlockInputs, PixArtBlock
+from .linear import LinearFunction, torch_linear
 from .model import PixArtTransformer
 
 
@@ -35,13 +36,15 @@ class ControlNetConfig:
 class ControlBlock(nn.Module):
     """A copied block between projections; only the first has `before_proj`. All projections start as zero."""
 
-    def __init__(self, config: ControlNetConfig, index: int, attention: AttentionFunction, operations, **factory) -> None:
+    def __init__(
+        self, config: ControlNetConfig, index: int, attention: AttentionFunction, operations, linear: LinearFunction, **factory
+    ) -> None:
         super().__init__()
         size, ratio = config.hidden_size, dict(config.compressed_blocks).get(index, 1)
         if index == 0:
             self.before_proj = operations.Linear(size, size, bias=True, **factory)
         self.copied_block = PixArtBlock(
-            size, config.num_heads, config.mlp_hidden, attention, operations, ratio=ratio, qk_norm=config.qk_norm, **factory
+            size, config.num_heads, config.mlp_hidden, attention, operations, ratio=ratio, qk_norm=config.qk_norm, linear=linear, **factory
         )
         self.after_proj = operations.Linear(size, size, bias=True, **factory)
 
@@ -55,13 +58,14 @@ class PixArtControlNet(nn.Module):
         *,
         operations: Any = nn,
         attention: AttentionFunction = torch_attention,
+        linear: LinearFunction = torch_linear,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.controlnet = nn.ModuleList(
-            ControlBlock(config, i, attention, operations, dtype=dtype, device=device) for i in range(config.depth)
+            ControlBlock(config, i, attention, operations, linear, dtype=dtype, device=device) for i in range(config.depth)
         )
 
     def forward(self, inputs: BlockInputs, hint: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionFunction, CrossAttention, OneToken, SelfAttention
 from .kv_compress import KVCompression
+from .linear import LinearFunction, torch_linear
 
 
 @dataclass(frozen=True)
@@ -52,32 +53,34 @@ def cast_table(table: Tensor, like: Tensor) -> Tensor:
 class Mlp(nn.Module):
     """Linear, tanh-GELU, Linear."""
 
-    def __init__(self, hidden_size, mlp_hidden, operations, **factory) -> None:
+    def __init__(self, hidden_size, mlp_hidden, operations, linear: LinearFunction = torch_linear, **factory) -> None:
         super().__init__()
+        self.linear = linear
         self.fc1 = operations.Linear(hidden_size, mlp_hidden, bias=True, **factory)
         self.fc2 = operations.Linear(mlp_hidden, hidden_size, bias=True, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.widened(x))
+        return self.linear(self.fc2, self.widened(x))
 
     def widened(self, x: Tensor) -> Tensor:
         """What the last layer sees."""
-        wide = self.fc1(x)  # the largest tensor of a block
-        return F.gelu(wide, approximate="tanh") if torch.is_grad_enabled() else torch.ops.aten.gelu_(wide, approximate="tanh")
+        return self.linear(self.fc1, x, gelu=True)
 
 
 class PixArtBlock(nn.Module):
     """adaLN-single block (PixArt-alpha, section 2.3): gated self-attention, cross-attention, gated MLP."""
 
     def __init__(
-        self, hidden_size, num_heads, mlp_hidden, attention: AttentionFunction, operations, ratio=1, mode="conv", qk_norm=False, **factory
-    ) -> None:
+        self, hidden_size, num_heads, mlp_hidden, attention: AttentionFunction, operations, ratio=1, mode="conv", qk_norm=False,
+        linear: LinearFunction = torch_linear, **factory,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm1 = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
-        self.attn = SelfAttention(hidden_size, num_heads, attention, operations, ratio=ratio, mode=mode, qk_norm=qk_norm, **factory)
-        self.cross_attn = CrossAttention(hidden_size, num_heads, attention, operations, **factory)
+        how = {"ratio": ratio, "mode": mode, "qk_norm": qk_norm}
+        self.attn = SelfAttention(hidden_size, num_heads, attention, operations, **how, linear=linear, **factory)
+        self.cross_attn = CrossAttention(hidden_size, num_heads, attention, operations, linear=linear, **factory)
         self.norm2 = operations.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6, **factory)
-        self.mlp = Mlp(hidden_size, mlp_hidden, operations, **factory)
+        self.mlp = Mlp(hidden_size, mlp_hidden, operations, linear=linear, **factory)
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size, **factory))
 
     def forward(self, inputs: BlockInputs) -> Tensor:

@@ -16,6 +16,7 @@ from .embeddings import CaptionEmbedder, PatchEmbedder, Positions, SinusoidEmbed
 from .errors import InputError
 from .kv_compress import KVCompression, listed, plan_blocks
 from .layers import BlockInputs, FinalLayer, PixArtBlock
+from .linear import LinearFunction, torch_linear
 
 BlockWrapper = Callable[[BlockInputs, Callable[[BlockInputs], Tensor]], Tensor]
 PIXELS_PER_LATENT = 8
@@ -24,8 +25,8 @@ PIXELS_PER_LATENT = 8
 class PixArtTransformer(nn.Module):
     """Predicts noise (and variance) of a latent. Parameter names are those of the original code.
 
-    `operations` makes the layers (torch.nn, or a host's factory with the same names), `attention`
-    is the one attention function of every block.
+    `operations` makes the layers (torch.nn, or a host's factory with the same names), `attention` is the one
+    attention function of every block, `linear` calls their linear layers.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class PixArtTransformer(nn.Module):
         *,
         operations: Any = nn,
         attention: AttentionFunction = torch_attention,
+        linear: LinearFunction = torch_linear,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -54,7 +56,7 @@ class PixArtTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             PixArtBlock(
                 size, config.num_heads, config.mlp_hidden, attention, operations,
-                ratio=ratios.get(i, 1), mode=config.compression_mode, qk_norm=config.qk_norm, **factory,
+                ratio=ratios.get(i, 1), mode=config.compression_mode, qk_norm=config.qk_norm, linear=linear, **factory,
             )  # fmt: skip
             for i in range(config.depth)
         )

@@ -25,6 +25,7 @@ from ...pixart.logs import get_logger
 from ...pixart.model import PIXELS_PER_LATENT
 from .attention import host_attention
 from .dtypes import computing_dtype, control_dtype
+from .linear import host_linear
 from .transformer import IDENTITY_BLOCKS, SKIPPED_BLOCKS, HostTransformer
 
 log = get_logger(__name__)
@@ -37,7 +38,7 @@ def load_control(path: str) -> PixArtControl:
     prepared = prepare_controlnet(raw.state_dict, raw.source)
     log.info("PixArt ControlNet: %s", prepared.describe())
     # manual_cast: weights kept in another dtype than the model computes in are cast to it at use.
-    model = PixArtControlNet(prepared.config, operations=comfy.ops.manual_cast, attention=host_attention, device="meta")
+    model = PixArtControlNet(prepared.config, operations=comfy.ops.manual_cast, attention=host_attention, linear=host_linear, device="meta")
     model.load_state_dict(_stored(prepared.state_dict), strict=True, assign=True)
     model.requires_grad_(False).eval()
     return PixArtControl(model, management.get_torch_device(), raw.source)

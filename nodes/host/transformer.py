@@ -19,6 +19,7 @@ from ...pixart.layers import BlockInputs
 from ...pixart.model import PixArtTransformer, pixel_size
 from .attention import host_attention
 from .conds import ONE_TOKEN
+from .linear import host_linear
 
 Block = Callable[[BlockInputs], Tensor]
 # What may change from step to step reaches the network as an argument of its own, by these names. The host's
@@ -39,7 +40,7 @@ class HostTransformer(PixArtTransformer):
     """PixArt as a `diffusion_model` of the host; returns the noise alone, (B, in_channels, H, W)."""
 
     def __init__(self, config: TransformerConfig, *, operations: Any, dtype: torch.dtype | None, device: Any) -> None:
-        super().__init__(config, operations=operations, attention=host_attention, dtype=dtype, device=device)
+        super().__init__(config, operations=operations, attention=host_attention, linear=host_linear, dtype=dtype, device=device)
         self.dtype = dtype  # the host reads the dtype of the weights here
         self.patch_size = config.patch_size
         # As the host's own PixArt has them; nodes of the host and of other packs read them.
