@@ -9,6 +9,7 @@ and saves the picture in output/. Only the first run uses the network.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 if sys.version_info < (3, 10):  # noqa: UP036
@@ -116,10 +117,10 @@ def draw_in_comfyui(given: argparse.Namespace) -> None:
         started = time.monotonic()
         try:
             picture = server.client.save(prompt, workflow, A_DAY, show_progress)
-            content = (base.folder / "output" / picture["subfolder"] / picture["filename"]).read_bytes()  # sooner than over HTTP
         except OSError as error:
             raise LaunchError(f"ComfyUI stopped answering ({error}). The end of its log:\n{server.log_tail()}") from None
-        path.write_bytes(content)
+        saved = base.folder / "output" / picture["subfolder"] / picture["filename"]
+        path.write_bytes(saved.read_bytes())  # sooner than over HTTP
         say(f"Drawn in {time.monotonic() - started:.1f} s, seed {given.seed}.")
         if given.serve:
             serve(server, path, stem)
@@ -150,7 +151,7 @@ def draw_standalone(given: argparse.Namespace) -> None:
         command.append(f"--{name}={getattr(given, name)}")
     command += [f"--lora={DISTILLED['lcm']}"] if given.fast else []
     command += ["--", given.prompt]  # which may begin with a dash
-    if subprocess.call(command, cwd=ROOT, env={**host.WAITING, **os.environ, "HF_HUB_OFFLINE": "1"}) != 0:
+    if subprocess.call(command, cwd=ROOT, env=host.environment()) != 0:
         raise LaunchError("pixart.Pipeline failed; its message is above.")
     say(str(path))
 
@@ -161,10 +162,8 @@ def run_tests(arguments: list[str]) -> int:
     profile = environment.test_profile(comfyui, ROOT)
     if arguments:
         return subprocess.call([str(install(profile)), "-m", "pytest", *arguments], cwd=ROOT)
-    with ThreadPoolExecutor() as beside:
-        browser = beside.submit(install_browser)
+    with browser_installed():
         python = install(profile)
-    browser.result()
     if comfyui is None:
         checkout.pypi_comfyui(python, WORK)  # here, since the tests' processes would all make it
     cores = os.cpu_count() or 1
@@ -172,17 +171,26 @@ def run_tests(arguments: list[str]) -> int:
     # In the folders' order: else files of few tests come last, and some of those are the longest
     command = [str(python), "-m", "pytest", "-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
     threads = max(1, cores // workers)
-    return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": str(threads), **os.environ})
+    environ = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the tests start a hundred processes, which would all compile this pack
+    return subprocess.call(command, cwd=ROOT, env=environ)
 
 
-def install_browser() -> None:
-    """Debian's chromium for the browser test, where this user may install it; the test says so otherwise."""
+@contextlib.contextmanager
+def browser_installed() -> Iterator[None]:
+    """Debian's chromium for the browser test, installed meanwhile where this user may; the test says so otherwise."""
     if any(map(shutil.which, environment.BROWSERS)) or not shutil.which("apt-get") or getattr(os, "geteuid", lambda: 1)() != 0:
+        yield
         return
     say("Installing chromium for the browser test")
+    commands = "apt-get update -qq; apt-get install -y -qq --no-install-recommends chromium"
     quiet = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
-    for command in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", "chromium"]):
-        subprocess.call(["apt-get", *command], env=quiet, stdout=subprocess.DEVNULL)
+    with subprocess.Popen(["sh", "-c", commands], env=quiet, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL) as process:
+        try:
+            yield
+        except BaseException:
+            process.terminate()
+            raise
 
 
 def install(profile: environment.Profile) -> Path:

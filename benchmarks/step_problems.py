@@ -66,11 +66,11 @@ def run_host(model: Any, way: Way, noise: Tensor, positive: list, negative: list
 
 
 class DemoPictures:
-    """`count` held-out prompts of each kind at 256 px, from one noise each."""
+    """`count` held-out prompts of each kind at 256 px, from one noise each; in fp32, as distances are not to be of rounding."""
 
     name = "demo"
 
-    def __init__(self, count: int, seed: int = 0, weights: Path = WEIGHTS["diffusion_models"], dtype: str = "default") -> None:
+    def __init__(self, count: int, seed: int = 0, weights: Path = WEIGHTS["diffusion_models"], dtype: str = "fp32") -> None:
         self.model = load_demo(weights, dtype)
         self.pipe = Pipeline.from_files(WEIGHTS["diffusion_models"], WEIGHTS["text_encoders"], WEIGHTS["vae"], variant="demo")
         run = Run("steps", count)

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger(f"{host.PACK_NAME}").setLevel(logging.ERROR)  # the mixtures' sizes are none that a model was trained at
     demo = DemoPictures(chosen.count, chosen.seed, chosen.transformer)
     problems: list[Problem] = [*mixtures(demo.model), demo] if chosen.problem == "all" else pick(chosen, demo)
-    wanted = [case for case in cases() if not chosen.only or any(text in case.key for text in chosen.only)]
+    wanted = [case for case in cases() if not chosen.only or any(re.search(text, case.key) for text in chosen.only)]
     settings = {"count": 2 * chosen.count, "seed": chosen.seed, "weights": fingerprint(chosen.transformer), "converged": CONVERGED}
     report = open_report(chosen.out / "steps.json", settings)
     for problem in problems:
@@ -93,7 +94,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--transformer", type=Path, default=WEIGHTS["diffusion_models"], help="of the demo")
     parser.add_argument("--problem", choices=("all", DEMO, "mixtures"), default="all")
-    parser.add_argument("--only", nargs="*", metavar="TEXT", help="ways whose name, such as 'deis / sgm_uniform / 8', holds one of these")
+    ways = "ways whose name, such as 'deis / sgm_uniform / 8', matches one of these patterns; a $ at the end leaves out tricks"
+    parser.add_argument("--only", nargs="*", metavar="TEXT", help=ways)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .environment import compile_bytecode
 from .errors import LaunchError
 
 PACK = "pixart-nodes"
@@ -56,6 +57,7 @@ def pypi_comfyui(python: Path, work: Path) -> Path:
         ignore = shutil.ignore_patterns("__pycache__", "extra_model_paths.yaml", "tests", "tests-unit")
         with tempfile.TemporaryDirectory(dir=work) as partial:  # gone too when the run is stopped here
             copy = Path(shutil.copytree(Path(package) / "_comfyui", Path(partial) / "tree", ignore=ignore))
+            compile_bytecode(python, copy)
             with contextlib.suppress(OSError):  # another run may have been first
                 copy.rename(target)
     return target

@@ -83,6 +83,7 @@ class ComfyClient:
         """Queue and wait for the first saved picture: its entry, at once when its node is done.
 
         The whole run ends a quarter of a second later, since the host collects garbage after its first one and answers nothing then.
+        What a node after that one does, and whether it fails, isn't waited for.
         """
         with _Events(self.url, self.id) as events:
             entry = self._wait(events, self.queue(graph, workflow), timeout, on_progress, until_saved=True)
@@ -94,17 +95,19 @@ class ComfyClient:
     def _wait(
         self, events: _Events, prompt_id: str, timeout: float, on_progress: OnProgress | None, until_saved: bool = False
     ) -> dict[str, Any]:
-        """As `wait`; with `until_saved` no longer than for the first saved picture, of which only the outputs are returned."""
+        """As `wait`; with `until_saved` it ends at the first saved picture, and of the entry there are only that node's outputs."""
         deadline = time.monotonic() + timeout
-        look = True  # in the history: a request takes time from the host, so not after every step
+        next_look = 0.0  # in the history: a request takes time from the host, so not after every step
         while time.monotonic() < deadline:
-            if look:
+            if time.monotonic() >= next_look:
                 entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
                 if entry is not None and entry.get("status", {}).get("status_str"):
                     return _checked(entry)
-            messages = list(events.read(0.5))
-            look = not messages or any(message.get("type") in _LAST for message in messages)
-            for kind, data in ((message.get("type"), message.get("data", {})) for message in messages):
+                next_look = time.monotonic() + 5
+            messages = [message for message in events.read(0.5) if isinstance(message.get("data"), dict)]
+            if not messages or any(message.get("type") in _LAST for message in messages):
+                next_look = 0.0
+            for kind, data in ((message.get("type"), message["data"]) for message in messages):
                 if data.get("prompt_id", prompt_id) != prompt_id:
                     continue
                 if on_progress and kind == "progress":

@@ -93,8 +93,7 @@ class Environment:
         self._pip(["-r", *_joined(profile.files), "-c", str(REQUIREMENTS / "torch.txt")])
         for package in profile.without_dependencies:
             self._pip(["--no-deps", package])
-        # On all cores, which pip doesn't; some packages carry files that don't compile, so its status says nothing
-        self.run([str(self.python), "-m", "compileall", "-qq", "-j", "0", str(self.folder)])
+        compile_bytecode(self.python, self.folder, self.run)
         self._record(profile, installed)
 
     def _record(self, profile: Profile, installed: dict[str, str]) -> None:
@@ -137,6 +136,11 @@ class Environment:
                 f"connection, a proxy (HTTPS_PROXY) or a mirror (PIP_INDEX_URL), then run the same command again. "
                 f"Packages exist for Python 3.10 to 3.14; this is {sys.version.split()[0]}."
             )
+
+
+def compile_bytecode(python: Path, folder: Path, run: Runner = subprocess.call) -> None:
+    """Once for all starts, and on all cores, which pip doesn't; what doesn't compile, as some packages' templates, is left."""
+    run([str(python), "-W", "ignore", "-m", "compileall", "-qq", "-j", "0", str(folder)])
 
 
 def _joined(files: Sequence[Path]) -> list[str]:

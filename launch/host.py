@@ -23,7 +23,13 @@ from .errors import LaunchError
 PROBE_NODE = "PixArtModelLoader"
 # How long idle threads spin before they sleep. GNU's default is ten times slower where others compute too; to sleep at once
 # takes 1.7 times as long as this where nobody does (a step of the demo on two cores: 54 against 31 ms).
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+SPIN_BRIEFLY = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}  # GNU's heeds the second, others the first
+
+
+def environment() -> dict[str, str]:
+    """Variables of processes that draw: offline, and with threads that spin briefly unless the user has chosen."""
+    chosen = os.environ.keys() & SPIN_BRIEFLY.keys()
+    return {**({} if chosen else SPIN_BRIEFLY), **os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def free_port() -> int:
@@ -124,9 +130,7 @@ class Host:
 
     def _start(self) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="pixart-host-", ignore_cleanup_errors=True)
-        environ = dict(os.environ, PYTHONUNBUFFERED="1", HF_HUB_OFFLINE="1")
-        for name, value in WAITING.items():
-            environ.setdefault(name, value)
+        environ = dict(environment(), PYTHONUNBUFFERED="1")
         for name in ("PYTHONPATH", "PYTHONHOME"):
             environ.pop(name, None)
         self.log.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,10 @@ def torch_attention(
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
-    """(B, N, H*d) -> (B, H, N, d); on a CPU each head's 16-bit numbers together: its kernel is a fifth faster then, in fp32 slower."""
+    """(B, N, H*d) -> (B, H, N, d); on a CPU without AMX each head's 16-bit numbers together.
+
+    Its kernel is a fifth faster then, and slower in fp32.
+    """
     split = rearrange(x, "b n (h d) -> b h n d", h=heads)
     return split if PACKED_BY_KERNEL or x.device.type != "cpu" or x.element_size() != 2 else split.contiguous()
 

@@ -6,8 +6,9 @@ from functools import cache
 import torch
 
 AMX = "amx_bf16"
+X86 = (AMX, "avx512_bf16")
 # Names of torch.cpu.get_capabilities: x86 (Zen 4, Cooper Lake; Sapphire Rapids' AMX), then Arm
-BF16_INSTRUCTIONS = (AMX, "avx512_bf16", "sve_bf16", "bf16")
+BF16_INSTRUCTIONS = (*X86, "sve_bf16", "bf16")
 HALF = (torch.float16, torch.bfloat16)
 
 

@@ -13,7 +13,8 @@ from pixart.layers import BlockInputs, PixArtBlock
 from pixart.linear import torch_linear
 from pixart.model import PixArtTransformer
 
-BF16 = pytest.mark.skipif(linear._kernel() is None, reason="this CPU has no bf16 instructions, or torch no such kernel")
+KERNEL = linear._kernel()
+BF16 = pytest.mark.skipif(KERNEL is None, reason="this CPU has no bf16 instructions, or torch no such kernel")
 
 
 def layer_and_input(dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Linear, torch.Tensor]:
@@ -23,14 +24,14 @@ def layer_and_input(dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Linear, tor
 
 @pytest.fixture
 def uses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the kernel was asked for."""
-    kernel, seen = linear._kernel(), []
+    """What the kernel, or a stand-in on other CPUs, was asked for."""
+    seen: list[str] = []
 
     def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, what: str, *more: object) -> torch.Tensor:
         seen.append(what)
-        return kernel(x, weight, bias, what, *more)
+        return KERNEL(x, weight, bias, what, *more) if KERNEL else F.linear(x, weight, bias)
 
-    monkeypatch.setattr(linear, "_kernel", lambda: kernel and noted)
+    monkeypatch.setattr(linear, "_kernel", lambda: noted)
     return seen
 
 
@@ -64,8 +65,42 @@ def test_every_linear_layer_of_a_block_takes_it(uses: list[str]) -> None:
     assert (found - wanted).norm() / wanted.norm() < 0.02
 
 
+def test_a_plain_layer_is_not_called(uses: list[str]) -> None:
+    """Also under autocast, as in a run's samples, and in inference mode, as in pipelines."""
+    layer, x = layer_and_input()
+    for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with torch.no_grad(), context:
+            torch_linear(layer, x)
+    assert uses == ["none"] * 3
+
+
+@BF16
+def test_the_kernel_is_tried_wherever_it_is_asked_for_first() -> None:
+    linear._kernel.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.no_grad():
+        assert linear._kernel() is not None
+
+
+@pytest.mark.parametrize("name", ["sve_bf16", "bf16", ""])
+def test_there_is_none_on_arm_or_without_instructions(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """oneDNN has no fast kernel for plain weights on Arm."""
+    monkeypatch.setattr(linear, "bf16_instructions", lambda: name)
+    assert linear._kernel.__wrapped__() is None
+
+
+def test_a_graph_holds_the_layers_themselves(uses: list[str]) -> None:
+    layer, x = layer_and_input()
+    graphs: list[torch.fx.GraphModule] = []
+    compiled = torch.compile(lambda given: torch_linear(layer, given, gelu=True), backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        found = compiled(x)
+        assert torch.equal(found, F.gelu(layer(x), approximate="tanh"))
+    assert uses == [] and len(graphs) == 1
+
+
 @pytest.mark.parametrize("case", [
-    "gradients", "fp32", "weight in fp32", "hook", "hook before", "replaced forward", "no bias", "subclass", "turned weight", "turned input", "empty",
+    "gradients", "fp32", "weight in fp32", "hook", "hook before", "replaced forward",
+    "no bias", "subclass", "turned weight", "turned input", "empty",
 ])  # fmt: skip
 def test_other_layers_are_called(uses: list[str], case: str) -> None:
     layer, x = layer_and_input(torch.float32 if case == "fp32" else torch.bfloat16)
@@ -81,7 +116,7 @@ def test_other_layers_are_called(uses: list[str], case: str) -> None:
     elif case == "no bias":
         layer = nn.Linear(72, 288, bias=False).bfloat16()
     elif case == "subclass":
-        layer.__class__ = type("Adapted", (nn.Linear,), {"forward": lambda self, given: called.append(1) or F.linear(given, self.weight)})
+        layer.__class__ = type("Adapted", (nn.Linear,), {"forward": lambda self, x: called.append(1) or F.linear(x, self.weight)})
     elif case == "turned weight":
         layer.weight = nn.Parameter(layer.weight.data.t().contiguous().t())
     elif case == "turned input":
@@ -102,10 +137,11 @@ def test_a_model_learns_through_its_layers() -> None:
     model = PixArtTransformer(config, dtype=torch.bfloat16)
     for value in model.parameters():
         value.data.normal_(std=0.1)
+    names = ("attn.qkv", "mlp.fc1", "mlp.fc2", "cross_attn.q_linear")
     given = torch.randn(1, 4, 8, 8).bfloat16(), torch.tensor([5.0]), torch.randn(1, 5, 16).bfloat16()
     with torch.no_grad():
         drawn = model(*given)
     learnt = model(*given)
     assert (drawn - learnt).float().norm() / drawn.float().norm() < 0.02
     learnt.float().square().sum().backward()
-    assert all(model.blocks[0].get_submodule(name).weight.grad.abs().sum() > 0 for name in ("attn.qkv", "mlp.fc1", "mlp.fc2", "cross_attn.q_linear"))
+    assert all(model.blocks[0].get_submodule(name).weight.grad.abs().sum() > 0 for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_missing_demo_models_are_named(capsys: pytest.CaptureFixture[str], monke
 def test_the_test_run_passes_arguments_and_exit_status_through(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
     monkeypatch.setattr(quickstart, "install", lambda profile: Path("python"))
-    monkeypatch.setattr(quickstart, "install_browser", lambda: None)
+    monkeypatch.setattr(quickstart, "browser_installed", contextlib.nullcontext)
     monkeypatch.setattr(subprocess, "call", lambda command, **_: calls.append(command) or 5)
     assert quickstart.main(["--test", "-k", "bins", "-x"]) == 5
     assert calls == [["python", "-m", "pytest", "-k", "bins", "-x"]]

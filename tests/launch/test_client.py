@@ -57,7 +57,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> tuple[ComfyClient, list[str]]:
     log: list[str] = []
     client = ComfyClient("http://127.0.0.1:9")
     text = {"type": "executed", "data": {"prompt_id": "p", "node": "4", "output": {"text": ["12 tokens"]}}}
-    batches = [step(1), step(2, "of another")], [text, step(2)], [saved("preview.png", "temp")], [saved("a.png", "output")]
+    broadcast = {"type": "of another pack", "data": None}
+    batches = [step(1), broadcast, step(2, "of another")], [text, step(2)], [saved("preview.png", "temp")], [saved("a.png", "output")]
     done = {"status": {"status_str": "success"}, "outputs": {"9": saved("a.png", "output")["data"]["output"]}}
 
     def history(path: str) -> dict:

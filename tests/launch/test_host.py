@@ -49,9 +49,10 @@ def test_a_copy_of_the_host_is_whole_or_leaves_nothing(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "copytree", stopped)
-        checkout.pypi_comfyui(Path("python"), work)
+        checkout.pypi_comfyui(Path(sys.executable), work)
     assert list(work.iterdir()) == []
-    assert checkout.is_comfyui(checkout.pypi_comfyui(Path("python"), work))
+    copy = checkout.pypi_comfyui(Path(sys.executable), work)
+    assert checkout.is_comfyui(copy) and list((copy / "__pycache__").glob("main.*.pyc"))  # or every start would compile it
     assert [path.name for path in work.iterdir()] == ["ComfyUI-1.2.3"]
 
 

@@ -32,6 +32,11 @@ def sigma_file(tmp_path_factory: pytest.TempPathFactory):
     return write_model(tmp_path_factory.mktemp("two-blocks"), depth=2)
 
 
+@pytest.fixture(scope="module")
+def one_block(tmp_path_factory: pytest.TempPathFactory):
+    return load_model(write_model(tmp_path_factory.mktemp("one-block"), depth=1))
+
+
 def run(model, steps: int, seed: int = 0):
     return sample(model, captions(5, seed), captions(2, seed + 1), steps=steps)
 
@@ -54,10 +59,12 @@ def native_weights(model):
 
 
 def perturbed(model, kind: str = "perturbed attention", **changes):
-    return PAG.execute(model, kind, **{"blocks": "1", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0, **changes}).result[0]
+    last = str(model.model.diffusion_model.depth - 1)
+    return PAG.execute(model, kind, **{"blocks": last, "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0, **changes}).result[0]
 
 
 ALL = "compressed in a part, perturbed, LoRA"
+IN_SECOND_BLOCK = ("two ratios in two parts", ALL)
 # change of MODEL, graphs; test_compile.py has a model without any, and one with a LoRA alone
 CASES = {
     "compressed": (patch, 1),
@@ -72,27 +79,28 @@ CASES = {
 
 @NO_KERNELS
 @pytest.mark.parametrize(("case", "cfg"), [*((case, 4.5) for case in CASES), ("perturbed attention", 1.0)])
-def test_compiled_steps_equal_eager_ones_and_share_their_graphs(sigma, case: str, cfg: float) -> None:
+def test_compiled_steps_equal_eager_ones_and_share_their_graphs(sigma, one_block, case: str, cfg: float) -> None:
     """Newer hosts drop guards on transformer_options: what changes there would be frozen as it was in the first step.
 
     At cfg 4.5 both prompts are one batch; at 1 there is one prompt.
     """
     change, count = CASES[case]
-    model, graphs = change(sigma), []
+    plain = sigma if case in IN_SECOND_BLOCK else one_block
+    model, graphs = change(plain), []
     fast, prompts = compiled(model, graphs), (captions(5), captions(2, 1))
     found, wanted = (sample(each, *prompts, steps=6, cfg=cfg) for each in (fast, model))
     assert difference(found, wanted) < 1e-6
     assert len(graphs) == count and not breaks()
-    assert difference(found, sample(sigma, *prompts, steps=6, cfg=cfg)) > 1e-5  # late steps change little of a random model's latent
+    assert difference(found, sample(plain, *prompts, steps=6, cfg=cfg)) > 1e-5  # late steps change little of a random model's latent
     sample(fast, captions(5, 2), captions(2, 3), steps=9, cfg=cfg)
     assert len(graphs) == count
 
 
 @NO_KERNELS
-def test_compiled_guidance_where_prompts_share_no_batch(sigma) -> None:
+def test_compiled_guidance_where_prompts_share_no_batch(one_block) -> None:
     """Both predictions and the weakened one are then of the same shapes."""
     area = host_nodes.ConditioningSetArea().append(captions(2, seed=1), 32, 64, 0, 0, 1.0)[0]
-    model = perturbed(sigma)
+    model = perturbed(one_block)
     found, wanted = (sample(each, captions(5), area, steps=4) for each in (compiled(model), model))
     assert difference(found, wanted) < 1e-5
 

@@ -177,10 +177,13 @@ def test_only_a_plain_lora_goes_inside_and_it_can_be_turned_off() -> None:
 
 
 def test_compiled_blocks_change_rounding_alone(recipe_path: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both graphs are traced and taken apart as always, and run without kernels, which a compiler would make in a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_eager))
+    """Forward and backward graphs are traced and split as for a compiler, and run without its kernels, which take a minute to make."""
+    graphs: list = []
+    backend = lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     recipe = recipe_path(stages=[STAGE])
     assert_near(trained(recipe), trained(recipe, "compile_blocks=true", "checkpoint_blocks=true"), atol=2e-6, rtol=1e-4)
+    assert graphs
 
 
 def test_a_step_of_adamw_is_torchs_on_the_clipped_mean_gradient(recipe_path: Callable[..., Path]) -> None:

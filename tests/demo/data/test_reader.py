@@ -17,9 +17,9 @@ def _scenes(count: int, seed: int) -> list[Scene]:
 
 @pytest.mark.parametrize(("width", "height"), BIN_SIZES)
 def test_rendered_scenes_are_read_back(width: int, height: int) -> None:
-    verdicts = [check(s, (render(s, width, height) * 255).round().astype(np.uint8)) for s in _scenes(60, width)]
-    assert np.mean([v.correct and v.background for v in verdicts]) >= 0.99
-    assert np.mean([v.size for v in verdicts]) >= 0.97
+    verdicts = [check(s, (render(s, width, height) * 255).round().astype(np.uint8)) for s in _scenes(30, width)]
+    assert np.mean([v.correct and v.background for v in verdicts]) == 1
+    assert np.mean([v.size for v in verdicts]) >= 0.96
 
 
 def test_wrong_prompts_fail() -> None:
@@ -35,7 +35,7 @@ def test_soft_shifted_and_noisy_pictures_mostly_pass(width: int, height: int) ->
         soft = ndimage.gaussian_filter(picture, (2.5, 2.5, 0)) + rng.normal(0, 0.04, 3) + rng.normal(0, 0.03, picture.shape)
         return np.clip(soft, 0, 1)
 
-    assert np.mean([check(s, spoil(render(s, width, height))).correct for s in _scenes(40, 3)]) >= 0.9
+    assert np.mean([check(s, spoil(render(s, width, height))).correct for s in _scenes(24, 3)]) >= 0.9
 
 
 def test_noise_and_flat_pictures_fail() -> None:
