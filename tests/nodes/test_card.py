@@ -49,7 +49,7 @@ def test_the_card_draws_what_the_cpu_draws(on_cpu, tmp_path, mode):
         assert found["device"] == "cuda:0"
         assert found["partly"] == (mode in ("low", "none")), name
         # fp8: what is rounded, and before or after a LoRA is added, differs between the host's modes
-        limit = 0.15 if "fp8" in name else 1e-4
+        limit = 0.25 if "fp8" in name else 1e-4
         assert (found["latent"] - expected).norm() <= limit * expected.norm(), name
         waits = [where for kind, _, _, where in found["events"] if kind == "wait"]
         assert len(waits) == WAITS.get(name, 0), (name, waits)

@@ -1,6 +1,7 @@
 """The host's linear layers: through one kernel as they are, called where anything is on top of them."""
 from __future__ import annotations
 
+import comfy.model_management
 import comfy.ops
 import pytest
 import torch
@@ -65,3 +66,13 @@ def test_layers_of_another_format_are_called(uses: list[str]) -> None:
             return torch.zeros(len(input), 32)
 
     assert not host_linear(Unpacked(16, 32, dtype=torch.bfloat16), torch.randn(3, 16).bfloat16()).any() and not uses
+
+
+@pytest.mark.skipif(not hasattr(comfy.ops, "run_every_op"), reason="this host doesn't look for Cancel in layers")
+@torch.no_grad()
+def test_cancel_stops_within_a_step(uses: list[str]) -> None:
+    layer, x = comfy.ops.manual_cast.Linear(16, 32, dtype=torch.bfloat16), torch.randn(3, 16).bfloat16()
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        host_linear(layer, x)
+    assert not uses
