@@ -77,10 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     host.start_host()
     host.quiet_host()
     logging.getLogger(f"{host.PACK_NAME}").setLevel(logging.ERROR)  # the mixtures' sizes are none that a model was trained at
-    demo = DemoPictures(chosen.count, chosen.seed, chosen.transformer)
+    demo = DemoPictures(chosen.count, chosen.seed, chosen.transformer, chosen.dtype)
     problems: list[Problem] = [*mixtures(demo.model), demo] if chosen.problem == "all" else pick(chosen, demo)
     wanted = [case for case in cases() if not chosen.only or any(re.search(text, case.key) for text in chosen.only)]
     settings = {"count": 2 * chosen.count, "seed": chosen.seed, "weights": fingerprint(chosen.transformer), "converged": CONVERGED}
+    settings |= {} if chosen.dtype == "fp32" else {"dtype": chosen.dtype}
     report = open_report(chosen.out / "steps.json", settings)
     for problem in problems:
         measure(problem, wanted, report, chosen.out)
@@ -93,6 +94,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=100, help="of the demo's prompts of each kind")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--transformer", type=Path, default=WEIGHTS["diffusion_models"], help="of the demo")
+    dtypes = "of the demo; bf16 is faster on CPUs that have it, but its rounding is in the distances"
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help=dtypes)
     parser.add_argument("--problem", choices=("all", DEMO, "mixtures"), default="all")
     ways = "ways whose name, such as 'deis / sgm_uniform / 8', matches one of these patterns; a $ at the end leaves out tricks"
     parser.add_argument("--only", nargs="*", metavar="TEXT", help=ways)
