@@ -194,11 +194,11 @@ def markdown(report: dict[str, Any]) -> str:
         cells += [f"{demo[name]:.0%}" if name in demo else "" for name in ("changed", "right")]
         cells += [shown(np.mean([db for db, _ in mixed]) if mixed else None), shown(mean_of([steps for _, steps in mixed]))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    facts = report["settings"]
+    facts, exact = report["settings"], by_kind["mixtures"]
     lines += [
         "", f"Distance to {facts['converged']} steps of {BASELINE[0]} with {BASELINE[1]}; demo: median PSNR of {facts['count']} held-out "
-        "pictures at 256 px, cfg 4.5; changed visibly: over 1 % of the pixels by over a fifth of the range; as asked: by the demo's "
-        "reader. Mixtures: mean over " + "; ".join(by_kind["mixtures"]) + ". Passes: forward passes of prompt and negative prompt "
+        f"pictures at 256 px, cfg 4.5, {facts.get('dtype', 'fp32')}; changed visibly: over 1 % of the pixels by over a fifth of the range; as asked: by the demo's "
+        "reader. " + ("Mixtures: mean over " + "; ".join(exact) + ". " if exact else "") + "Passes: forward passes of prompt and negative prompt "
         "together (demo; mixtures). As plain steps: how many steps of the baseline come as near. Solvers that add noise run without it.",
     ]  # fmt: skip
     return "\n".join(lines)
