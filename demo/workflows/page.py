@@ -6,6 +6,7 @@ import io
 import tempfile
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from launch.errors import LaunchError
@@ -22,6 +23,7 @@ PROMPTS = (
     ("a purple diamond inside an orange square", 7),  # the one that is being drawn
 )
 SIZE = {"width": 1200, "height": 860}
+SHOWN = "count => document.querySelectorAll('#pixart-gallery img').length >= count"
 STEP = "text => document.querySelector('#pixart-status').innerText.includes(text)"
 
 
@@ -37,21 +39,21 @@ def shoot(url: str) -> bytes:
         page.goto(url)
         page.wait_for_function("() => Number(document.querySelector('#pixart-seed input')?.value) > 0")
         *earlier, last = PROMPTS
-        for prompt, seed in earlier:
+        for count, (prompt, seed) in enumerate(earlier, 1):
             page.fill("#pixart-prompt textarea", prompt)
             page.fill("#pixart-seed input", str(seed))
             page.click("#pixart-draw")
-            page.wait_for_function(STEP, arg="Step ", timeout=300_000)
-            page.wait_for_function(STEP, arg="Done", timeout=300_000)
+            page.wait_for_function(SHOWN, arg=count, timeout=60_000)
         page.fill("#pixart-prompt textarea", last[0])
         page.fill("#pixart-seed input", str(last[1]))
         page.click("#pixart-draw")
-        page.wait_for_function(STEP, arg="Step 12 ", timeout=300_000)
+        page.wait_for_function(STEP, arg="Step ", timeout=60_000)
         return page.screenshot()
 
 
 def main() -> None:
-    """Serves the demo model for the picture alone."""
+    """Serves the demo model for the picture alone, on one thread: else it has drawn before the page shows a step."""
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         folder = server.prepare(Path(work))
         from pixart.app.line import Line
