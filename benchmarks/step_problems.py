@@ -66,7 +66,7 @@ def run_host(model: Any, way: Way, noise: Tensor, positive: list, negative: list
 
 
 class DemoPictures:
-    """`count` held-out prompts of each kind at 256 px, from one noise each; in fp32, as distances are not to be of rounding."""
+    """`count` held-out prompts of each kind at 256 px, from one noise each; in fp32 by default, as rounding adds to distances."""
 
     name = "demo"
 

@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help=dtypes)
     parser.add_argument("--problem", choices=("all", DEMO, "mixtures"), default="all")
     ways = "ways whose name, such as 'deis / sgm_uniform / 8', matches one of these patterns; a $ at the end leaves out tricks"
-    parser.add_argument("--only", nargs="*", metavar="TEXT", help=ways)
+    parser.add_argument("--only", nargs="*", metavar="PATTERN", help=ways)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
@@ -197,8 +197,8 @@ def markdown(report: dict[str, Any]) -> str:
     facts, exact = report["settings"], by_kind["mixtures"]
     lines += [
         "", f"Distance to {facts['converged']} steps of {BASELINE[0]} with {BASELINE[1]}; demo: median PSNR of {facts['count']} held-out "
-        f"pictures at 256 px, cfg 4.5, {facts.get('dtype', 'fp32')}; changed visibly: over 1 % of the pixels by over a fifth of the range; as asked: by the demo's "
-        "reader. " + ("Mixtures: mean over " + "; ".join(exact) + ". " if exact else "") + "Passes: forward passes of prompt and negative prompt "
+        f"pictures at 256 px, cfg 4.5, {facts.get('dtype', 'fp32')}; changed visibly: over 1 % of the pixels by over a fifth of the "
+        "range; as asked: by the demo's reader. " + ("Mixtures: mean over " + "; ".join(exact) + ". " if exact else "") + "Passes: forward passes of prompt and negative prompt "
         "together (demo; mixtures). As plain steps: how many steps of the baseline come as near. Solvers that add noise run without it.",
     ]  # fmt: skip
     return "\n".join(lines)

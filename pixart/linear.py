@@ -37,7 +37,7 @@ def by_call(layer: nn.Module, x: Tensor, *, gelu: bool) -> Tensor:
 
 
 def by_kernel(layer: nn.Module, x: Tensor, *, gelu: bool) -> Tensor:
-    """For layers that fit."""
+    """For layers that `fits_kernel` takes."""
     return _kernel()(x, layer.weight, layer.bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))
 
 
