@@ -21,7 +21,7 @@ from tests.support.fidelity import FULL_SIZE, LIMIT, bins_of, expected_output, i
 pytest.importorskip("diffusers")
 SWEEP = bool(os.environ.get("PIXART_SWEEP"))
 QUICK_BINS = {256: 4, 512: 2, 1024: 1, 2048: 1}
-NARROW = 288  # at 2K attention alone takes most of a minute at full width, which test_every_format has
+NARROW = 288  # of large pictures; at full width, which test_every_format has, one of 2K takes most of a minute
 NAMELESS = {"alpha-1024", "sigma-1024", "demo"}  # what "auto" finds in weights without y_embedding
 REVEALED = NAMELESS | {"alpha-512"}
 CONFIGURED = NAMELESS | {"alpha-256", "sigma-256", "sigma-512", "sigma-2k"}  # and with diffusers' config.json
@@ -48,7 +48,7 @@ def test_every_format(tmp_path, name):
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_bins(name):
     base = get_variant(name).base_size
-    case = make_case(name, hidden=NARROW if base > 1024 and not SWEEP else None)
+    case = make_case(name, hidden=NARROW if base > 256 and not SWEEP else None)
     model = in_memory(case)
     bins = bins_of(name)
     if SWEEP:

@@ -29,7 +29,14 @@ def attention_of_gpus(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory):
-    return write_model(tmp_path_factory.mktemp("compile"), depth=3)
+    """Of two blocks: every further one takes as long to trace."""
+    return write_model(tmp_path_factory.mktemp("compile"), depth=2)
+
+
+@pytest.fixture(scope="module")
+def under_control(tmp_path_factory: pytest.TempPathFactory):
+    """A block more than the ControlNet has."""
+    return write_model(tmp_path_factory.mktemp("compile-control"), depth=3)
 
 
 def lora(model, strength: float = 1.0):
@@ -49,20 +56,21 @@ def drawn(model, run, control=None, steps: int = 3) -> torch.Tensor:  # noqa: F8
 
 # change of MODEL, whether under a ControlNet, graphs: another one for compressed steps beside others, and for PAG's prediction
 CASES = {
-    "plain": (lambda model: model, False, 1),
     "compressed in the first half, the node's default": (lambda model: patch(model, end_percent=0.5), False, 2),
     "all of them": (lambda model: perturbed(patch(lora(model))), True, 2),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_no_step_or_size_compiles_anew(model_file, control, case: str) -> None:  # noqa: F811
+def test_no_step_or_size_compiles_anew(model_file, under_control, control, case: str) -> None:  # noqa: F811
     change, controlled, expected = CASES[case]
-    model, graphs = change(load_model(model_file)), []
+    model, graphs = change(load_model(under_control if controlled else model_file)), []
     fast, hint = compiled(model, graphs), control if controlled else None
     for run in RUNS:
         assert difference(drawn(fast, run, hint), drawn(model, run, hint)) < 1e-5
         assert len(graphs) == expected and not breaks(), run
+    if controlled:
+        assert difference(drawn(fast, RUNS[1], hint), drawn(model, RUNS[1])) > 1e-4
 
 
 def test_a_batch_of_pictures_shares_the_graph(model_file) -> None:
