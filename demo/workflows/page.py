@@ -24,7 +24,8 @@ PROMPTS = (
 )
 SIZE = {"width": 1200, "height": 860}
 SHOWN = "count => document.querySelectorAll('#pixart-gallery img').length >= count"
-STEP = "text => document.querySelector('#pixart-status').innerText.includes(text)"
+STEP = "step => Number(document.querySelector('#pixart-status progress')?.value) >= step"
+SEEN = 6  # steps after which the preview shows what is meant
 
 
 def shoot(url: str) -> bytes:
@@ -47,7 +48,7 @@ def shoot(url: str) -> bytes:
         page.fill("#pixart-prompt textarea", last[0])
         page.fill("#pixart-seed input", str(last[1]))
         page.click("#pixart-draw")
-        page.wait_for_function(STEP, arg="Step ", timeout=60_000)
+        page.wait_for_function(STEP, arg=SEEN, timeout=60_000)
         return page.screenshot()
 
 
