@@ -150,7 +150,8 @@ def plot(report: dict, path: Path) -> None:
         whole = next((row for row in rows if row["model"] == PLAIN and row["steps"] == MANY), None)
         if whole is not None:
             axis.axhline(whole[kind]["correct"], color="0.5", ls=":")
-        axis.set(xscale="log", ylim=(0, 1.09), yticks=np.linspace(0, 1, 6), xlabel="seconds a picture (steps beside the points)", title=kind.replace("_", " "))
+        axis.set(xscale="log", xlabel="seconds a picture (steps beside the points)", title=kind.replace("_", " "))
+        axis.set(ylim=(0, 1.09), yticks=np.linspace(0, 1, 6))
     axes[0].set_ylabel("right pictures")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)

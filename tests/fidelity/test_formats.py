@@ -1,6 +1,7 @@
 """Every zoo entry against diffusers' PixArtTransformer2DModel: through each file format, and at its bins.
 
-The quick run measures a sample of the bins; PIXART_SWEEP=1 measures all (2K: five), and `python -m tests.support.fidelity` writes them down.
+The quick run measures a sample of the bins, from 512 px up in a narrower network. PIXART_SWEEP=1 measures all (2K: five) at full
+width, and `python -m tests.support.fidelity` writes them down.
 """
 from __future__ import annotations
 

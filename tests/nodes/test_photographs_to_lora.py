@@ -40,7 +40,7 @@ def places(tmp_path: Path) -> dict[str, Path]:
 
 
 def recipe_of(folder: Path, steps: int) -> Path:
-    """The shipped recipe, shorter and at a quarter of its size, with samples."""
+    """The shipped recipe, shorter and at half the side, with samples."""
     path = folder / "recipe.json"
     path.write_text(json.dumps({
         "extends": str(ROOT / "configs/train/sigma-512-lora.json"), "precision": "fp32", "ema_decay": 0.0, "warmup_steps": 0,

@@ -64,7 +64,7 @@ def perturbed(model, kind: str = "perturbed attention", **changes):
 
 ALL = "compressed in a part, perturbed, LoRA"
 IN_SECOND_BLOCK = ("two ratios in two parts", ALL)
-# change of MODEL, graphs; test_compile.py has compression alone, and a LoRA alone
+# change of MODEL, graphs; test_compile.py has compression in the first half, and a LoRA alone
 CASES = {
     "compressed in the middle of sampling": (lambda model: patch(model, start_percent=0.2, end_percent=0.7), 2),
     "two ratios in two parts": (two_ratios, 2),
