@@ -92,7 +92,7 @@ def test_the_demos_controlnet_draws_the_outlines_of_the_picture(client: ComfyCli
         for seed in (1, 2, 3):
             node_of(graph, "KSampler")["seed"] = seed
             found[strength].append(overlap(picture(client, graph), wanted))
-    assert np.mean(found[1.0]) > max(0.75, np.mean(found[0.0]) + 0.2), found
+    assert np.mean(found[1.0]) > max(0.7, np.mean(found[0.0]) + 0.15), found
 
 
 @pytest.mark.parametrize(
